@@ -1,0 +1,78 @@
+"""Tensorfold folds the weights of transformer language models into chains of small tensors.
+
+Importing it also teaches transformers to load folded checkpoints. Everything heavy is imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from tensorfold import nn
+    from tensorfold.algebra.spec import Spec
+    from tensorfold.errors import InputError, SpecError, TensorfoldError
+    from tensorfold.evaluation import evaluate
+    from tensorfold.folding import fold
+    from tensorfold.hf.loading import load
+    from tensorfold.methods import MPO, Kronecker, LowRank
+    from tensorfold.planning import plan
+    from tensorfold.recipe import Recipe, Rule
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. No module has the name of a function, so neither hides the other.
+_HOME = {
+    "InputError": "errors",
+    "Kronecker": "methods",
+    "LowRank": "methods",
+    "MPO": "methods",
+    "Recipe": "recipe",
+    "Rule": "recipe",
+    "Spec": "algebra.spec",
+    "SpecError": "errors",
+    "TensorfoldError": "errors",
+    "evaluate": "evaluation",
+    "fold": "folding",
+    "load": "hf.loading",
+    "plan": "planning",
+}
+
+__all__ = [
+    "MPO",
+    "InputError",
+    "Kronecker",
+    "LowRank",
+    "Recipe",
+    "Rule",
+    "Spec",
+    "SpecError",
+    "TensorfoldError",
+    "evaluate",
+    "fold",
+    "load",
+    "nn",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "nn":
+        return importlib.import_module("tensorfold.nn")
+    if name not in _HOME:
+        raise AttributeError(f"module 'tensorfold' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"tensorfold.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+@wrapt.when_imported("transformers.modeling_utils")
+def _register(_: Any) -> None:
+    """Register the quantizer once transformers' loading code is imported, and not before: that takes seconds."""
+    importlib.import_module("tensorfold.hf.quantizer")

@@ -1,0 +1,77 @@
+"""One way in to every solver: dense weight and spec to cores, in the plain or in the inputs' metric."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tensorfold.algebra.als import weighted_als
+from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.ttsvd import balance, check_weight, left_basis, tt_svd
+from tensorfold.errors import SpecError
+
+
+def fit(weight: Tensor, spec: Spec, metric: Tensor | None = None) -> list[Tensor]:
+    """Cores of ``spec`` that approximate ``weight``.
+
+    Without a metric: TT-SVD, nearest in the Frobenius norm. With the second moment C of the inputs: smallest
+    ``‖(W − Ŵ) C^½‖``, the mean squared error of the layer's output; exact for low rank, by weighted alternating least
+    squares started from the TT-SVD for every other shape.
+
+    Args:
+        weight: Shape (out_features, in_features), any floating dtype.
+        metric: C, shape (in_features, in_features), symmetric and positive semidefinite; may be singular.
+
+    Returns:
+        Cores of shapes ``spec.core_shapes``, fp32 or ``weight``'s dtype if that is fp64.
+
+    Raises:
+        SpecError: A shape does not fit, or weight or metric hold NaN or infinity.
+    """
+    check_weight(weight, spec)
+    if metric is None:
+        return tt_svd(weight, spec)
+    check_metric(metric, spec)
+    if spec.is_low_rank:
+        return whitened_low_rank(weight, metric, spec)
+    return weighted_als(weight, spec, tt_svd(weight, spec), metric).cores
+
+
+def check_metric(metric: Tensor, spec: Spec) -> None:
+    """Raise :class:`SpecError` unless ``metric`` is a finite (in_features, in_features) matrix."""
+    if tuple(metric.shape) != (spec.in_features, spec.in_features):
+        raise SpecError(f"metric of shape {tuple(metric.shape)}; needed ({spec.in_features}, {spec.in_features}).")
+    if not torch.isfinite(metric).all():
+        raise SpecError("metric holds NaN or infinity: the calibration activations of this layer are not finite.")
+
+
+def whitened_low_rank(weight: Tensor, metric: Tensor, spec: Spec) -> list[Tensor]:
+    """The rank-r matrix with the smallest ``‖(W − Ŵ) C^½‖``: ``U (Uᵀ W)``, U the leading eigenvectors of ``W C Wᵀ``.
+
+    The optimum of SVD-LLM (arXiv 2403.07378) without its Cholesky factor or any inverse, so it holds for singular C.
+    For a tall W the same subspace comes from the smaller matrix ``C^½ Wᵀ W C^½``.
+    """
+    result = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+    w = weight.double()
+    values, vectors = torch.linalg.eigh(metric.double())
+    root = vectors * values.clamp_min(0).sqrt()  # C = root @ root.T
+    basis = left_basis(w @ root, spec.ranks[0])  # (out, r)
+    return [core.to(result) for core in balance([basis[None, :, None, :], (basis.T @ w)[:, None, :, None]])]
+
+
+def relative_error(weight: Tensor, approximation: Tensor, metric: Tensor | None = None) -> float:
+    """``‖(W − Ŵ) C^½‖ / ‖W C^½‖`` over the real rows and columns; C is the identity where no metric is given.
+
+    A weight of norm zero is matched exactly or not at all: 0.0 or infinity.
+    """
+    w = weight.double()
+    difference = w - approximation.double()
+    above, below = _squared_norm(difference, metric), _squared_norm(w, metric)
+    if below == 0.0:
+        return 0.0 if above == 0.0 else float("inf")
+    return (above / below) ** 0.5
+
+
+def _squared_norm(matrix: Tensor, metric: Tensor | None) -> float:
+    weighted = matrix if metric is None else matrix @ metric.double()
+    return max(0.0, float((weighted * matrix).sum()))

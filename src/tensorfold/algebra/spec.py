@@ -1,0 +1,240 @@
+"""The one description of a structured matrix: a matrix product operator (MPO, also TT-matrix).
+
+    W[(i1 … iL), (j1 … jL)] = G1[i1, j1] · G2[i2, j2] · … · GL[iL, jL]
+
+Core ``k`` has shape ``(ranks[k-1], out_modes[k], in_modes[k], ranks[k])``; the two outer bonds are 1. Low rank,
+Kronecker products and their sums, the Van Loan decomposition and tensor trains differ only in their modes and bonds.
+Sources: Oseledets, "Tensor-Train Decomposition" (2011); Novikov et al., arXiv 1509.06569.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tensorfold.algebra.modes import balanced_modes, nearest_divisors
+from tensorfold.errors import SpecError
+
+
+def attainable_ranks(out_modes: Sequence[int], in_modes: Sequence[int]) -> tuple[int, ...]:
+    """Largest rank each interior unfolding can have: the smaller side of the cut, ``min(prefix, suffix)``.
+
+    >>> attainable_ranks((768, 4), (768, 1))
+    (4,)
+    """
+    sizes = [m * n for m, n in zip(out_modes, in_modes, strict=True)]
+    return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape of one matrix product operator; holds no weights.
+
+    Args:
+        out_modes: Output mode of each site; their product is the (padded) number of rows.
+        in_modes: Input mode of each site; their product is the (padded) number of columns.
+        ranks: Interior bonds only, ``len(ranks) == sites - 1``.
+        out_features: Rows of the matrix stood for; defaults to ``prod(out_modes)``. Smaller means zero padding.
+        in_features: Columns of the matrix stood for; defaults to ``prod(in_modes)``. Smaller means zero padding.
+        scalars: One trainable number per bond index of a two-site operator: ``Σ_k s_k A_k ⊗ B_k`` (Krony-PT).
+
+    Raises:
+        SpecError: Modes and bonds do not fit together, or a bond exceeds what its unfolding can have.
+
+    >>> spec = Spec(out_modes=(768, 4), in_modes=(768, 1), ranks=(1,))
+    >>> spec.out_features, spec.in_features, spec.parameters, spec.macs
+    (3072, 768, 589828, 592896)
+    """
+
+    out_modes: tuple[int, ...]
+    in_modes: tuple[int, ...]
+    ranks: tuple[int, ...] = ()
+    out_features: int = 0
+    in_features: int = 0
+    scalars: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("out_modes", "in_modes", "ranks"):
+            object.__setattr__(self, name, _positive_integers(name, getattr(self, name)))
+        if not self.out_modes or len(self.out_modes) != len(self.in_modes):
+            raise SpecError(
+                f"Spec: got {len(self.out_modes)} out_modes {self.out_modes} and {len(self.in_modes)} in_modes "
+                f"{self.in_modes}; every site needs one of each; pad the shorter list with 1."
+            )
+        if len(self.ranks) != self.sites - 1:
+            raise SpecError(
+                f"Spec: got {len(self.ranks)} ranks {self.ranks} for {self.sites} sites; interior bonds only, so "
+                f"{self.sites - 1} are needed."
+            )
+        for side, modes in (("out", self.out_modes), ("in", self.in_modes)):
+            name, padded = f"{side}_features", math.prod(modes)
+            features = getattr(self, name) or padded
+            if not (isinstance(features, int) and 0 < features <= padded):
+                raise SpecError(
+                    f"Spec: {name}={features} does not fit {side}_modes {modes}, whose product is {padded}; "
+                    f"give modes whose product is at least {features}."
+                )
+            object.__setattr__(self, name, features)
+        if self.scalars and self.sites != 2:
+            raise SpecError(f"Spec: scalars sit on the one bond of two sites, got {self.sites} sites; drop scalars.")
+        self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        attainable = attainable_ranks(self.out_modes, self.in_modes)
+        for k, (rank, largest) in enumerate(zip(self.ranks, attainable, strict=True)):
+            if rank > largest:
+                raise SpecError(
+                    f"Spec: bond {k + 1} = {rank} is more than out_modes {self.out_modes} and in_modes "
+                    f"{self.in_modes} can have; the largest attainable there is {largest}."
+                )
+        bonds = (1, *self.ranks, 1)
+        for k, (m, n) in enumerate(zip(self.out_modes, self.in_modes, strict=True)):
+            left, right = bonds[k], bonds[k + 1]
+            for bond, rank, neighbour in ((k + 1, right, left), (k, left, right)):
+                if rank > neighbour * m * n:
+                    raise SpecError(
+                        f"Spec: bond {bond} = {rank} cannot be reached across site {k + 1} with modes ({m}, {n}) from "
+                        f"its other bond {neighbour}; the largest attainable there is {neighbour * m * n}."
+                    )
+
+    @classmethod
+    def kronecker(
+        cls, out_features: int, in_features: int, factor: Sequence[int], terms: int = 1, *, scalars: bool = False
+    ) -> Spec:
+        """``Σ_k A_k ⊗ B_k`` with ``A_k`` of shape ``factor`` = (m1, n1) and ``terms`` summands.
+
+        Raises:
+            SpecError: ``factor`` does not divide the matrix, or more terms than the rearranged matrix has rank.
+        """
+        m1, n1 = _positive_integers("factor", factor)
+        for name, features, part in (("out_features", out_features, m1), ("in_features", in_features, n1)):
+            if features % part:
+                raise SpecError(
+                    f"Spec.kronecker: {name}={features} is not divisible by {part}; nearest divisors are "
+                    f"{' and '.join(map(str, nearest_divisors(features, part)))}."
+                )
+        return cls((m1, out_features // m1), (n1, in_features // n1), (terms,), scalars=scalars)
+
+    @classmethod
+    def low_rank(cls, out_features: int, in_features: int, rank: int) -> Spec:
+        """``U V`` with U of shape (out, rank) and V of shape (rank, in): the MPO with modes (out, 1) and (1, in)."""
+        return cls((out_features, 1), (1, in_features), (rank,))
+
+    @classmethod
+    def mpo(cls, out_features: int, in_features: int, sites: int, bond: int) -> Spec:
+        """``sites`` balanced modes (padded where a size has no balanced factorisation) and bond dimension ``bond``.
+
+        ``bond`` is the largest interior bond: near the ends of a chain the unfoldings are smaller, and there the
+        bond is what the cut can have.
+
+        Raises:
+            SpecError: No bond of the chain can be as large as ``bond``; the message names the largest.
+        """
+        return cls.from_modes(
+            balanced_modes(out_features, sites), balanced_modes(in_features, sites), bond, out_features, in_features
+        )
+
+    @classmethod
+    def from_modes(
+        cls, out_modes: Sequence[int], in_modes: Sequence[int], bond: int, out_features: int = 0, in_features: int = 0
+    ) -> Spec:
+        """Given modes and a bond dimension: every interior bond is ``bond`` or, where smaller, what its cut can have.
+
+        Raises:
+            SpecError: ``bond`` is larger than every cut allows; the message names the largest.
+        """
+        attainable = attainable_ranks(out_modes, in_modes)
+        if bond < 1 or bond > max(attainable, default=1):
+            raise SpecError(
+                f"Spec: bond dimension {bond} with out_modes {tuple(out_modes)} and in_modes {tuple(in_modes)}; the "
+                f"largest attainable is {max(attainable, default=1)}."
+            )
+        ranks = tuple(min(bond, largest) for largest in attainable)
+        return cls(tuple(out_modes), tuple(in_modes), ranks, out_features, in_features)
+
+    @property
+    def sites(self) -> int:
+        return len(self.out_modes)
+
+    @cached_property
+    def core_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Shape (left bond, out mode, in mode, right bond) of every core."""
+        bonds = (1, *self.ranks, 1)
+        return tuple(
+            (bonds[k], m, n, bonds[k + 1]) for k, (m, n) in enumerate(zip(self.out_modes, self.in_modes, strict=True))
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Stored numbers: the cores, padding included, and the bond scalars."""
+        return sum(math.prod(shape) for shape in self.core_shapes) + (self.ranks[0] if self.scalars else 0)
+
+    @property
+    def macs(self) -> int:
+        """Multiply–adds a token, in the cheapest order of contracting the sites (see ``contract.cheapest_order``)."""
+        from tensorfold.algebra.contract import cheapest_order
+
+        return cheapest_order(self).macs
+
+    @property
+    def dense_parameters(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def is_low_rank(self) -> bool:
+        return self.sites == 2 and self.out_modes[1] == 1 and self.in_modes[0] == 1
+
+    @property
+    def attainable_matrix_rank(self) -> int:
+        """Upper bound on the rank of the matrix itself: full rank for one Kronecker term is min(m1,n1)·min(m2,n2)."""
+        full = min(self.out_features, self.in_features)
+        product = math.prod(min(m, n) for m, n in zip(self.out_modes, self.in_modes, strict=True))
+        return min(full, product * math.prod(self.ranks))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, as stored in a checkpoint's configuration; padding and scalars only where there are any."""
+        out: dict[str, Any] = {
+            "out_modes": list(self.out_modes),
+            "in_modes": list(self.in_modes),
+            "ranks": list(self.ranks),
+        }
+        if self.out_features != math.prod(self.out_modes):
+            out["out_features"] = self.out_features
+        if self.in_features != math.prod(self.in_modes):
+            out["in_features"] = self.in_features
+        if self.scalars:
+            out["scalars"] = True
+        return out
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Spec:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            SpecError: A key is missing or unknown, or the values do not fit together.
+        """
+        known = {"out_modes", "in_modes", "ranks", "out_features", "in_features", "scalars"}
+        if not isinstance(data, dict) or not {"out_modes", "in_modes", "ranks"} <= data.keys() <= known:
+            raise SpecError(f"Spec: got {data!r}; needed out_modes, in_modes, ranks and at most {sorted(known)}.")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+    def __str__(self) -> str:
+        if self.is_low_rank:
+            return f"{self.out_modes[0]}×{self.ranks[0]} · {self.ranks[0]}×{self.in_modes[1]}"
+        sites = [f"{m}×{n}" for m, n in zip(self.out_modes, self.in_modes, strict=True)]
+        if self.sites == 2:
+            return f"{self.ranks[0]} × ({sites[0]} ⊗ {sites[1]})"
+        return " —".join([sites[0], *(f"{r}— {s}" for r, s in zip(self.ranks, sites[1:], strict=True))])
+
+
+def _positive_integers(name: str, values: Any) -> tuple[int, ...]:
+    try:
+        out = tuple(values)
+    except TypeError:
+        raise SpecError(f"Spec: {name}={values!r}; needed a sequence of positive integers.") from None
+    if not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in out):
+        raise SpecError(f"Spec: {name}={out}; needed positive integers.")
+    return out

@@ -1,0 +1,72 @@
+"""An embedding table stored as a matrix product operator, and the output head tied to it."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from tensorfold.algebra.contract import rows
+from tensorfold.algebra.solve import fit
+from tensorfold.algebra.spec import Spec
+from tensorfold.nn.linear import MPOLinear, MPOModule
+
+
+class MPOEmbedding(MPOModule):
+    """Token index → row of the table ``E`` (vocabulary, width), an MPO over (vocabulary, width).
+
+    A lookup reads only the core slices of the tokens asked for. Kronecker tables (KnGPT2, arXiv 2110.08152), tensor-train
+    tables (TT-Rec, arXiv 2101.11714) and low rank are all this module with different specs.
+
+    Args:
+        spec: ``out_features`` is the vocabulary, ``in_features`` the width.
+        scale: Constant factor on every row, as Gemma applies it.
+    """
+
+    def __init__(self, spec: Spec, scale: float = 1.0, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__(spec, device, dtype)
+        self.num_embeddings, self.embedding_dim = spec.out_features, spec.in_features
+        self.scale = scale
+        self.reset_parameters(1.0)
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, spec: Spec, scale: float = 1.0, metric: Tensor | None = None) -> Self:
+        """The closest MPO to the table ``weight``, shape (vocabulary, width); ``metric`` as in ``solve.fit``.
+
+        Raises:
+            SpecError: A shape does not fit ``spec``, or a value is not finite.
+        """
+        return cls.from_cores(fit(weight.detach(), spec, metric), spec, weight, scale)
+
+    @classmethod
+    def from_cores(
+        cls,
+        cores: list[Tensor],
+        spec: Spec,
+        like: Tensor,
+        scale: float = 1.0,
+        scalars: Tensor | None = None,
+    ) -> Self:
+        """An embedding holding the given cores, on the device and in the dtype of ``like``."""
+        table = cls(spec, scale, device="meta").to_empty(device=like.device).to(like.dtype)
+        table.load_cores(cores, scalars)
+        return table
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Integers of shape ``(...)`` → ``(..., width)``."""
+        out = rows(index, self.factors(), self.spec)
+        return out if self.scale == 1.0 else out * torch.tensor(self.scale, dtype=out.dtype, device=out.device)
+
+    def head(self, bias: Tensor | None = None) -> MPOLinear:
+        """The tied output head ``h ↦ h Eᵀ + bias``: a linear layer over these very parameters, not copies."""
+        head = MPOLinear(self.spec, bias is not None, device="meta")
+        for k, core in enumerate(self.cores):
+            head.cores[k] = core
+        head.scalars = self.scalars
+        if bias is not None:
+            head.bias = bias if isinstance(bias, torch.nn.Parameter) else torch.nn.Parameter(bias)
+        return head
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, vocabulary={self.num_embeddings}, width={self.embedding_dim}"

@@ -1,0 +1,61 @@
+"""Frozen dataclasses whose fields are checked by pydantic and whose errors are :class:`InputError`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Any, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+
+from tensorfold.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def strict(cls: type[T]) -> type[T]:
+    """Class decorator: frozen, types enforced, unknown fields refused with the nearest known one named."""
+    checked: Any = dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))(cls)
+    construct = checked.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            construct(self, *args, **kwargs)
+        except ValidationError as error:
+            label = getattr(cls, "name", cls.__name__)
+            fields = [field.name for field in dataclasses.fields(checked)]
+            raise InputError("; ".join(_explain(label, e, fields) for e in error.errors())) from None
+
+    __init__.__doc__, __init__.__wrapped__ = construct.__doc__, construct  # type: ignore[attr-defined]
+    checked.__init__ = __init__
+    return checked
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest of ``known``, or the whole list where none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+
+
+def check_keys(where: str, mapping: Any, known: Iterable[str]) -> None:
+    """Raise :class:`InputError` unless ``mapping`` is a mapping with no other keys than ``known``."""
+    known = list(known)
+    if not isinstance(mapping, dict):
+        raise InputError(f"{where}: got {mapping!r}; needed a mapping with some of the keys {', '.join(known)}.")
+    for key in mapping:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}; {nearest(str(key), known)}")
+
+
+def _explain(label: str, error: Any, fields: list[str]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "unexpected_keyword_argument":
+        return f"{label}: unknown key {where!r}; {nearest(where, fields)}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    needed = error["msg"].removeprefix("Input should be ")
+    return f"{label}: got {where}={error['input']!r}; needed {needed[0].lower()}{needed[1:]}."
