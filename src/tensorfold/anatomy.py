@@ -1,0 +1,205 @@
+"""What a decoder-only transformer is made of: its blocks, its foldable matrices, and which targets name them.
+
+No architecture is known by name. Blocks are the longest list of equal modules; a linear layer below something called
+attention is attention, any other linear layer in a block is MLP.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tensorfold.errors import InputError
+from tensorfold.nn.linear import MPOModule
+from tensorfold.strict import nearest
+
+Targets = str | list[str] | Mapping[str, str]
+Kind = Literal["linear", "embedding"]
+GROUPS = ("mlp", "attention", "embedding", "all-linear")
+
+ALREADY_FOLDED = "the model is already folded; start from the dense model, or heal and evaluate this one."
+
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One foldable weight: its module's name, (out, in) shape, kind and the group it belongs to."""
+
+    name: str
+    module: nn.Module
+    out_features: int
+    in_features: int
+    kind: Kind
+    group: str
+    tied_head: str | None = None
+
+    @property
+    def parameter(self) -> Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return getattr(self.module, "bias", None)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight as (out, in); GPT-2's ``Conv1D`` stores (in, out), and here is the one place that turns it."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the module computes ``x Wᵀ + b`` and nothing else."""
+    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+
+
+def embedding_scale(module: nn.Module) -> float | None:
+    """The constant an embedding multiplies its rows with, 1.0 for a plain one; None if it does anything else."""
+    if type(module).forward is nn.Embedding.forward:
+        return 1.0
+    scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
+    return float(scale) if isinstance(scale, int | float) else None
+
+
+def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and list of the transformer blocks.
+
+    Raises:
+        InputError: There is no list of modules with linear layers in it.
+    """
+    found: tuple[str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        if any(name.startswith(f"{found[0]}.") for _ in [0] if found):
+            continue
+        classes = Counter(type(child) for child in module)
+        has_linear = any(is_plain_linear(m) or isinstance(m, MPOModule) for m in module[0].modules())
+        if has_linear and len(classes) == 1 and (found is None or len(module) > len(found[1])):
+            found = (name, module)
+    if found is None:
+        raise InputError(
+            f"{type(model).__name__} has no list of equal blocks with linear layers in it; needed a decoder-only "
+            "transformer. Name its matrices yourself with targets: [suffixes] or {regex: ...}."
+        )
+    return found
+
+
+def check_foldable(model: PreTrainedModel) -> None:
+    """Raise :class:`InputError` for a model that cannot be folded: encoder–decoder, quantised, or folded already."""
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{type(model).__name__} is an encoder–decoder model; needed a decoder-only causal language model."
+        )
+    if any(isinstance(module, MPOModule) for module in model.modules()):
+        raise InputError(ALREADY_FOLDED)
+    if getattr(model, "hf_quantizer", None) is not None:
+        method = getattr(getattr(config, "quantization_config", None), "quant_method", "unknown method")
+        raise InputError(f"the model is quantised ({method}); needed floating-point weights: load it dequantised.")
+
+
+def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
+    """Every weight that could be folded, by module name, in model order; a tied output head belongs to its embedding."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    tied = head is not None and _is_tied(model, embedding, head, names)
+    try:
+        in_block = blocks(model)[0] + "."
+    except InputError:
+        in_block = None
+    out = {}
+    for name, module in model.named_modules():
+        if module is embedding and isinstance(module, nn.Embedding):
+            rows, columns = module.weight.shape
+            out[name] = Matrix(
+                name, module, rows, columns, "embedding", "embedding", names[id(head)] if tied else None
+            )
+        elif is_plain_linear(module) and not (tied and module is head):
+            rows, columns = dense_weight(module).shape
+            inside = in_block is not None and name.startswith(in_block)
+            group = "" if not inside else "attention" if _ATTENTION.search(name) else "mlp"
+            out[name] = Matrix(name, module, rows, columns, "linear", group)
+    return out
+
+
+def _is_tied(model: PreTrainedModel, embedding: nn.Module, head: nn.Module, names: Mapping[int, str]) -> bool:
+    """Whether head and embedding are one weight, or will be once loading has tied them."""
+    if getattr(head, "weight", None) is getattr(embedding, "weight", None):
+        return True
+    promised = getattr(model, "all_tied_weights_keys", {})
+    return promised.get(f"{names[id(head)]}.weight") == f"{names[id(embedding)]}.weight"
+
+
+def match(targets: Targets, available: Mapping[str, Matrix]) -> list[str]:
+    """Names of the matrices that ``targets`` select, in model order.
+
+    Args:
+        targets: ``mlp``, ``attention``, ``embedding``, ``all-linear`` (every linear layer in the blocks, not the output
+            head), a list of these and of name suffixes, or ``{"regex": pattern}`` searched in the full name.
+
+    Raises:
+        InputError: Unknown group, bad pattern, or nothing matches.
+    """
+    if isinstance(targets, Mapping):
+        if set(targets) != {"regex"} or not isinstance(targets["regex"], str):
+            raise InputError(f"targets: got {dict(targets)!r}; needed {{regex: \"pattern\"}}.")
+        try:
+            pattern = re.compile(targets["regex"])
+        except re.error as error:
+            raise InputError(f"targets: {targets['regex']!r} is not a regular expression: {error}.") from None
+        names = [name for name in available if pattern.search(name)]
+    else:
+        items = [item.strip() for item in targets.split(",")] if isinstance(targets, str) else list(targets)
+        chosen: set[str] = set()
+        for item in items:
+            hit = [name for name, matrix in available.items() if _selects(item, matrix)]
+            if not hit:
+                raise InputError(f"targets: {item!r} matches nothing in this model; {_known(item, available)}")
+            chosen.update(hit)
+        names = [name for name in available if name in chosen]
+    if not names:
+        raise InputError(f"targets: {targets!r} matches nothing in this model; {_known(str(targets), available)}")
+    return names
+
+
+def _selects(item: str, matrix: Matrix) -> bool:
+    if item == "all-linear":
+        return matrix.group in ("mlp", "attention")
+    if item in GROUPS:
+        return matrix.group == item
+    return bool(item) and (matrix.name == item or matrix.name.endswith(f".{item}"))
+
+
+def _known(item: str, available: Iterable[str]) -> str:
+    return nearest(item, {*GROUPS, *(name.rpartition(".")[2] for name in available)})
+
+
+def check_unshared(model: PreTrainedModel, chosen: Iterable[Matrix]) -> None:
+    """Raise :class:`InputError` if a chosen weight is reachable under a second name, other than as a tied head."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for matrix in chosen:
+        names = [name for name in owners[id(matrix.parameter)] if name != f"{matrix.tied_head}.weight"]
+        if len(names) > 1:
+            raise InputError(
+                f"{matrix.name}: its weight is shared by {' and '.join(names)}; folding one would break or double the "
+                "other. Exclude it, or give each its own copy first."
+            )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, each shared tensor once."""
+    return sum(parameter.numel() for parameter in model.parameters())

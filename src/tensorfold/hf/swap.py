@@ -1,0 +1,86 @@
+"""Putting folded modules into a transformers model so that it initialises, ties, saves and loads like any other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from tensorfold.algebra.spec import Spec
+from tensorfold.anatomy import Matrix, embedding_scale, matrices
+from tensorfold.errors import InputError
+from tensorfold.nn import MPOEmbedding, MPOLinear
+
+
+def empty_module(matrix: Matrix, spec: Spec) -> MPOLinear | MPOEmbedding:
+    """A folded module of this spec on the meta device, with the bias or scale of the one it replaces."""
+    dtype = matrix.parameter.dtype
+    if matrix.kind == "linear":
+        return MPOLinear(spec, matrix.bias is not None, device="meta", dtype=dtype)
+    return MPOEmbedding(spec, scale_of(matrix), device="meta", dtype=dtype)
+
+
+def scale_of(matrix: Matrix) -> float:
+    """The embedding's constant factor.
+
+    Raises:
+        InputError: The embedding does more than look up and scale.
+    """
+    scale = embedding_scale(matrix.module)
+    if scale is None:
+        raise InputError(
+            f"{matrix.name}: {type(matrix.module).__name__} is more than a table lookup; exclude the embedding."
+        )
+    return scale
+
+
+def swap(model: PreTrainedModel, matrix: Matrix, module: MPOLinear | MPOEmbedding) -> None:
+    """Replace the matrix's module; a tied output head is replaced by the head over the same cores, and tied again."""
+    _set(model, matrix.name, module)
+    if matrix.tied_head is None:
+        return
+    assert isinstance(module, MPOEmbedding)
+    old = model.get_submodule(matrix.tied_head)
+    _set(model, matrix.tied_head, module.head(getattr(old, "bias", None)))
+    tied = {f"{matrix.tied_head}.{name}": f"{matrix.name}.{name}" for name, _ in module.named_parameters()}
+    weight = f"{matrix.tied_head}.weight"
+    others = {key: value for key, value in (model._tied_weights_keys or {}).items() if key != weight}
+    # transformers searches keys that do not end in "weight" as regular expressions, hence the escapes and the end mark.
+    patterns = {re.escape(key) + "$": re.escape(value) + "$" for key, value in tied.items()}
+    model._tied_weights_keys = {**others, **patterns}
+    expanded = {key: value for key, value in model.all_tied_weights_keys.items() if key != weight}
+    model.all_tied_weights_keys = {**expanded, **tied}
+
+
+def install(model: PreTrainedModel, specs: Mapping[str, Spec], tied: Mapping[str, str]) -> None:
+    """Replace modules by empty folded ones, as a saved configuration describes them.
+
+    Raises:
+        InputError: The configuration names a module that the model lacks, or gives it another shape.
+    """
+    available = matrices(model)
+    for name, spec in specs.items():
+        matrix = available.get(name)
+        if matrix is None:
+            raise InputError(f"checkpoint: its configuration folds {name!r}, which {type(model).__name__} lacks.")
+        if (matrix.out_features, matrix.in_features) != (spec.out_features, spec.in_features):
+            raise InputError(
+                f"checkpoint: {name} is folded as {spec.out_features}×{spec.in_features}, but the model's "
+                f"configuration makes it {matrix.out_features}×{matrix.in_features}; the two files do not belong together."
+            )
+        if matrix.tied_head != tied.get(name):
+            raise InputError(
+                f"checkpoint: {name} is tied to {tied.get(name)!r} in the folded configuration, but to "
+                f"{matrix.tied_head!r} by tie_word_embeddings; the two must agree."
+            )
+        swap(model, matrix, empty_module(matrix, spec))
+
+
+def _set(model: PreTrainedModel, name: str, module: nn.Module) -> None:
+    model.set_submodule(name, module)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    # Some initialisers (GPT-2's) reach into their children by name and would look for the dense weight.
+    for initialised in (parent, module):
+        initialised._is_hf_initialized = True  # type: ignore[assignment]

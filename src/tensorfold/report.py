@@ -1,0 +1,81 @@
+"""Tables that people read: what a plan would do, and what a fold did."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tensorfold.algebra.spec import Spec
+
+
+def module_table(
+    modules: Mapping[str, Spec],
+    before: int,
+    after: int,
+    kept: float,
+    errors: Mapping[str, float] | None = None,
+    error_name: str = "error",
+) -> str:
+    """Plain-text table of folded modules; equal ones of different blocks share a row, with the mean of their errors."""
+    rows: dict[tuple[str, Spec], list[str]] = {}
+    for name, spec in modules.items():
+        rows.setdefault((re.sub(r"\.\d+\.", ".*.", name), spec), []).append(name)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("module")
+    table.add_column("spec")
+    for heading in ("count", "parameters", "kept", "multiply–adds"):
+        table.add_column(heading, justify="right")
+    if errors is not None:
+        table.add_column(error_name, justify="right")
+    for (pattern, spec), names in rows.items():
+        cells = [
+            pattern if len(names) > 1 else names[0],
+            str(spec),
+            str(len(names)),
+            f"{spec.parameters:,}",
+            f"{spec.parameters / spec.dense_parameters:.1%}",
+            f"{spec.macs / spec.dense_parameters:.1%}",
+        ]
+        if errors is not None:
+            cells.append(f"{sum(errors[name] for name in names) / len(names):.3f}")
+        table.add_row(*cells)
+    console = Console(width=160, no_color=True, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    total = f"{before:,} → {after:,} parameters ({after / before:.1%} of the model, {kept:.1%} of the targeted matrices)"
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n" + total
+
+
+def model_card(card: Mapping[str, Any]) -> str:
+    """README of a folded checkpoint: how to load it first, then what was done and what is known of it.
+
+    Args:
+        card: ``base_model``, ``recipe``, ``parameters_before``, ``parameters_after``, and ``calibration`` if any text
+            was used. Missing entries are left out.
+    """
+    before, after = card.get("parameters_before"), card.get("parameters_after")
+    lines = [
+        "```python",
+        "import tensorfold",
+        "",
+        "model = tensorfold.load(PATH)  # raises if any weight is missing",
+        "# after the import, AutoModelForCausalLM.from_pretrained(PATH) works too",
+        "```",
+        "",
+        "Without `import tensorfold`, transformers only warns and fills the folded layers with random numbers.",
+        "",
+        f"# {card.get('base_model', 'A language model')}, folded",
+        "",
+        f"- base model: {card.get('base_model', 'unknown')}",
+        f"- recipe: {card.get('recipe', 'unknown')}",
+    ]
+    if before and after:
+        lines.append(f"- parameters: {before:,} → {after:,} ({after / before:.1%}), a tied output head counted once")
+    if card.get("calibration"):
+        lines.append(f"- calibration: {card['calibration']}")
+    lines.append(f"- folded with tensorfold {card.get('tensorfold', '')}".rstrip())
+    return "\n".join(lines) + "\n"
