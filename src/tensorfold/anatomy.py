@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tensorfold.errors import InputError
@@ -25,6 +26,9 @@ Kind = Literal["linear", "embedding"]
 GROUPS = ("mlp", "attention", "embedding", "all-linear")
 
 ALREADY_FOLDED = "the model is already folded; start from the dense model, or heal and evaluate this one."
+
+# Far more than any model has; a damaged configuration with millions would take hours to build even without weights.
+_MOST_BLOCKS = 10_000
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
@@ -70,6 +74,36 @@ def embedding_scale(module: nn.Module) -> float | None:
         return 1.0
     scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
     return float(scale) if isinstance(scale, int | float) else None
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal language model that ``config`` describes, on the meta device: shapes without weights.
+
+    Raises:
+        InputError: It is an encoder–decoder's, or no causal language model can be built from it.
+    """
+    kind = type(config).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{kind} is an encoder–decoder model; needed a decoder-only causal language model.")
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(count, int) and count > _MOST_BLOCKS:
+        raise InputError(f"{kind}: num_hidden_layers={count}; needed at most {_MOST_BLOCKS}. Is config.json damaged?")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    # Every architecture fails in its own way, and all of them mean that the configuration is at fault.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        raise InputError(
+            f"{kind}: no causal language model can be built from this configuration ({type(error).__name__}: "
+            f"{reason}); needed the config.json of a decoder-only causal language model that transformers knows."
+        ) from error
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            raise InputError(
+                f"{kind}: {name} has the shape {tuple(parameter.shape)}; needed positive sizes throughout."
+            )
+    return model
 
 
 def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -123,9 +157,7 @@ def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
     for name, module in model.named_modules():
         if module is embedding and isinstance(module, nn.Embedding):
             rows, columns = module.weight.shape
-            out[name] = Matrix(
-                name, module, rows, columns, "embedding", "embedding", names[id(head)] if tied else None
-            )
+            out[name] = Matrix(name, module, rows, columns, "embedding", "embedding", names[id(head)] if tied else None)
         elif is_plain_linear(module) and not (tied and module is head):
             rows, columns = dense_weight(module).shape
             inside = in_block is not None and name.startswith(in_block)
@@ -154,7 +186,7 @@ def match(targets: Targets, available: Mapping[str, Matrix]) -> list[str]:
     """
     if isinstance(targets, Mapping):
         if set(targets) != {"regex"} or not isinstance(targets["regex"], str):
-            raise InputError(f"targets: got {dict(targets)!r}; needed {{regex: \"pattern\"}}.")
+            raise InputError(f'targets: got {dict(targets)!r}; needed {{regex: "pattern"}}.')
         try:
             pattern = re.compile(targets["regex"])
         except re.error as error:

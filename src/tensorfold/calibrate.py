@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tensorfold.anatomy import blocks
 from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.tokens import Encoder
 
 WINDOW = 1024
 
 
 def calibration_windows(
-    tokenizer: Any, documents: Iterable[str], tokens: int, limit: int | None = None
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], tokens: int, limit: int | None = None
 ) -> Tensor:
     """Equal windows of at most ``limit`` tokens that together hold ``tokens`` of them; shape (windows, length).
 
@@ -33,13 +34,7 @@ def calibration_windows(
     length = min(WINDOW, limit or WINDOW)
     if tokens < 2:
         raise InputError(f"calibration: tokens={tokens}; needed at least 2.")
-    ids: list[int] = []
-    for document in documents:
-        if len(ids) >= tokens:
-            break
-        text = document if not ids else "\n\n" + document
-        # A token is seldom longer than a word; eight characters for each leave room and spare megabytes of text.
-        ids += tokenizer(text[: 8 * (tokens - len(ids)) + 64], add_special_tokens=not ids, verbose=False)["input_ids"]
+    ids = Encoder(tokenizer).first("\n\n".join(documents), tokens)
     if len(ids) < min(tokens, length):
         raise InputError(
             f"calibration: the text has {len(ids)} tokens; needed at least {min(tokens, length)}. Give a longer text."

@@ -119,11 +119,13 @@ def fold(
         windows = calibration_windows(tokenizer, documents, tokens, limit)
 
     errors: dict[str, float] = {}
-    with _progress(len(chosen), progress) as bar, calibrating(model):
-        for matrix, metric in _in_order(model, chosen, windows, bar.console):
-            bar.update(0, description=matrix.name)
+    bar = _progress(progress)
+    task = bar.add_task("", total=len(chosen))
+    with bar, calibrating(model):
+        for matrix, metric in _in_order(model, chosen, windows):
+            bar.update(task, description=matrix.name)
             errors[matrix.name] = _fold_one(model, matrix, planned, metric)
-            bar.advance(0)
+            bar.advance(task)
     mark_folded(model, planned.modules, {m.name: m.tied_head for m in chosen.values() if m.tied_head is not None})
     calibrated = windows is not None
     return FoldReport(
@@ -146,7 +148,7 @@ def _check_weights(chosen: Mapping[str, Matrix]) -> None:
 
 
 def _in_order(
-    model: PreTrainedModel, chosen: Mapping[str, Matrix], windows: Tensor | None, console: Console
+    model: PreTrainedModel, chosen: Mapping[str, Matrix], windows: Tensor | None
 ) -> Iterator[tuple[Matrix, Tensor | None]]:
     """Every matrix with its metric; the caller folds each before the next one is asked for."""
     if windows is None:
@@ -192,8 +194,8 @@ def _fold_one(model: PreTrainedModel, matrix: Matrix, planned: Plan, metric: Ten
     return relative_error(weight, to_dense([core.double() for core in folded.factors()], spec), metric)
 
 
-def _progress(total: int, visible: bool) -> Progress:
-    bar = Progress(
+def _progress(visible: bool) -> Progress:
+    return Progress(
         TextColumn("fold"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -204,5 +206,3 @@ def _progress(total: int, visible: bool) -> Progress:
         disable=not visible,
         transient=True,
     )
-    bar.add_task("", total=total)
-    return bar

@@ -7,11 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tensorfold.algebra.spec import Spec
-from tensorfold.anatomy import ALREADY_FOLDED, Matrix, check_foldable, check_unshared, count_parameters, match, matrices
+from tensorfold.anatomy import (
+    ALREADY_FOLDED,
+    Matrix,
+    check_foldable,
+    check_unshared,
+    count_parameters,
+    empty_model,
+    match,
+    matrices,
+)
 from tensorfold.errors import InputError, SpecError
 from tensorfold.methods import Method
 from tensorfold.recipe import Recipe
@@ -41,9 +49,7 @@ class Plan:
         return {
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
-            "modules": {
-                name: {**spec.to_dict(), "parameters": spec.parameters} for name, spec in self.modules.items()
-            },
+            "modules": {name: {**spec.to_dict(), "parameters": spec.parameters} for name, spec in self.modules.items()},
         }
 
     def __str__(self) -> str:
@@ -68,21 +74,10 @@ def skeleton(model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrainedM
         return model_or_config
     if not isinstance(model_or_config, PreTrainedConfig):
         raise InputError(f"got {type(model_or_config).__name__}; needed a transformers model or its configuration.")
-    if getattr(model_or_config, "is_encoder_decoder", False):
-        raise InputError(
-            f"{type(model_or_config).__name__} is an encoder–decoder model; needed a decoder-only causal language model."
-        )
     stored = getattr(model_or_config, "quantization_config", None)
     if isinstance(stored, dict) and stored.get("quant_method") == "tensorfold":
         raise InputError(ALREADY_FOLDED)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(model_or_config)
-    except ValueError as error:
-        raise InputError(
-            f"{type(model_or_config).__name__} is not a causal language model that transformers knows: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
+    return empty_model(model_or_config)
 
 
 def plan_matrices(model: PreTrainedModel, recipe: Any) -> tuple[Plan, dict[str, Matrix]]:

@@ -9,14 +9,16 @@ import dataclasses
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tensorfold.anatomy import Targets
 from tensorfold.errors import InputError
 from tensorfold.methods import METHODS, LowRank, Method
 from tensorfold.strict import check_keys, nearest, strict
+
+if TYPE_CHECKING:
+    from tensorfold.anatomy import Targets
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,9 @@ def module_table(
     console = Console(width=160, no_color=True, highlight=False)
     with console.capture() as capture:
         console.print(table)
-    total = f"{before:,} → {after:,} parameters ({after / before:.1%} of the model, {kept:.1%} of the targeted matrices)"
+    total = (
+        f"{before:,} → {after:,} parameters ({after / before:.1%} of the model, {kept:.1%} of the targeted matrices)"
+    )
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n" + total
 
 

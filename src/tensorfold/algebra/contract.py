@@ -37,8 +37,7 @@ def cheapest_order(spec: Spec) -> Order:
     after = [math.prod(n[k:]) for k in range(sites + 1)]
 
     best = {
-        (k, k + 1): Order(k, "", before[k] * bonds[k] * m[k] * n[k] * bonds[k + 1] * after[k + 1])
-        for k in range(sites)
+        (k, k + 1): Order(k, "", before[k] * bonds[k] * m[k] * n[k] * bonds[k + 1] * after[k + 1]) for k in range(sites)
     }
     for width in range(2, sites + 1):
         for a in range(sites - width + 1):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tensorfold.algebra.als import weighted_als
 from tensorfold.algebra.spec import Spec
-from tensorfold.algebra.ttsvd import balance, check_weight, left_basis, tt_svd
+from tensorfold.algebra.ttsvd import balance, check_weight, leading_eigenvectors, left_basis, tt_svd
 from tensorfold.errors import SpecError
 
 
@@ -52,10 +52,13 @@ def whitened_low_rank(weight: Tensor, metric: Tensor, spec: Spec) -> list[Tensor
     For a tall W the same subspace comes from the smaller matrix ``C^½ Wᵀ W C^½``.
     """
     result = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-    w = weight.double()
-    values, vectors = torch.linalg.eigh(metric.double())
-    root = vectors * values.clamp_min(0).sqrt()  # C = root @ root.T
-    basis = left_basis(w @ root, spec.ranks[0])  # (out, r)
+    w, c = weight.double(), metric.double()
+    rank = spec.ranks[0]
+    if w.shape[0] <= w.shape[1]:
+        basis = leading_eigenvectors(w @ c @ w.T, rank)  # (out, r)
+    else:
+        values, vectors = torch.linalg.eigh(c)
+        basis = left_basis(w @ (vectors * values.clamp_min(0).sqrt()), rank)
     return [core.to(result) for core in balance([basis[None, :, None, :], (basis.T @ w)[:, None, :, None]])]
 
 

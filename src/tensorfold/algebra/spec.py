@@ -219,7 +219,8 @@ class Spec:
         known = {"out_modes", "in_modes", "ranks", "out_features", "in_features", "scalars"}
         if not isinstance(data, dict) or not {"out_modes", "in_modes", "ranks"} <= data.keys() <= known:
             raise SpecError(f"Spec: got {data!r}; needed out_modes, in_modes, ranks and at most {sorted(known)}.")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
     def __str__(self) -> str:
         if self.is_low_rank:

@@ -90,7 +90,7 @@ def gram(matrix: Tensor) -> Tensor:
 def left_basis(matrix: Tensor, rank: int) -> Tensor:
     """Orthonormal basis of the ``rank`` leading left singular vectors of ``matrix``; shape (rows, rank).
 
-    Eigenvectors of the smaller Gram matrix; signs fixed so that the largest entry of each vector is positive.
+    Eigenvectors of the smaller Gram matrix, completed by QR where they are those of the other side.
     """
     rows, columns = matrix.shape
     if rows <= columns:
@@ -98,13 +98,18 @@ def left_basis(matrix: Tensor, rank: int) -> Tensor:
     else:
         right = leading_eigenvectors(gram(matrix.T), rank).to(matrix.dtype)
         basis = torch.linalg.qr(matrix @ right).Q
-    peak = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-    return basis * torch.where(peak < 0, -1.0, 1.0).to(basis.dtype)
+    return _fix_signs(basis)
 
 
 def leading_eigenvectors(symmetric: Tensor, count: int) -> Tensor:
-    """Eigenvectors of the ``count`` largest eigenvalues, largest first; shape (n, count)."""
-    return torch.linalg.eigh(symmetric).eigenvectors[:, -count:].flip(-1)
+    """Eigenvectors of the ``count`` largest eigenvalues, largest first, signs fixed; shape (n, count)."""
+    return _fix_signs(torch.linalg.eigh(symmetric).eigenvectors[:, -count:].flip(-1))
+
+
+def _fix_signs(vectors: Tensor) -> Tensor:
+    """Columns turned so that the largest entry of each is positive, whatever sign the eigensolver chose."""
+    peak = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * torch.where(peak < 0, -1.0, 1.0).to(vectors.dtype)
 
 
 def balance(cores: Sequence[Tensor]) -> list[Tensor]:

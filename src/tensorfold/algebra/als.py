@@ -1,0 +1,332 @@
+"""Weighted alternating least squares: cores that fit a matrix in the metric of its inputs.
+
+Minimises ``‖(W − Ŵ) C^½‖_F`` with C the second moment of the inputs, which is the layer's output error. With all cores
+but one fixed the objective is quadratic in that one, and because C acts on the inputs alone every output index ``i_k``
+of the core has the same normal matrix. With ``L`` the cores to its left merged and ``R`` those to its right,
+
+    H[(r j s), (r' j' s')] = Σ C[(j< j j>), (j<' j' j>')] · ΣL[i<,j<,r] L[i<,j<',r'] · ΣR[s,i>,j>] R[s',i>,j>']
+
+and the right-hand side is ``W C`` contracted with L and R. Sources: Holtz, Rohwedder & Schneider, "The Alternating
+Linear Scheme for Tensor Optimization in the Tensor Train Format" (2012); for sums of Kronecker products, ProcrustesGPT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.ttsvd import balance, check_weight
+from tensorfold.errors import SpecError
+
+# Up to this many unknowns an output index a normal matrix is formed (32 MB in fp64) and factored; beyond it conjugate
+# gradients apply it through the dense matrix, at about out·in² multiply–adds an iteration.
+DIRECT_UNKNOWNS = 2048
+_CG_ITERATIONS = 20
+_PATIENCE = 3  # sweeps: a start often rests on a plateau for one or two
+_INDEFINITE = "metric is not positive semidefinite; needed a second moment, the mean of x xᵀ over the inputs x."
+_CHUNK = 2**24  # elements of an intermediate of the normal matrix
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Fitted cores, and the relative error ``‖(W − Ŵ) C^½‖ / ‖W C^½‖`` at the start and after every sweep."""
+
+    cores: list[Tensor]
+    errors: tuple[float, ...]
+
+    @property
+    def error(self) -> float:
+        return self.errors[-1]
+
+
+def weighted_als(
+    weight: Tensor,
+    spec: Spec,
+    cores: Sequence[Tensor],
+    metric: Tensor | None = None,
+    *,
+    sweeps: int = 20,
+    tolerance: float = 1e-4,
+) -> Fit:
+    """Improve ``cores`` by alternating least squares in the metric C; the error never rises.
+
+    A sweep goes through the chain and back, solving for one core at a time in fp64 with the others orthogonalised. It
+    is followed by a leap along its own step where that lowers the error further (line search extrapolation, Bro 1998).
+    Three sweeps that together gain less than ``tolerance`` of the error end the search. Nothing is random. Bond scalars
+    are the caller's: the cores absorb them.
+
+    Args:
+        weight: W, shape (out_features, in_features), any floating dtype.
+        cores: Where to start, shapes ``spec.core_shapes``; ALS finds a local optimum, so the start matters.
+        metric: C, shape (in_features, in_features), symmetric positive semidefinite, may be singular; None is the
+            identity. Padded columns cost nothing.
+        sweeps: At most so many.
+
+    Returns:
+        Cores with the norm spread evenly over the bonds, fp32 or ``weight``'s dtype if that is fp64, and the errors.
+
+    Raises:
+        SpecError: A shape does not fit the spec, an input holds NaN or infinity, or the metric is not positive
+            semidefinite.
+    """
+    w = check_weight(weight, spec).double()
+    c = None if metric is None else _check_metric(metric, spec).to(w)
+    chain = [core.to(w) for core in _check_cores(cores, spec)]
+    target = w if c is None else w @ c
+    padding = math.prod(spec.in_modes) - spec.in_features
+    padded_metric = None if c is None else F.pad(c, (0, padding, 0, padding))
+    norm = _norm(w, c) or 1.0
+
+    def error(chain: list[Tensor]) -> float:
+        return _norm(w - to_dense(chain, spec), c) / norm
+
+    chain = _right_orthogonal(chain)
+    errors = [error(chain)]
+    stride = 1.0
+    for _ in range(sweeps):
+        if errors[-1] == 0.0:
+            break
+        swept = _sweep(chain, _padded_target(target, chain, spec, padded_metric), padded_metric)
+        after = error(swept)
+        leap = _right_orthogonal([new + stride * (new - old) for new, old in zip(swept, chain, strict=True)])
+        beyond = error(leap)
+        stride = 2 * stride if beyond < after else stride / 2
+        if beyond < after:
+            swept, after = leap, beyond
+        if not after < errors[-1]:  # down to rounding
+            break
+        chain = swept
+        errors.append(after)
+        if len(errors) > _PATIENCE and after > (1 - tolerance) * errors[-1 - _PATIENCE]:
+            break
+    result = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return Fit([core.to(result).contiguous() for core in balance(chain)], tuple(errors))
+
+
+def _padded_target(target: Tensor, chain: list[Tensor], spec: Spec, metric: Tensor | None) -> Tensor:
+    """``target``, W C, with what the chain gives now where padding is: rows nobody reads then cost nothing.
+
+    Filling in the current values bounds the true error from above and touches it here, so a sweep that lowers the one
+    lowers the other (majorisation, as in expectation–maximisation for missing data).
+    """
+    if target.shape == (math.prod(spec.out_modes), math.prod(spec.in_modes)):
+        return target
+    current = _merge(chain, target)[0, :, :, 0]
+    padded = current.clone() if metric is None else current @ metric
+    padded[: spec.out_features, : spec.in_features] = target
+    return padded
+
+
+def _sweep(cores: list[Tensor], target: Tensor, metric: Tensor | None) -> list[Tensor]:
+    """Solve for every core on the way right and again on the way left, the two end cores once each."""
+    chain = list(cores)
+    last = len(chain) - 1
+    for k in range(last):
+        chain[k] = _solve(chain, k, target, metric)
+        _orthogonalise(chain, k, +1)
+    for k in range(last, 0, -1):
+        chain[k] = _solve(chain, k, target, metric)
+        _orthogonalise(chain, k, -1)
+    if last == 0:
+        chain[0] = _solve(chain, 0, target, metric)
+    return chain
+
+
+def _right_orthogonal(cores: list[Tensor]) -> list[Tensor]:
+    """The same operator with every core but the first an isometry from its left bond."""
+    chain = list(cores)
+    for k in range(len(chain) - 1, 0, -1):
+        _orthogonalise(chain, k, -1)
+    return chain
+
+
+def _orthogonalise(chain: list[Tensor], k: int, step: int) -> None:
+    """Make core k an isometry towards its neighbour ``k + step`` and hand the rest to that neighbour, in place.
+
+    By the polar decomposition: unlike QR it leaves an isometry as it is, so that the cores of successive sweeps can
+    be subtracted.
+    """
+    r, m, n, s = chain[k].shape
+    if step > 0:
+        isometry, rest = _polar(chain[k].reshape(r * m * n, s))
+        chain[k] = isometry.reshape(r, m, n, s)
+        chain[k + 1] = torch.einsum("st,tmnu->smnu", rest, chain[k + 1])
+    else:
+        isometry, rest = _polar(chain[k].reshape(r, m * n * s).T)
+        chain[k] = isometry.T.reshape(r, m, n, s)
+        chain[k - 1] = torch.einsum("tmnr,rs->tmns", chain[k - 1], rest)
+
+
+def _polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``matrix = isometry @ rest``, ``rest`` symmetric positive semidefinite; for at least as many rows as columns."""
+    q, r = torch.linalg.qr(matrix)
+    u, values, vh = torch.linalg.svd(r)
+    return q @ (u @ vh), (vh.T * values) @ vh
+
+
+def _solve(chain: list[Tensor], k: int, target: Tensor, metric: Tensor | None) -> Tensor:
+    """The core k that minimises the error while the others, isometries by now, stay as they are."""
+    core = chain[k]
+    r, m, n, s = core.shape
+    left = _merge(chain[:k], core)[0]  # (I<, J<, r)
+    right = _merge(chain[k + 1 :], core)[..., 0]  # (s, I>, J>)
+    wanted = _project(target, left, right, m, n)
+    if metric is None:
+        return wanted  # the normal matrix is the identity
+    if max(r * n * s, n * min(r * right.shape[2], left.shape[1] * s)) > DIRECT_UNKNOWNS:
+        return _conjugate_gradients(core, wanted, left, right, metric)
+    normal = _normal_matrix(left, right, metric, n)
+    start = core.transpose(0, 1).reshape(m, -1)
+    residual = wanted.transpose(0, 1).reshape(m, -1) - start @ normal
+    return (start + _proximal_step(normal, residual)).reshape(m, r, n, s).transpose(0, 1)
+
+
+def _merge(cores: list[Tensor], like: Tensor) -> Tensor:
+    """Neighbouring cores as one, shape (r, I, J, s); a single one where there are none."""
+    merged = cores[0] if cores else like.new_ones(1, 1, 1, 1)
+    for core in cores[1:]:
+        r, i, j, _ = merged.shape
+        _, m, n, s = core.shape
+        merged = torch.einsum("rijt,tmns->rimjns", merged, core).reshape(r, i * m, j * n, s)
+    return merged
+
+
+def _project(matrix: Tensor, left: Tensor, right: Tensor, m: int, n: int) -> Tensor:
+    """A matrix (M, N) contracted with the merged cores around one site, shape (r, m, n, s)."""
+    (a, x, r), (s, b, y) = left.shape, right.shape
+    t = matrix.reshape(a, m, b, x, n, y)
+    if r * b * y <= s * a * x:  # the side that shrinks it more goes first
+        return torch.einsum("rmbny,sby->rmns", torch.einsum("axr,ambxny->rmbny", left, t), right)
+    return torch.einsum("axr,amxns->rmns", left, torch.einsum("ambxny,sby->amxns", t, right))
+
+
+def _expand(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The matrix (M, N) of a core between its merged neighbours; the transpose of :func:`_project`."""
+    (a, x, _), (_, b, y), (_, m, n, _) = left.shape, right.shape, core.shape
+    if a * x <= b * y:
+        out = torch.einsum("amxns,sby->ambxny", torch.einsum("axr,rmns->amxns", left, core), right)
+    else:
+        out = torch.einsum("axr,rmbny->ambxny", left, torch.einsum("rmns,sby->rmbny", core, right))
+    return out.reshape(a * m * b, x * n * y)
+
+
+def _normal_matrix(left: Tensor, right: Tensor, metric: Tensor, n: int) -> Tensor:
+    """H of the module's docstring, shape (r·n·s, r·n·s)."""
+    (_, x, r), (s, _, y) = left.shape, right.shape
+    right = right.permute(1, 2, 0)  # (I>, J>, s)
+    if r * y <= x * s:  # the side that leaves the smaller intermediate goes first
+        half = _sandwich(metric.reshape(x, n * y, x, n * y), left)
+        half = half.reshape(r * n, y, r * n, y).permute(1, 0, 3, 2)
+        full = _sandwich(half, right).reshape(s, r, n, s, r, n).permute(1, 2, 0, 4, 5, 3)
+    else:
+        half = _sandwich(metric.reshape(x * n, y, x * n, y).permute(1, 0, 3, 2), right)
+        half = half.reshape(s, x, n, s, x, n).permute(1, 2, 0, 4, 5, 3).reshape(x, n * s, x, n * s)
+        full = _sandwich(half, left)
+    return full.reshape(r * n * s, r * n * s)
+
+
+def _sandwich(c: Tensor, factor: Tensor) -> Tensor:
+    """``Σ factor[a, z, r] c[z, p, z', p'] factor[a, z', r']``, shape (r, p, r', p'), in chunks of r."""
+    a, z, r = factor.shape
+    p = c.shape[1]
+    per_index = a * p * z * p if a < r else r * z * z
+    chunks = []
+    for rows in factor.split(max(1, _CHUNK // per_index), dim=2):
+        if a < r:
+            half = torch.einsum("azr,zpZP->arpZP", rows, c)
+            chunks.append(torch.einsum("arpZP,aZR->rpRP", half, factor))
+        else:
+            gram = torch.einsum("azr,aZR->zZrR", rows, factor)
+            chunks.append(torch.einsum("zpZP,zZrR->rpRP", c, gram))
+    return torch.cat(chunks)
+
+
+def _proximal_step(normal: Tensor, residual: Tensor, smallest: int = -12) -> Tensor:
+    """``residual (H + λ D)^-1`` with D the diagonal of H and the first λ that factors, from ``10^smallest`` up.
+
+    Added to the current core it minimises the error plus a pull of weight λ towards that core, so it lowers the error
+    for every λ > 0; no λ has to be right, and a singular H only leaves alone what the error does not depend on.
+    """
+    scale = normal.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scaled = normal / scale / scale[:, None]
+    for exponent in range(smallest, 1, 2):
+        ridged = scaled.clone()
+        ridged.diagonal().add_(10.0**exponent)
+        factor, failed = torch.linalg.cholesky_ex(ridged)
+        if not failed:
+            return torch.cholesky_solve((residual / scale).T, factor).T / scale
+    raise SpecError(_INDEFINITE)
+
+
+def _conjugate_gradients(core: Tensor, wanted: Tensor, left: Tensor, right: Tensor, metric: Tensor) -> Tensor:
+    """A few preconditioned conjugate-gradient steps on the same problem from the current core; each lowers the error.
+
+    The preconditioner is the Kronecker product of H's marginals on (r, n, s): exact where the core spans all inputs.
+    """
+    _, m, n, _ = core.shape
+    inverses = _marginal_inverses(left, right, metric, n)
+
+    def normal(v: Tensor) -> Tensor:
+        return _project(_expand(v, left, right) @ metric, left, right, m, n)
+
+    residual = wanted - normal(core)
+    z = torch.einsum("rmns,rR,nN,sS->RmNS", residual, *inverses)
+    direction, slope = z, (residual * z).sum()
+    first = slope
+    for _ in range(_CG_ITERATIONS):
+        if slope <= 1e-16 * first:
+            break
+        image = normal(direction)
+        curvature = (direction * image).sum()
+        if curvature <= 0:
+            break
+        core = core + (slope / curvature) * direction
+        residual = residual - (slope / curvature) * image
+        z = torch.einsum("rmns,rR,nN,sS->RmNS", residual, *inverses)
+        before, slope = slope, (residual * z).sum()
+        direction = z + (slope / before) * direction
+    return core
+
+
+def _marginal_inverses(left: Tensor, right: Tensor, metric: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    x, y = left.shape[1], right.shape[2]
+    c = metric.reshape(x, n, y, x, n, y)
+    marginals = (
+        torch.einsum("axr,xX,aXR->rR", left, torch.einsum("xnyXny->xX", c), left),
+        torch.einsum("xnyxNy->nN", c),
+        torch.einsum("sby,yY,SbY->sS", right, torch.einsum("xnyxnY->yY", c), right),
+    )
+    eyes = (torch.eye(len(h), dtype=h.dtype, device=h.device) for h in marginals)
+    r, c_k, s = (_proximal_step(h, eye, -8) for h, eye in zip(marginals, eyes, strict=True))
+    return r, c_k, s
+
+
+def _norm(matrix: Tensor, metric: Tensor | None) -> float:
+    """``‖matrix C^½‖_F``."""
+    weighted = matrix if metric is None else matrix @ metric
+    return math.sqrt(max(0.0, float((weighted * matrix).sum())))
+
+
+def _check_metric(metric: Tensor, spec: Spec) -> Tensor:
+    if tuple(metric.shape) != (spec.in_features, spec.in_features):
+        raise SpecError(f"metric of shape {tuple(metric.shape)}; needed ({spec.in_features}, {spec.in_features}).")
+    if not torch.isfinite(metric).all():
+        raise SpecError("metric holds NaN or infinity: the calibration activations of this layer are not finite.")
+    if metric.diagonal().min() < 0:
+        raise SpecError(_INDEFINITE)
+    return metric
+
+
+def _check_cores(cores: Sequence[Tensor], spec: Spec) -> Sequence[Tensor]:
+    shapes = tuple(tuple(core.shape) for core in cores)
+    if shapes != spec.core_shapes:
+        raise SpecError(f"weighted_als: cores of shapes {shapes}; the spec needs {spec.core_shapes}.")
+    return cores

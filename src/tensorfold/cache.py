@@ -1,0 +1,252 @@
+"""Where derived files are kept, and how a directory comes to be whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tensorfold.errors import InputError, TensorfoldError
+
+try:
+    import fcntl
+except ImportError:  # Windows: stale temporaries cannot be told from live ones, so they are left alone
+    fcntl = None  # type: ignore[assignment]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISPLACED = "old-"
+
+
+def cache_directory(kind: str) -> Path:
+    """Directory for cached files of one ``kind`` (``"tokens"``, …), created when missing.
+
+    ``$TENSORFOLD_CACHE/kind``, else ``$XDG_CACHE_HOME/tensorfold/kind``, else ``~/.cache/tensorfold/kind``.
+
+    Raises:
+        InputError: The directory cannot be created.
+    """
+    if root := os.environ.get("TENSORFOLD_CACHE"):
+        base = Path(root).expanduser()
+    elif root := os.environ.get("XDG_CACHE_HOME"):
+        base = Path(root).expanduser() / "tensorfold"
+    else:
+        base = Path.home() / ".cache" / "tensorfold"
+    directory = base / kind
+    _make_parents(directory, remedy="set TENSORFOLD_CACHE to a directory that can be written")
+    return directory
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether ``error``, or what it was raised from, is a full disk or an exhausted quota.
+
+    Rust-backed writers (safetensors, tokenizers) raise exceptions of their own that carry only the system's words.
+    """
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        if isinstance(current, OSError) and current.errno in _FULL:
+            return True
+        if any(os.strerror(code) in str(current) for code in _FULL):
+            return True
+        current = current.__cause__ or current.__context__
+    return False
+
+
+@contextmanager
+def atomic_directory(
+    target: str | os.PathLike[str], *, replace: bool = False, keep_existing: bool = False
+) -> Iterator[Path]:
+    """Yield a temporary sibling of ``target`` that becomes ``target`` when the block ends without an error.
+
+    The sibling is named ``.NAME.RANDOM.partial``. An error removes it and leaves ``target`` as it was; what a killed
+    process left behind is removed by the next call for the same target. Files are flushed to disk before the rename.
+
+    Args:
+        target: Directory to write; missing parents are created, a symbolic link is followed.
+        replace: Put the new directory in the place of an existing one.
+        keep_existing: Of several processes writing the same target the first wins, and the others drop their work.
+
+    Raises:
+        InputError: ``target`` is a file, or a directory with something in it and neither option is given, or cannot
+            be created.
+        TensorfoldError: The disk is full.
+    """
+    if replace and keep_existing:
+        raise InputError("atomic_directory: replace and keep_existing exclude each other; give one of them.")
+    target = Path(target).resolve()
+    if not target.name:
+        raise InputError(f"{target} is the root directory; name a directory below it.")
+    _make_parents(target.parent, remedy="name a directory that can be created")
+    _clear_leftovers(target)
+    check_target(target, may_exist=replace or keep_existing)
+    temporary, lock = _make_temporary(target)
+    try:
+        yield temporary
+        _flush(temporary)
+        _move_into_place(temporary, target, replace, keep_existing)
+    except Exception as error:
+        if is_disk_full(error):
+            raise TensorfoldError(
+                f"The disk is full ({shutil.disk_usage(target.parent).free / 1e6:.0f} MB left at {target.parent}): "
+                f"{target} was not written. Free some space or choose another place, then run the command again."
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _make_parents(directory: Path, *, remedy: str) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if is_disk_full(error):
+            raise TensorfoldError(f"The disk is full: {directory} was not created. Free some space.") from error
+        raise InputError(f"{directory} cannot be created ({error.strerror}); {remedy}.") from error
+
+
+def _is_occupied(target: Path) -> bool:
+    return target.is_dir() and any(target.iterdir())
+
+
+def check_target(target: Path, may_exist: bool = False) -> None:
+    """Raise :class:`InputError` where :func:`atomic_directory` would: for calling it before a long computation."""
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target} is a file, and a directory is to be written there; choose another name.")
+    if _is_occupied(target) and not may_exist:
+        raise InputError(f"{target} already exists and is not empty; choose another name or remove it first.")
+
+
+def _make_temporary(target: Path) -> tuple[Path, int | None]:
+    """Create and lock a sibling; the kernel drops the lock with the process, which is how a stale one is known."""
+    while True:
+        temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+        try:
+            temporary.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            if is_disk_full(error):
+                raise TensorfoldError(f"The disk is full: {target} was not written. Free some space.") from error
+            raise InputError(
+                f"{target} cannot be written ({error.strerror}); name a directory that can be written."
+            ) from error
+        try:
+            lock = _try_lock(temporary)
+        except BlockingIOError:  # another process is clearing it away as stale
+            continue
+        if temporary.exists():
+            return temporary, lock
+        if lock is not None:
+            os.close(lock)
+
+
+def _try_lock(directory: Path) -> int | None:
+    """Lock a directory and return the descriptor; ``None`` where the directory or file system cannot be locked.
+
+    Raises:
+        BlockingIOError: Another process holds the lock.
+    """
+    if fcntl is None:
+        return None
+    descriptor = None
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if descriptor is not None:
+            os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return descriptor
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Remove what killed processes left beside ``target``; a replaced directory caught between two renames returns."""
+    for left in _siblings(target):
+        try:
+            lock = _try_lock(left)
+        except BlockingIOError:
+            continue
+        if left.name.startswith(f".{target.name}.{_DISPLACED}") and not target.exists():
+            left.rename(target)
+        elif lock is not None:
+            shutil.rmtree(left, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _siblings(target: Path) -> list[Path]:
+    # The last part has no dot, which keeps the siblings of "model.v2" out of those of "model".
+    ours = re.compile(rf"\.{re.escape(target.name)}\.[^.]+\.partial")
+    return [Path(entry.path) for entry in os.scandir(target.parent) if ours.fullmatch(entry.name)]
+
+
+def _move_into_place(temporary: Path, target: Path, replace: bool, keep_existing: bool) -> None:
+    if replace and _is_occupied(target):
+        _swap(temporary, target)
+    else:
+        try:
+            if os.name == "nt" and target.is_dir() and not _is_occupied(target):
+                target.rmdir()  # POSIX renames over an empty directory, Windows does not
+            temporary.rename(target)
+        except OSError as error:
+            if not _is_occupied(target):
+                raise
+            if not keep_existing:
+                raise InputError(
+                    f"{target} was written by another process in the meantime and was left as it is; "
+                    "choose another name."
+                ) from error
+    _flush_entry(target.parent)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Replace ``target``; locked while it is set aside, so that nobody else takes it for the leftover of a kill."""
+    displaced = target.parent / f".{target.name}.{_DISPLACED}{secrets.token_hex(4)}.partial"
+    try:
+        lock = _try_lock(target)
+    except BlockingIOError as error:
+        raise TensorfoldError(
+            f"{target} is being replaced by another process and was left to it; run one command at a time."
+        ) from error
+    try:
+        target.rename(displaced)
+        try:
+            temporary.rename(target)
+        except OSError:
+            displaced.rename(target)
+            raise
+        shutil.rmtree(displaced, ignore_errors=True)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _flush(directory: Path) -> None:
+    """Write everything below ``directory`` through to the disk, so that the rename never outruns the contents."""
+    for root, _, names in os.walk(directory):
+        for name in names:
+            _flush_entry(Path(root) / name, required=True)
+        _flush_entry(Path(root))
+
+
+def _flush_entry(path: Path, required: bool = False) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # Not every file system can flush directories or special files; a failure to store data is never passed over.
+        if required and error.errno in (*_FULL, errno.EIO):
+            raise

@@ -1,0 +1,239 @@
+"""The command line. Results go to standard output, progress and messages to standard error.
+
+Heavy imports live inside the commands, so that ``--help`` and usage errors answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import tensorfold
+from tensorfold.errors import InputError, TensorfoldError
+
+if TYPE_CHECKING:
+    from tensorfold.hf.sources import Source
+    from tensorfold.recipe import Recipe
+
+app = typer.Typer(
+    name="tensorfold",
+    help="Fold the weights of transformer language models into chains of small tensors.",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+MODEL_HELP = "Hub id, local directory, .gguf file, or smollm2-135m."
+TEXT_HELP = "File, .jsonl, directory, or a named text such as wikitext-2 or python-docs."
+Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=f"{MODEL_HELP} Default: the recipe's.")]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A shipped recipe's name, or a YAML file.")]
+Keep = Annotated[
+    float | None, typer.Option("--keep", help="Fraction of the targeted parameters that stays, 0 < keep < 1.")
+]
+TargetsOption = Annotated[
+    str | None,
+    typer.Option("--targets", help="With --keep: mlp, attention, embedding, all-linear, or suffixes, comma-separated."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"tensorfold {tensorfold.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; accepted anywhere.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command()
+def plan(
+    model: Model = None,
+    recipe: RecipeOption = None,
+    keep: Keep = None,
+    targets: TargetsOption = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a recipe would do to a model. Reads its configuration, not its weights."""
+    from tensorfold.planning import plan as make_plan
+
+    chosen = _recipe(recipe, keep, targets)
+    planned = make_plan(_source(model, chosen).config(), chosen)
+    _emit(as_json, planned.to_dict(), lambda: str(planned))
+
+
+@app.command()
+def fold(
+    out: Annotated[Path, typer.Option("--out", help="Directory to write; must not exist, or be empty.")],
+    model: Model = None,
+    recipe: RecipeOption = None,
+    keep: Keep = None,
+    targets: TargetsOption = None,
+    calibrate: Annotated[
+        str | None, typer.Option("--calibrate", help=f"{TEXT_HELP} Default: the recipe's; 'none' folds data-free.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="How many tokens of it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fold a model and write the smaller one."""
+    from tensorfold.cache import check_target
+    from tensorfold.folding import fold as fold_model
+    from tensorfold.hf.loading import save
+    from tensorfold.texts import describe, load_text
+
+    check_target(out)
+    chosen = _recipe(recipe, keep, targets)
+    text = None if calibrate == "none" else calibrate or (chosen.calibrate.text if chosen.calibrate else None)
+    documents = load_text(text, split="validation") if text else None
+    source = _source(model, chosen)
+    loaded, tokenizer = source.model(), source.tokenizer()
+    report = fold_model(loaded, chosen, tokenizer, documents, calibration_tokens=tokens, progress=sys.stderr.isatty())
+    label = f"{report.calibration_tokens} tokens of {describe(text, 'validation')}" if text else None
+    result = report.to_dict()
+    card = {"base_model": source.name, "recipe": _label(recipe, keep, targets), "calibration": label, **result}
+    save(loaded, tokenizer, out, {**card, "tensorfold": tensorfold.__version__})
+    _emit(as_json, {**result, "out": str(out)}, lambda: f"{report}\nwritten to {out} in {report.seconds:.0f} s")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    text: Annotated[str, typer.Option("--text", help=TEXT_HELP)],
+    protocol: Annotated[
+        str, typer.Option("--protocol", help="hf-1024, hf-512, krony, svd-llm, lambada or disjoint-N.")
+    ] = "hf-1024",
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Use only the first this many.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity and next-token accuracy by a named protocol."""
+    from tensorfold.evaluation import evaluate as measure
+    from tensorfold.evaluation import get_protocol
+    from tensorfold.hf.sources import find_model
+    from tensorfold.texts import describe, load_text
+
+    get_protocol(protocol)
+    documents, label = load_text(text), describe(text)
+    source = find_model(model)
+    result = measure(source.model(), source.tokenizer(), documents, protocol, max_tokens=max_tokens, text_name=label)
+    _emit(as_json, result.to_dict(), lambda: str(result))
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this recipe's file.")] = None,
+    copy: Annotated[Path | None, typer.Option("--copy", help="Write it to this file, to be edited.")] = None,
+) -> None:
+    """List the shipped recipes, show one, or copy one."""
+    from tensorfold.recipe import recipe_source, shipped_recipes
+
+    if name is None:
+        if copy is not None:
+            raise InputError("recipes: --copy without a name; needed the name of a shipped recipe.")
+        for shipped in shipped_recipes():
+            headline = recipe_source(shipped).partition("\n")[0].lstrip("# ")
+            typer.echo(f"{shipped:<24} {headline}")
+        return
+    content = recipe_source(name)
+    if copy is None:
+        typer.echo(content, nl=False)
+        return
+    try:
+        with copy.open("x", encoding="utf-8") as file:
+            file.write(content)
+    except OSError as error:
+        raise InputError(f"{copy}: cannot be written: {error.strerror}; name a new file.") from None
+    typer.echo(f"written to {copy}", err=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Directory to write.")] = Path("tensorfold-demo"),
+) -> None:
+    """Fold the real SmolLM2-135M and show what it gained and what it cost."""
+    from tensorfold.demo import run_demo
+
+    run_demo(out)
+
+
+def _recipe(recipe: str | None, keep: float | None, targets: str | None) -> Recipe:
+    from tensorfold.recipe import Recipe
+
+    if (recipe is None) == (keep is None):
+        raise InputError(f"got {'both' if recipe else 'neither'} of --recipe and --keep; needed one of the two.")
+    if recipe is not None:
+        if targets is not None:
+            raise InputError("got --targets with --recipe; the recipe names its own targets. Use --keep, or edit it.")
+        return Recipe.load(recipe)
+    assert keep is not None
+    return Recipe.keep(keep, targets or "mlp")
+
+
+def _source(model: str | None, recipe: Recipe) -> Source:
+    from tensorfold.hf.sources import find_model
+
+    name = model or recipe.model
+    if name is None:
+        raise InputError("no MODEL given, and the recipe names none; needed a hub id, a directory or a .gguf file.")
+    return find_model(name)
+
+
+def _label(recipe: str | None, keep: float | None, targets: str | None) -> str:
+    return recipe if recipe is not None else f"--keep {keep} --targets {targets or 'mlp'}"
+
+
+def _emit(as_json: bool, data: dict[str, Any], text: Callable[[], str]) -> None:
+    typer.echo(json.dumps(data) if as_json else text())
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Entry point: exit status 0 done, 1 failed, 2 bad usage or bad input, and one clear line instead of a traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    _quieten()
+    try:
+        status = app([argument for argument in given if argument != "--debug"], standalone_mode=False)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"tensorfold: {' '.join(_explain(error).split())}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, InputError) or _is_usage(error) else 1) from None
+    raise SystemExit(status or 0)
+
+
+def _is_usage(error: Exception) -> bool:
+    """Whether the argument parser raised it; typer carries its own click, so the class is not to be had by import."""
+    return hasattr(error, "format_message")
+
+
+def _explain(error: Exception) -> str:
+    if _is_usage(error):
+        context = getattr(error, "ctx", None)
+        return f"{error.format_message()} See {context.command_path if context else 'tensorfold'} --help."
+    if isinstance(error, TensorfoldError):
+        return str(error)
+    return f"unexpected {type(error).__name__}: {error}; run again with --debug and report what it prints"
+
+
+def _quieten() -> None:
+    """Keep the libraries' own progress bars and notices out of the way."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.captureWarnings(True)
+
+
+if __name__ == "__main__":
+    run()

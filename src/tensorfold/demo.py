@@ -1,0 +1,94 @@
+"""The demo: fold the real SmolLM2-135M and show what it gained and what it cost."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+import tensorfold
+from tensorfold.evaluation import Evaluation, evaluate
+from tensorfold.folding import fold
+from tensorfold.hf.loading import load, save
+from tensorfold.hf.sources import find_model
+from tensorfold.planning import plan
+from tensorfold.recipe import Recipe
+from tensorfold.texts import describe, load_text
+
+PROMPT = "The most important thing about a good tool is"
+MAX_TOKENS = 16_384
+
+
+def run_demo(out: Path) -> None:
+    """Fold ``smollm2-135m`` by the recipe ``demo``, print sizes, perplexity and a sentence, and write ``out``."""
+    console = Console()
+    started = time.monotonic()
+    recipe = Recipe.load("demo")
+    assert recipe.model is not None and recipe.calibrate is not None and recipe.eval is not None
+    console.print(f"Reading {recipe.model} (converted from its GGUF file at the first run) …")
+    source = find_model(recipe.model)
+    tokenizer = source.tokenizer()
+    model = source.model()
+    console.print(str(plan(model, recipe)), highlight=False)
+
+    test, label = load_text(recipe.eval.text), describe(recipe.eval.text)
+
+    def measure(candidate: PreTrainedModel) -> Evaluation:
+        return evaluate(candidate, tokenizer, test, recipe.eval.protocol, max_tokens=MAX_TOKENS, text_name=label)
+
+    console.print(f"Measuring the dense model on {label} …")
+    before, sentence_before = measure(model), _sentence(model, tokenizer)
+    console.print(f"Folding, calibrated on {recipe.calibrate.tokens:,} tokens of {recipe.calibrate.text} …")
+    calibration = load_text(recipe.calibrate.text, split="calibration")
+    report = fold(model, recipe, tokenizer, calibration, progress=sys.stderr.isatty())
+    card = {
+        "base_model": source.name,
+        "recipe": recipe.name,
+        "calibration": f"{report.calibration_tokens} tokens of {describe(recipe.calibrate.text, 'calibration')}",
+        **report.to_dict(),
+        "tensorfold": tensorfold.__version__,
+    }
+    save(model, tokenizer, out, card, replace=(out / "tensorfold.json").is_file())
+    console.print("Measuring the folded model, as loaded from its directory …")
+    folded = load(out)
+    after, sentence_after = measure(folded), _sentence(folded, tokenizer)
+
+    table = Table(box=None)
+    for heading in ("", "dense", "folded", "ratio"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    megabytes = [count * 4 / 1e6 for count in (before.parameters, after.parameters)]
+    rows: list[tuple[str, float, float, str]] = [
+        ("parameters", before.parameters, after.parameters, ",.0f"),
+        ("MB in fp32", *megabytes, ".0f"),
+        (
+            f"perplexity ({before.protocol}, {before.text}, {before.tokens:,} tokens)",
+            before.perplexity,
+            after.perplexity,
+            ".2f",
+        ),
+        ("next-token accuracy", before.accuracy, after.accuracy, ".1%"),
+    ]
+    for name, dense, small, form in rows:
+        table.add_row(name, format(dense, form), format(small, form), f"{small / dense:.2f}×")
+    console.print(table)
+    console.print(f"dense:  {sentence_before}", highlight=False)
+    console.print(f"folded: {sentence_after}", highlight=False)
+    console.print(
+        f"\n{time.monotonic() - started:.0f} s. The folded model is in {out}:\n"
+        f"  import tensorfold; model = tensorfold.load({str(out)!r})",
+        highlight=False,
+    )
+
+
+def _sentence(model: PreTrainedModel, tokenizer: Any) -> str:
+    """One greedily generated sentence after the fixed prompt."""
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    text = tokenizer.decode(ids[0], skip_special_tokens=True).replace("\n", " ")
+    end = text.find(". ", len(PROMPT))
+    return text if end < 0 else text[: end + 1]

@@ -1,0 +1,337 @@
+"""Training text: streamed, tokenised once into a memory-mapped file, cut into blocks.
+
+The cached file is one flat stream of token ids, ``document eos document eos …``; block ``i`` of size ``b`` is
+``stream[i*b : (i+1)*b]``, so one cache serves every block size. Nothing larger than a few megabytes of text or tokens
+is ever held in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from torch.utils.data import Dataset
+
+from tensorfold.cache import atomic_directory, cache_directory
+from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.healing.documents import Files, Hub, Source, Text, find_texts, iter_pieces
+from tensorfold.healing.encode import Encoder, encode_all, tokenizer_fingerprint
+
+_FORMAT = 1
+_TOKENS, _SIDECAR = "tokens.bin", "cache.json"
+_SAMPLE = 1 << 20  # bytes
+
+logger = logging.getLogger(__name__)
+
+
+class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
+    """Consecutive blocks of a cached token stream, as items ``{"input_ids": (block_size,), "labels": (block_size,)}``.
+
+    Both are int64 and equal: causal language models of transformers shift the labels themselves. The file is mapped
+    anew in every process the data set is sent to, so ``DataLoader`` workers get a path, not the tokens.
+    """
+
+    def __init__(self, path: Path, dtype: str, block_size: int, first: int, length: int) -> None:
+        self.path, self.dtype, self.block_size = path, dtype, block_size
+        self.first, self.length = first, length
+        self._stream: np.memmap | None = None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not -self.length <= index < self.length:
+            raise IndexError(f"block {index} of {self.length}")
+        if self._stream is None:
+            self._stream = np.memmap(self.path, dtype=self.dtype, mode="r")
+        start = (self.first + index % self.length) * self.block_size
+        block = torch.from_numpy(self._stream[start : start + self.block_size].astype(np.int64))  # (block_size,)
+        return {"input_ids": block, "labels": block.clone()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stream": None}
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """A tokenised text on disk, seen as blocks for training and validation.
+
+    Args:
+        path: Directory with ``tokens.bin`` and its sidecar ``cache.json``.
+        key: Identity of text and tokenizer; equal keys mean equal tokens.
+        label: The text's name, for logs and reports.
+        tokens: Length of the whole stream.
+        dtype: ``uint16``, or ``uint32`` for vocabularies that need it.
+        block_size: Tokens a block.
+        validation_fraction: Share of the blocks, from the end, that is kept from training; at least one block when
+            there are two. 0 keeps none.
+
+    Raises:
+        InputError: The text is too short for one block, or a number is out of range.
+    """
+
+    path: Path
+    key: str
+    label: str
+    tokens: int
+    dtype: str
+    block_size: int
+    validation_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_blocks(self.block_size, self.validation_fraction)
+        if self.tokens < self.block_size:
+            raise InputError(
+                f"text {self.label!r} has {self.tokens} tokens, and one block needs {self.block_size}; "
+                f"give more text, or a block size of at most {self.tokens}"
+            )
+
+    @property
+    def blocks(self) -> int:
+        """Whole blocks in the stream; the rest, shorter than one block, is left out."""
+        return self.tokens // self.block_size
+
+    @property
+    def train(self) -> TokenBlocks:
+        """Every block but the last ones."""
+        return self._view(0, self.blocks - self._validation_blocks)
+
+    @property
+    def validation(self) -> TokenBlocks:
+        """The last ``validation_fraction`` of the blocks."""
+        return self._view(self.blocks - self._validation_blocks, self._validation_blocks)
+
+    @property
+    def _validation_blocks(self) -> int:
+        if not self.validation_fraction or self.blocks < 2:
+            return 0
+        return max(1, int(self.blocks * self.validation_fraction))
+
+    def _view(self, first: int, length: int) -> TokenBlocks:
+        return TokenBlocks(self.path / _TOKENS, self.dtype, self.block_size, first, length)
+
+    @classmethod
+    def build(
+        cls,
+        source: Source,
+        tokenizer: Any,
+        block_size: int,
+        *,
+        split: str = "train",
+        cache_dir: str | os.PathLike[str] | None = None,
+        validation_fraction: float = 0.01,
+        workers: int = 1,
+        max_tokens: int | None = None,
+        expect_key: str | None = None,
+    ) -> Self:
+        """Tokenise a text once, or find the tokens of an earlier call with the same text and tokenizer.
+
+        With several ranks call it under ``accelerator.main_process_first()``. Ranks that build at the same time all
+        do the work, and the first result stays.
+
+        Args:
+            source: A text as :func:`tensorfold.texts.load_text` takes it, or several, one after the other.
+            tokenizer: A transformers tokenizer. Documents end with its EOS; without one, with a blank line.
+            block_size: Tokens a block; not part of the cache's identity.
+            split: Split of a named text.
+            cache_dir: Where caches are kept; ``cache_directory("tokens")`` by default.
+            workers: Processes that tokenise. The tokens do not depend on their number.
+            max_tokens: Stop after this many tokens, for texts too large to store.
+            expect_key: Key that a resumed run was started with.
+
+        Raises:
+            InputError: No such text, one too short for a block, or ``expect_key`` is not the key of this text.
+            TensorfoldError: The disk is full, a file changed while it was read, or a worker died.
+        """
+        _check_blocks(block_size, validation_fraction)
+        if workers < 1 or (max_tokens is not None and max_tokens < 1):
+            raise InputError(f"got workers={workers} and max_tokens={max_tokens}; both must be at least 1")
+        texts = find_texts(source, split)
+        directory = cache_directory("tokens") if cache_dir is None else Path(cache_dir)
+        identity: dict[str, Any] = {
+            "format": _FORMAT,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "max_tokens": max_tokens,
+            "texts": [text.identity() for text in texts],
+        }
+        if any(isinstance(text, Hub) and text.revision is None for text in texts):
+            identity = _latest_known(directory, identity) or identity
+        key, label = _key(identity), _label(texts)
+        _check_key(key, expect_key, label)
+        path = directory / key
+        damaged = False
+        if path.exists():
+            try:
+                sidecar = _checked_sidecar(path)
+            except InputError as error:
+                logger.warning("%s; building it again now", error)
+                damaged = True
+        if damaged or not path.exists():
+            _store(path, texts, Encoder.of(tokenizer), identity, workers, replace=damaged)
+            sidecar = _checked_sidecar(path)
+        return cls._of(path, sidecar | {"label": label}, block_size, validation_fraction)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        expect_key: str | None = None,
+        block_size: int = 1024,
+        validation_fraction: float = 0.01,
+    ) -> Self:
+        """Open the cache in directory ``path``, checking it against its sidecar.
+
+        Args:
+            expect_key: Key that a resumed run was started with.
+
+        Raises:
+            InputError: No cache there, a damaged one, or one of another key.
+        """
+        sidecar = _checked_sidecar(Path(path))
+        _check_key(sidecar["key"], expect_key, sidecar["label"])
+        return cls._of(Path(path), sidecar, block_size, validation_fraction)
+
+    @classmethod
+    def _of(cls, path: Path, sidecar: dict[str, Any], block_size: int, validation_fraction: float) -> Self:
+        key, label, tokens, dtype = (sidecar[name] for name in ("key", "label", "tokens", "dtype"))
+        return cls(path, key, label, tokens, dtype, block_size, validation_fraction)
+
+
+def _checked_sidecar(path: Path) -> dict[str, Any]:
+    try:
+        sidecar = json.loads((path / _SIDECAR).read_text(encoding="utf-8"))
+        size = sidecar["tokens"] * np.dtype(sidecar["dtype"]).itemsize
+        found = (path / _TOKENS).stat().st_size
+        if found != size:
+            raise ValueError(f"{_TOKENS} has {found} bytes instead of {size}")
+        if _sample_digest(path / _TOKENS) != sidecar["sample_sha256"]:
+            raise ValueError(f"the checksum of {_TOKENS} differs")
+        return {name: sidecar[name] for name in ("key", "label", "tokens", "dtype")}
+    except OSError as error:
+        raise InputError(
+            f"{path} is no token cache: {error.filename}: {error.strerror}; build it again from its text"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"token cache {path} is damaged ({error}); delete it and build it again from its text"
+        ) from error
+
+
+def _store(
+    path: Path, texts: list[Text], encoder: Encoder, identity: dict[str, Any], workers: int, *, replace: bool
+) -> None:
+    with atomic_directory(path, replace=replace, keep_existing=not replace) as temporary:
+        tokens = _write(temporary / _TOKENS, texts, encoder, workers, identity["max_tokens"])
+        if any(text.changed() for text in texts):
+            raise TensorfoldError(f"text {_label(texts)!r} changed while it was tokenised; run the command again")
+        sidecar = {
+            "key": _key(identity),
+            "label": _label(texts),
+            "tokens": tokens,
+            "dtype": encoder.dtype,
+            "sample_sha256": _sample_digest(temporary / _TOKENS),
+            "files": [
+                {"path": str(file), "bytes": file.stat().st_size}
+                for text in texts
+                if isinstance(text, Files)
+                for file in text.paths
+            ],
+            "identity": identity,
+        }
+        (temporary / _SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
+
+
+def _write(path: Path, texts: list[Text], encoder: Encoder, workers: int, max_tokens: int | None) -> int:
+    """Tokenise everything into ``path`` and return the number of tokens."""
+    tokens = 0
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("tokenising {task.description}: {task.completed:,.0f} tokens", markup=False),
+        TimeElapsedColumn(),
+    )
+    pieces = (piece for text in texts for piece in iter_pieces(text))
+    with (
+        path.open("wb") as file,
+        closing(encode_all(pieces, encoder, workers)) as arrays,
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
+        task = progress.add_task(_label(texts), total=None)
+        for array in arrays:
+            if max_tokens is not None:
+                array = array[: max_tokens - tokens]
+            file.write(array.data)
+            tokens += len(array)
+            progress.update(task, completed=tokens)
+            if tokens == max_tokens:
+                break
+    if not tokens:
+        raise InputError(f"text {_label(texts)!r} is empty; give another text")
+    return tokens
+
+
+def _key(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _label(texts: list[Text]) -> str:
+    return " + ".join(text.label for text in texts)
+
+
+def _latest_known(directory: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Identity of the newest cache of the same hub data set, whatever its revision: what can be had without network."""
+    known = []
+    for sidecar in directory.glob(f"*/{_SIDECAR}"):
+        try:
+            found = json.loads(sidecar.read_text(encoding="utf-8"))["identity"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if _without_revisions(found) == _without_revisions(identity):
+            known.append((sidecar.stat().st_mtime_ns, found))
+    return max(known, key=lambda entry: entry[0])[1] if known else None
+
+
+def _without_revisions(identity: dict[str, Any]) -> dict[str, Any]:
+    texts = [text | {"revision": None} if isinstance(text, dict) else text for text in identity.get("texts", ())]
+    return identity | {"texts": texts}
+
+
+def _sample_digest(path: Path) -> str:
+    """Hash of length, first and last megabyte.
+
+    A rename puts the whole file in place, so a kill leaves no half of one. What is left to guard against, truncation
+    and another file in its place, shows here at once, where hashing 18 GB of OpenWebText would take minutes at every
+    start of every rank.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_SAMPLE))
+        file.seek(max(0, size - _SAMPLE))
+        digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def _check_blocks(block_size: int, validation_fraction: float) -> None:
+    if block_size < 2:
+        raise InputError(f"got block_size={block_size}; a block needs at least 2 tokens to predict one from the other")
+    if not 0 <= validation_fraction < 1:
+        raise InputError(f"got validation_fraction={validation_fraction}; needed at least 0 and less than 1")
+
+
+def _check_key(key: str, expected: str | None, label: str) -> None:
+    if expected is not None and key != expected:
+        raise InputError(
+            f"the text or its tokenizer changed: text {label!r} now has the key {key}, and the run to resume was "
+            f"started with {expected}; bring back the older text, or start a new run in another directory"
+        )

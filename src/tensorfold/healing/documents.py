@@ -1,0 +1,286 @@
+"""Documents of a training text one after the other, whatever its size: files, directories, hub data sets.
+
+Names mean what they mean to :func:`tensorfold.texts.load_text`, and the documents are the same; only here none is held
+in memory as a whole, and a hub data set is streamed to its end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TypeAlias
+
+from tensorfold import texts
+from tensorfold.errors import InputError, TensorfoldError
+
+Source: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+_CHUNK = 1 << 16  # characters; small enough that a batch has work for every thread of a fast tokenizer
+_MARGIN = 1 << 12  # characters before the end of a chunk in which a place to cut is looked for
+
+# " word" after a word starts a token of its own in the pre-tokenisers of the GPT-2 family, so a cut here changes none.
+_CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
+
+
+class Piece(NamedTuple):
+    """A document, or a part of one that is too long to be tokenised in one go."""
+
+    text: str
+    ends_document: bool
+
+
+@dataclass(frozen=True)
+class Files:
+    """Local files in a fixed order: a ``.jsonl`` holds one document a line, any other file is one document."""
+
+    label: str
+    paths: tuple[Path, ...]
+    stamps: tuple[tuple[int, int], ...]
+
+    def identity(self) -> list[dict[str, Any]]:
+        """What the documents depend on: the files' contents and order, not their names."""
+        return [
+            {"jsonl": _is_jsonl(path), "bytes": path.stat().st_size, "sha256": _digest(path)} for path in self.paths
+        ]
+
+    @classmethod
+    def at(cls, label: str, path: Path) -> Self:
+        """A file, or every file below a directory that is not hidden."""
+        paths = _files_below(path)
+        return cls(label, paths, _stamps(paths))
+
+    def changed(self) -> bool:
+        """Whether a file was touched since this object was made, by its size and time of change."""
+        return _stamps(self.paths) != self.stamps
+
+    def documents(self) -> Iterator[Iterable[str]]:
+        """Each document as consecutive parts."""
+        for path in self.paths:
+            if _is_jsonl(path):
+                yield from ([document] for document in _jsonl_documents(path))
+            else:
+                yield _chunks(path)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A split of a data set on the Hugging Face hub, at one commit; ``None`` when the hub cannot be asked for it."""
+
+    label: str
+    dataset: texts.HubDataset
+    split: str
+    revision: str | None
+
+    def identity(self) -> dict[str, Any]:
+        """What the documents depend on."""
+        return {
+            "path": self.dataset.path,
+            "config": self.dataset.config,
+            "split": self.split,
+            "rows_are_lines": self.dataset.rows_are_lines,
+            "revision": self.revision,
+        }
+
+    def changed(self) -> bool:
+        """A commit never does."""
+        return False
+
+    def documents(self) -> Iterator[Iterable[str]]:
+        """Each document as consecutive parts."""
+        if self.dataset.rows_are_lines:
+            yield (part for number, row in enumerate(self._rows()) for part in (("\n\n", row) if number else (row,)))
+        else:
+            yield from ([row] for row in self._rows())
+
+    def _rows(self) -> Iterator[str]:
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise InputError(f"data set {self.label} needs the package datasets: pip install datasets") from error
+        try:
+            rows = load_dataset(
+                self.dataset.path, self.dataset.config, split=self.split, streaming=True, revision=self.revision
+            )
+            for row in rows:
+                yield row["text"]
+        # The hub fails with exceptions of half a dozen libraries, and all of them mean the same to the user.
+        except Exception as error:
+            raise TensorfoldError(
+                f"data set {self.label} could not be read to its end: {type(error).__name__}: {error}; needed a "
+                f"network that reaches the Hugging Face hub; run the command again, or give files"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A text that comes with Python itself and is small."""
+
+    label: str
+    held: tuple[str, ...]
+
+    def identity(self) -> str:
+        """What the documents depend on."""
+        return hashlib.sha256(json.dumps(self.held).encode()).hexdigest()
+
+    def changed(self) -> bool:
+        """It never does."""
+        return False
+
+    def documents(self) -> Iterator[Iterable[str]]:
+        """Each document as consecutive parts."""
+        return ([document] for document in self.held)
+
+
+Text: TypeAlias = Files | Hub | Memory
+
+
+def find_texts(source: Source, split: str) -> list[Text]:
+    """The texts a source names, in order.
+
+    Raises:
+        InputError: No source, or one that names no text.
+    """
+    sources = [source] if isinstance(source, str | os.PathLike) else list(source)
+    if not sources:
+        raise InputError("got an empty list of texts; give at least one file, directory or data set")
+    return [_find_text(os.fspath(each), split) for each in sources]
+
+
+def iter_documents(source: Source, split: str = "train") -> Iterator[str]:
+    """Documents of a text, verbatim and in a fixed order, one in memory at a time.
+
+    Raises:
+        InputError: No such text, not UTF-8, or not JSON.
+        TensorfoldError: The hub stopped answering.
+    """
+    for text in find_texts(source, split):
+        yield from filter(str.strip, map("".join, text.documents()))
+
+
+def iter_pieces(text: Text) -> Iterator[Piece]:
+    """The same documents cut where a tokenizer cuts anyway, into pieces of about 65 thousand characters.
+
+    Blank documents are left out. Tokenizers without a pre-tokeniser of the GPT-2 kind, such as SentencePiece, may give
+    another token at a cut: about one in 16 thousand.
+    """
+    for document in text.documents():
+        rest, started = "", False
+        for part in document:
+            for start in range(0, len(part), _CHUNK):
+                rest += part[start : start + _CHUNK]
+                while len(rest) > _CHUNK + _MARGIN:
+                    cut = _cut_before(rest, _CHUNK)
+                    yield Piece(rest[:cut], False)
+                    rest, started = rest[cut:], True
+        if started or rest.strip():
+            yield Piece(rest, True)
+
+
+def _cut_before(text: str, end: int) -> int:
+    cut = end
+    for match in _CUT.finditer(text, end - _MARGIN, end + 2):
+        cut = match.start()
+    return cut
+
+
+def _find_text(source: str, split: str) -> Text:
+    label = texts.describe(source, split)
+    name, split = texts._name_and_split(source, texts._CANONICAL_SPLIT[split])
+    if not os.path.exists(source) and name == texts._PYTHON_DOCS:
+        return Memory(label, tuple(texts.load_text(source, split=split)))
+    path = _local_path(source, name, split)
+    if path is not None:
+        return Files.at(label, path)
+    dataset = texts.HUB_DATASETS[name]
+    origin = f"{dataset.path}, {dataset.config}" if dataset.config else dataset.path
+    return Hub(f"{name}-{split} ({origin})", dataset, split, _revision(dataset.path))
+
+
+def _local_path(source: str, name: str, split: str) -> Path | None:
+    if os.path.exists(source):
+        return Path(source)
+    root = texts._data_directory()
+    if root is None:
+        return None
+    for stem in (*(f"{name}-{alias}" for alias in texts._SPLITS[split]), source):
+        if path := texts._text_file(root, stem):
+            return path
+    return root / source if (root / source).is_dir() else None
+
+
+def _files_below(path: Path) -> tuple[Path, ...]:
+    if not path.is_dir():
+        return (path,)
+    inside = {file.relative_to(path).parts: file for file in path.rglob("*") if file.is_file()}
+    return tuple(inside[parts] for parts in sorted(inside) if not any(part.startswith(".") for part in parts))
+
+
+def _stamps(paths: tuple[Path, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple((status.st_size, status.st_mtime_ns) for status in map(os.stat, paths))
+
+
+def _revision(repository: str) -> str | None:
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(repository).sha
+    except Exception:  # whatever keeps the hub from answering, a cache made earlier may still serve
+        return None
+
+
+def _is_jsonl(path: Path) -> bool:
+    return path.suffix == ".jsonl"
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _chunks(path: Path) -> Iterator[str]:
+    try:
+        # newline="\n" keeps "\r\n" as it is.
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _jsonl_documents(path: Path) -> Iterator[str]:
+    try:
+        # Lines end with "\n" alone: JSON strings may hold U+2028 and its like unescaped.
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _document(line, f"{path}, line {number}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _document(line: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f'{place}: not JSON ({error}); needed an object like {{"text": "..."}}') from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        got = f"an object with the keys {sorted(row)}" if isinstance(row, dict) else f"a JSON {type(row).__name__}"
+        raise InputError(f'{place}: got {got}; needed an object with a string "text"')
+    return row["text"]
+
+
+def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> InputError:
+    if isinstance(error, OSError):
+        return InputError(f"{path} cannot be read: {error.strerror}; give a readable UTF-8 file")
+    return InputError(
+        f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason}); "
+        f"convert the file to UTF-8, or leave it out"
+    )

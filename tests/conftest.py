@@ -1,0 +1,139 @@
+"""What several test files need: an offline session, and tiny random models of several architectures with a tokenizer."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog while the small cat watches from the old wall.",
+    "A good tool does one thing well, says what went wrong, and leaves nothing half done behind it.",
+    "Rain fell on the river all night, and by the morning every boat in the harbour was full of water.",
+    "She counted the stones twice, wrote both numbers down, and asked her brother to count them again.",
+)
+
+
+def pytest_configure() -> None:
+    """Fail at once where the data directory is named but absent: the tests that read it would skip in silence."""
+    value = os.environ.get("TENSORFOLD_DATA")
+    if value is not None and not (value and os.path.isdir(value) and os.listdir(value)):
+        raise pytest.UsageError(
+            f"TENSORFOLD_DATA={value!r} is not a directory with files in it; correct the variable, or unset it."
+        )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session(tmp_path_factory):
+    """A cache of the session's own, and one thread, so that results do not depend on the machine."""
+    import torch
+
+    torch.set_num_threads(1)
+    previous = os.environ.get("TENSORFOLD_CACHE")
+    os.environ["TENSORFOLD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ["TENSORFOLD_CACHE"]
+    if previous is not None:
+        os.environ["TENSORFOLD_CACHE"] = previous
+
+
+@pytest.fixture(scope="session")
+def prose() -> str:
+    """About 2,000 words, the same in every session."""
+    return "\n".join(f"{number}. {SENTENCES[number * 7 % 4]}" for number in range(110))
+
+
+@pytest.fixture(scope="session")
+def text_file(prose, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text(prose, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(prose):
+    """Byte-level BPE with 300 tokens, trained on the prose."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([prose], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def _configs():
+    from transformers import (
+        Gemma3TextConfig,
+        GPT2Config,
+        GPTNeoXConfig,
+        LlamaConfig,
+        MistralConfig,
+        OPTConfig,
+        PhiConfig,
+        Qwen2Config,
+    )
+
+    tokens = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    common = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+    common.update(tokens)
+    gated = {**common, "intermediate_size": 48, "num_key_value_heads": 2}
+    return {
+        "gpt2": lambda: GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **tokens),
+        "llama": lambda: LlamaConfig(**gated),
+        "qwen2": lambda: Qwen2Config(**gated),
+        "opt": lambda: OPTConfig(ffn_dim=48, word_embed_proj_dim=32, **common),
+        "gpt_neox": lambda: GPTNeoXConfig(intermediate_size=48, **common),
+        "gemma3": lambda: Gemma3TextConfig(head_dim=8, **gated),
+        "phi": lambda: PhiConfig(intermediate_size=48, **common),
+        "mistral": lambda: MistralConfig(**gated),
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable:
+    """``tiny(architecture, tied=True, **settings)``: a freshly made random model, equal for equal arguments."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def make(architecture: str, *, tied: bool = True, **settings):
+        config = _configs()[architecture]()
+        config.tie_word_embeddings = tied
+        for key, value in settings.items():
+            assert hasattr(config, key)
+            setattr(config, key, value)
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def dense_directory(tiny, tokenizer, tmp_path_factory) -> Path:
+    """A tiny tied Llama with its tokenizer, as ``save_pretrained`` writes them. Not to be changed."""
+    path = tmp_path_factory.mktemp("models") / "dense"
+    tiny("llama").save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def folded_directory(tiny, tokenizer, tmp_path_factory) -> Path:
+    """The same Llama with MLP and embedding folded. Not to be changed."""
+    import tensorfold
+    from tensorfold.hf.loading import save
+
+    model = tiny("llama")
+    half = tensorfold.LowRank(keep=0.5)
+    report = tensorfold.fold(model, tensorfold.Recipe((tensorfold.Rule(["mlp", "embedding"], half),)))
+    path = tmp_path_factory.mktemp("models") / "folded"
+    save(model, tokenizer, path, {"base_model": "dense", **report.to_dict()})
+    return path
