@@ -1,13 +1,19 @@
-"""What several test files need: an offline session, and tiny random models of several architectures with a tokenizer."""
+"""What several test files need: an offline session, tiny random models of several architectures, a tokenizer."""
 
+import json
+import logging
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+# The command line sets it too, but here transformers is imported before the command line runs.
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog while the small cat watches from the old wall.",
@@ -137,3 +143,90 @@ def folded_directory(tiny, tokenizer, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("models") / "folded"
     save(model, tokenizer, path, {"base_model": "dense", **report.to_dict()})
     return path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command printed and the status it ended with."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capsys) -> Callable[..., Outcome]:
+    """``command("plan", path, …)`` runs the command line in this process."""
+    from tensorfold.cli import run
+
+    def call(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as stopped:
+                run([str(argument) for argument in arguments])
+        finally:
+            logging.captureWarnings(False)
+        captured = capsys.readouterr()
+        return Outcome(int(stopped.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def refused(command) -> Callable[..., None]:
+    """``refused(*arguments, says=[…])``: exit 2, and one line on standard error that holds every word of ``says``."""
+
+    def check(*arguments: object, says: Iterable[str]) -> None:
+        outcome = command(*arguments)
+        assert outcome.status == 2, outcome.err
+        assert outcome.out == ""
+        assert outcome.err.startswith("tensorfold: ")
+        assert outcome.err.count("\n") == 1
+        for words in says:
+            assert words in outcome.err
+
+    return check
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """An empty working directory, with no data directory to find texts in."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.delenv("TENSORFOLD_DATA", raising=False)
+    return work
+
+
+@pytest.fixture
+def fold_refused(refused, workplace):
+    """``fold`` of these arguments is refused, and nothing of the output directory is there, under any name."""
+
+    def check(*arguments, says):
+        refused("fold", *arguments, "--out", "out", says=says)
+        assert os.listdir(workplace) == []
+
+    return check
+
+
+@pytest.fixture
+def edited(tmp_path, dense_directory, folded_directory):
+    """``edited("dense", tensors=…, config=…)``: a copy of a checkpoint with its tensors or configuration changed."""
+
+    from safetensors.torch import load_file, save_file
+
+    def copy(kind, *, tensors=None, config=None) -> Path:
+        path = tmp_path / kind
+        shutil.copytree({"dense": dense_directory, "folded": folded_directory}[kind], path)
+        weights = path / "model.safetensors"
+        if tensors is not None:
+            changed = load_file(weights)
+            tensors(changed)
+            save_file(changed, weights, metadata={"format": "pt"})
+        if config is not None:
+            settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            config(settings)
+            (path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+        return path
+
+    return copy

@@ -84,7 +84,9 @@ def test_counts_are_those_of_the_folded_model(tiny):
 
 
 def test_a_method_that_cannot_meet_a_matrix_names_the_module():
-    config = LlamaConfig(hidden_size=24, intermediate_size=36, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    config = LlamaConfig(
+        hidden_size=24, intermediate_size=36, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
+    )
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.gate_proj.*not divisible by 7"):
         tensorfold.plan(config, Kronecker(factor=(7, 4)))
     with pytest.raises(InputError, match=r"gate_proj.*keep at least"):

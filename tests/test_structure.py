@@ -9,11 +9,14 @@ PACKAGE = Path(tensorfold.__file__).parent
 
 # Lowest first. A module may import from its own layer and from those before it.
 LAYERS = [
-    ["errors", "strict", "cache"],
+    ["errors"],
+    ["strict", "cache"],
+    ["settings"],
     ["algebra"],
     ["nn"],
     ["methods"],
     ["anatomy"],
+    ["surgery"],
     ["recipe", "report"],
     ["planning"],
     ["texts", "tokens"],
@@ -22,7 +25,9 @@ LAYERS = [
     ["folding"],
     ["healing"],
     ["demo"],
+    ["cli_heal"],
     ["cli"],
+    ["__main__"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

@@ -6,6 +6,7 @@ attention is attention, any other linear layer in a block is MLP.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -90,7 +91,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
         raise InputError(f"{kind}: num_hidden_layers={count}; needed at most {_MOST_BLOCKS}. Is config.json damaged?")
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     # Every architecture fails in its own way, and all of them mean that the configuration is at fault.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:300]
@@ -132,6 +133,8 @@ def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 def check_foldable(model: PreTrainedModel) -> None:
     """Raise :class:`InputError` for a model that cannot be folded: encoder–decoder, quantised, or folded already."""
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"got {type(model).__name__}; needed a transformers model (PreTrainedModel).")
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(
@@ -145,7 +148,7 @@ def check_foldable(model: PreTrainedModel) -> None:
 
 
 def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
-    """Every weight that could be folded, by module name, in model order; a tied output head belongs to its embedding."""
+    """Every weight that could be folded, by module name, in model order; a tied head belongs to its embedding."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     tied = head is not None and _is_tied(model, embedding, head, names)

@@ -7,7 +7,7 @@ of the blocks already folded before it, and no activation of any other block is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.tokens import Encoder
 
 WINDOW = 1024
+
+Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 def calibration_windows(
@@ -47,22 +49,32 @@ def calibration_windows(
 class BlockStream:
     """Hidden states of the calibration windows at the entrance of the next transformer block.
 
+    ``hidden`` has the shape (windows, length, width) and is overwritten by every :meth:`advance`; ``position`` is the
+    index of the block whose entrance it stands at.
+
     Args:
         model: Left in evaluation mode while the stream is used; :func:`calibrating` restores it.
         windows: Token indices, shape (windows, length).
+        allocate: Makes the tensor for ``hidden`` from shape and dtype; on the model's device if None.
 
     Raises:
         InputError: The architecture does not run its blocks as a plain chain.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, windows: Tensor, allocate: Allocate | None = None) -> None:
         self.model = model
         self.name, self.blocks = blocks(model)
-        self.windows = windows.to(next(model.get_input_embeddings().parameters()).device)
+        self.device = next(model.get_input_embeddings().parameters()).device
+        self.windows = windows.to(self.device)
+        self.position = 0
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.hidden: list[Tensor] = []
         self._record_calls()
-        self.hidden = [self._entrance(window) for window in self.windows.split(1)]
+        first = self._entrance(self.windows[:1])
+        shape = (len(windows), *first.shape[1:])
+        self.hidden = allocate(shape, first.dtype) if allocate else first.new_empty(shape)
+        self.hidden[:1] = first
+        for k in range(1, len(windows)):
+            self.hidden[k : k + 1] = self._entrance(self.windows[k : k + 1])
 
     def _record_calls(self) -> None:
         """Run one window through the model, keep what each block is called with, and check that they form a chain."""
@@ -76,8 +88,9 @@ class BlockStream:
 
         def leave(block: nn.Module, _: Any, output: Any) -> None:
             left.append(_hidden_of(output))
+            _check_finite(left[-1], f"{self.name}.{len(left) - 1}")
             if block is self.blocks[-1]:
-                raise _Stop
+                raise _StopForward
 
         with ExitStack() as hooks:
             for block in self.blocks:
@@ -98,28 +111,26 @@ class BlockStream:
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             caught.append(_split_call(args, kwargs)[0])
-            raise _Stop
+            raise _StopForward
 
         with _removing(self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)):
             self._until_stop(window)
         return caught[0]
 
     def _until_stop(self, window: Tensor) -> None:
-        try:
+        with suppress(_StopForward):
             self.model(window, use_cache=False)
-        except _Stop:
-            pass
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
-        """Output of block ``index`` for one window's hidden states, shape (1, length, width)."""
+        """Output of block ``index`` for the hidden states of one window or several, shape (windows, length, width)."""
         rest, named = self._calls[index]
-        return _hidden_of(self.blocks[index](hidden, *rest, **named))
+        return _hidden_of(self.blocks[index](hidden.to(self.device), *rest, **named))
 
     def moments(self, index: int, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """Second moments of the inputs that block ``index`` gives to ``modules``; see :func:`second_moments`."""
 
         def forward() -> None:
-            for hidden in self.hidden:
+            for hidden in self.hidden.split(1):
                 self.run(index, hidden)
 
         return second_moments(forward, modules)
@@ -128,12 +139,17 @@ class BlockStream:
         """Replace the hidden states by the output of block ``index`` as it now is.
 
         Raises:
-            TensorfoldError: The block's output is not finite.
+            InputError: The block's output is not finite.
         """
-        for k, hidden in enumerate(self.hidden):
-            self.hidden[k] = self.run(index, hidden)
-            if not torch.isfinite(self.hidden[k]).all():
-                raise TensorfoldError(f"{self.name}.{index}: its output on the calibration text holds NaN or infinity.")
+        for hidden in self.hidden.split(1):
+            hidden.copy_(self.run(index, hidden))
+            _check_finite(hidden, f"{self.name}.{index}")
+        self.position = index + 1
+
+    def advance_to(self, index: int) -> None:
+        """Carry the hidden states to the entrance of block ``index``, through the blocks before it as they now are."""
+        while self.position < index:
+            self.advance(self.position)
 
     def outside(self, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """Second moments of the inputs of modules outside the blocks, from whole passes through the model."""
@@ -203,7 +219,12 @@ def calibrating(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-class _Stop(Exception):
+def _check_finite(hidden: Tensor, block: str) -> None:
+    if not torch.isfinite(hidden).all():
+        raise InputError(f"{block}: its output on the calibration text holds NaN or infinity; repair the checkpoint.")
+
+
+class _StopForward(Exception):  # noqa: N818  (a signal, not an error)
     """Ends a forward pass once what was wanted of it is there."""
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import tensorfold
+from tensorfold.cli_heal import heal
 from tensorfold.errors import InputError, TensorfoldError
 
 if TYPE_CHECKING:
@@ -128,6 +129,9 @@ def evaluate(
     _emit(as_json, result.to_dict(), lambda: str(result))
 
 
+app.command()(heal)
+
+
 @app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Show this recipe's file.")] = None,
@@ -175,7 +179,7 @@ def _recipe(recipe: str | None, keep: float | None, targets: str | None) -> Reci
             raise InputError("got --targets with --recipe; the recipe names its own targets. Use --keep, or edit it.")
         return Recipe.load(recipe)
     assert keep is not None
-    return Recipe.keep(keep, targets or "mlp")
+    return Recipe.keep(keep, "mlp" if targets is None else targets)
 
 
 def _source(model: str | None, recipe: Recipe) -> Source:
@@ -188,7 +192,7 @@ def _source(model: str | None, recipe: Recipe) -> Source:
 
 
 def _label(recipe: str | None, keep: float | None, targets: str | None) -> str:
-    return recipe if recipe is not None else f"--keep {keep} --targets {targets or 'mlp'}"
+    return recipe if recipe is not None else f"--keep {keep} --targets {'mlp' if targets is None else targets}"
 
 
 def _emit(as_json: bool, data: dict[str, Any], text: Callable[[], str]) -> None:
@@ -196,29 +200,42 @@ def _emit(as_json: bool, data: dict[str, Any], text: Callable[[], str]) -> None:
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Entry point: exit status 0 done, 1 failed, 2 bad usage or bad input, and one clear line instead of a traceback."""
+    """Entry point: exit status 0 done, 1 failed, 2 bad usage, bad input or a full disk.
+
+    One clear line on standard error instead of a traceback.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     _quieten()
     try:
-        status = app([argument for argument in given if argument != "--debug"], standalone_mode=False)
+        arguments = [argument for argument in given if argument != "--debug"]
+        status = app(arguments, prog_name="tensorfold", standalone_mode=False)
     except Exception as error:
         if debug:
             raise
         print(f"tensorfold: {' '.join(_explain(error).split())}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, InputError) or _is_usage(error) else 1) from None
+        raise SystemExit(2 if _can_be_put_right(error) else 1) from None
     raise SystemExit(status or 0)
 
 
-def _is_usage(error: Exception) -> bool:
-    """Whether the argument parser raised it; typer carries its own click, so the class is not to be had by import."""
-    return hasattr(error, "format_message")
+def _can_be_put_right(error: Exception) -> bool:
+    """Whether the caller must change something first: the input, the command line, or the room on the disk."""
+    from tensorfold.cache import is_disk_full
+
+    return isinstance(error, InputError) or _usage_message(error) is not None or is_disk_full(error)
+
+
+def _usage_message(error: Exception) -> str | None:
+    """What the argument parser says, if it raised this; typer may carry its own click, so no class can be named."""
+    message = getattr(error, "format_message", None)
+    return message() if message else None
 
 
 def _explain(error: Exception) -> str:
-    if _is_usage(error):
+    usage = _usage_message(error)
+    if usage is not None:
         context = getattr(error, "ctx", None)
-        return f"{error.format_message()} See {context.command_path if context else 'tensorfold'} --help."
+        return f"{usage.rstrip('.')}; see {context.command_path if context else 'tensorfold'} --help"
     if isinstance(error, TensorfoldError):
         return str(error)
     return f"unexpected {type(error).__name__}: {error}; run again with --debug and report what it prints"

@@ -29,27 +29,30 @@ def run_demo(out: Path) -> None:
     console = Console()
     started = time.monotonic()
     recipe = Recipe.load("demo")
-    assert recipe.model is not None and recipe.calibrate is not None and recipe.eval is not None
+    judge, calibrate = recipe.eval, recipe.calibrate
+    assert recipe.model is not None
+    assert judge is not None
+    assert calibrate is not None
     console.print(f"Reading {recipe.model} (converted from its GGUF file at the first run) …")
     source = find_model(recipe.model)
     tokenizer = source.tokenizer()
     model = source.model()
     console.print(str(plan(model, recipe)), highlight=False)
 
-    test, label = load_text(recipe.eval.text), describe(recipe.eval.text)
+    test, label = load_text(judge.text), describe(judge.text)
 
     def measure(candidate: PreTrainedModel) -> Evaluation:
-        return evaluate(candidate, tokenizer, test, recipe.eval.protocol, max_tokens=MAX_TOKENS, text_name=label)
+        return evaluate(candidate, tokenizer, test, judge.protocol, max_tokens=MAX_TOKENS, text_name=label)
 
     console.print(f"Measuring the dense model on {label} …")
     before, sentence_before = measure(model), _sentence(model, tokenizer)
-    console.print(f"Folding, calibrated on {recipe.calibrate.tokens:,} tokens of {recipe.calibrate.text} …")
-    calibration = load_text(recipe.calibrate.text, split="calibration")
+    console.print(f"Folding, calibrated on {calibrate.tokens:,} tokens of {calibrate.text} …")
+    calibration = load_text(calibrate.text, split="calibration")
     report = fold(model, recipe, tokenizer, calibration, progress=sys.stderr.isatty())
     card = {
         "base_model": source.name,
         "recipe": recipe.name,
-        "calibration": f"{report.calibration_tokens} tokens of {describe(recipe.calibrate.text, 'calibration')}",
+        "calibration": f"{report.calibration_tokens} tokens of {describe(calibrate.text, 'calibration')}",
         **report.to_dict(),
         "tensorfold": tensorfold.__version__,
     }
@@ -61,10 +64,9 @@ def run_demo(out: Path) -> None:
     table = Table(box=None)
     for heading in ("", "dense", "folded", "ratio"):
         table.add_column(heading, justify="left" if not heading else "right")
-    megabytes = [count * 4 / 1e6 for count in (before.parameters, after.parameters)]
     rows: list[tuple[str, float, float, str]] = [
         ("parameters", before.parameters, after.parameters, ",.0f"),
-        ("MB in fp32", *megabytes, ".0f"),
+        ("MB in fp32", before.parameters * 4 / 1e6, after.parameters * 4 / 1e6, ".0f"),
         (
             f"perplexity ({before.protocol}, {before.text}, {before.tokens:,} tokens)",
             before.perplexity,

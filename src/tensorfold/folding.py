@@ -15,19 +15,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.permutation import search_row_order
 from tensorfold.algebra.solve import relative_error
 from tensorfold.algebra.spec import Spec
-from tensorfold.anatomy import Matrix, blocks, dense_weight
+from tensorfold.anatomy import Matrix, blocks, dense_weight, matrices
 from tensorfold.calibrate import BlockStream, calibrating, calibration_windows
 from tensorfold.errors import InputError, SpecError
 from tensorfold.hf.quantizer import mark_folded
 from tensorfold.hf.swap import scale_of, swap
 from tensorfold.methods import Method
 from tensorfold.nn import MPOEmbedding, MPOLinear
-from tensorfold.planning import Plan, plan_matrices
-from tensorfold.recipe import CalibrateSettings, Recipe
+from tensorfold.planning import Plan, plan, prepare
+from tensorfold.recipe import Recipe
 from tensorfold.report import module_table
+from tensorfold.settings import CalibrateSettings
+from tensorfold.surgery import hidden_units, reorder_hidden
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ def fold(
     """Replace the targeted weights of ``model`` by matrix product operators, in place.
 
     Without calibration text each matrix is approximated in the Frobenius norm. With it, the blocks are taken in order;
-    each is measured on the text as the blocks folded before it pass it on, and approximated in the metric of its inputs.
+    each is measured on the text as the blocks folded before it pass it on, and fitted in the metric of its inputs.
     Embeddings are approximated in the Frobenius norm.
 
     Args:
@@ -107,7 +109,9 @@ def fold(
     """
     started = time.monotonic()
     recipe = Recipe.of(recipe)
-    planned, chosen = plan_matrices(model, recipe)
+    if recipe.changes_modules:
+        plan(model, recipe)  # whatever is wrong with the recipe is found before the model is touched
+    planned, chosen = prepare(model, recipe)
     _check_weights(chosen)
     windows = None
     if calibration is not None:
@@ -122,11 +126,15 @@ def fold(
     bar = _progress(progress)
     task = bar.add_task("", total=len(chosen))
     with bar, calibrating(model):
-        for matrix, metric in _in_order(model, chosen, windows):
-            bar.update(task, description=matrix.name)
-            errors[matrix.name] = _fold_one(model, matrix, planned, metric)
-            bar.advance(task)
-    mark_folded(model, planned.modules, {m.name: m.tied_head for m in chosen.values() if m.tied_head is not None})
+        for batch, metrics in _batches(model, chosen, windows):
+            metrics = _align_hidden_units(model, batch, planned, metrics)
+            for matrix in batch:
+                bar.update(task, description=matrix.name)
+                errors[matrix.name] = _fold_one(model, matrix, planned, metrics.pop(matrix.name, None))
+                bar.advance(task)
+    if chosen:
+        tied = {matrix.name: matrix.tied_head for matrix in chosen.values() if matrix.tied_head is not None}
+        mark_folded(model, planned.modules, tied, planned.split)
     calibrated = windows is not None
     return FoldReport(
         planned,
@@ -147,51 +155,87 @@ def _check_weights(chosen: Mapping[str, Matrix]) -> None:
             scale_of(matrix)
 
 
-def _in_order(
+def _batches(
     model: PreTrainedModel, chosen: Mapping[str, Matrix], windows: Tensor | None
-) -> Iterator[tuple[Matrix, Tensor | None]]:
-    """Every matrix with its metric; the caller folds each before the next one is asked for."""
-    if windows is None:
-        yield from ((matrix, None) for matrix in chosen.values())
+) -> Iterator[tuple[list[Matrix], dict[str, Tensor]]]:
+    """Matrices that are solved together, embeddings and then block by block, with their metrics.
+
+    The caller folds each batch before the next one is asked for, so that a block is measured on what the folded blocks
+    before it pass on.
+    """
+    embeddings = [matrix for matrix in chosen.values() if matrix.kind == "embedding"]
+    linears = {name: matrix for name, matrix in chosen.items() if matrix.kind == "linear"}
+    if embeddings:
+        yield embeddings, {}
+    if not linears:
         return
-    prefix, chain = blocks(model)
+    try:
+        prefix = blocks(model)[0] + "."
+    except InputError:
+        if windows is not None:
+            raise
+        yield list(linears.values()), {}
+        return
     inside: dict[int, dict[str, Matrix]] = {}
-    outside: dict[str, Matrix] = {}
-    for name, matrix in chosen.items():
-        if matrix.kind == "embedding":
-            yield matrix, None
-        elif name.startswith(f"{prefix}."):
-            inside.setdefault(int(name.removeprefix(f"{prefix}.").partition(".")[0]), {})[name] = matrix
-        else:
-            outside[name] = matrix
-    stream = BlockStream(model, windows)
+    for name, matrix in linears.items():
+        if name.startswith(prefix):
+            inside.setdefault(int(name.removeprefix(prefix).partition(".")[0]), {})[name] = matrix
+    outside = {name: matrix for name, matrix in linears.items() if not name.startswith(prefix)}
+    stream = BlockStream(model, windows) if windows is not None else None
     for index in range(max(inside, default=-1) + 1):
-        matrices = inside.get(index, {})
-        if matrices:
-            moments = stream.moments(index, {name: matrix.module for name, matrix in matrices.items()})
-            yield from ((matrix, moments.pop(name)) for name, matrix in matrices.items())
-        if index < max(inside):
+        batch = inside.get(index, {})
+        if batch:
+            modules = {name: matrix.module for name, matrix in batch.items()}
+            yield list(batch.values()), stream.moments(index, modules) if stream else {}
+        if stream and index < max(inside):
             stream.advance(index)
-    del stream.hidden
     if outside:
-        moments = stream.outside({name: matrix.module for name, matrix in outside.items()})
-        yield from ((matrix, moments.pop(name)) for name, matrix in outside.items())
+        modules = {name: matrix.module for name, matrix in outside.items()}
+        yield list(outside.values()), stream.outside(modules) if stream else {}
+
+
+def _align_hidden_units(
+    model: PreTrainedModel, batch: list[Matrix], planned: Plan, metrics: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Reorder the hidden units of MLPs whose method asks for it; the metrics follow their inputs."""
+
+    def wanted(matrix: Matrix) -> bool:
+        return getattr(planned.methods.get(matrix.name), "permute", "none") != "none"
+
+    if not any(wanted(matrix) for matrix in batch):
+        return metrics
+    names = {matrix.name for matrix in batch}
+    for units in hidden_units(matrices(model)):
+        members = [m for m in (*units.ups, units.down) if m.name in names and wanted(m)]
+        if not members:
+            continue
+        views = []
+        for matrix in members:
+            weight, spec = dense_weight(matrix.module).detach(), planned.modules[matrix.name]
+            if matrix.name in metrics:
+                weight = weight * metrics[matrix.name].diagonal().sqrt()  # the metric's scale of every input
+            views.append((weight.T, spec.transposed) if matrix.name == units.down.name else (weight, spec))
+        order, _, _ = search_row_order(views)
+        reorder_hidden(units, order.to(weight.device))
+        if units.down.name in metrics:
+            metrics = {**metrics, units.down.name: metrics[units.down.name][order][:, order]}
+    return metrics
 
 
 def _fold_one(model: PreTrainedModel, matrix: Matrix, planned: Plan, metric: Tensor | None) -> float:
     spec, method = planned.modules[matrix.name], planned.methods[matrix.name]
     weight = dense_weight(matrix.module).detach()
     try:
-        cores, scalars = method.solve(weight, spec, metric)
+        factors = method.solve(weight, spec, metric)
     except SpecError as error:
         raise SpecError(f"{matrix.name}: {error}") from None
     folded: MPOLinear | MPOEmbedding
     if matrix.kind == "embedding":
-        folded = MPOEmbedding.from_cores(cores, spec, weight, scale_of(matrix), scalars)
+        folded = MPOEmbedding.from_factors(factors, spec, weight, scale_of(matrix))
     else:
-        folded = MPOLinear.from_cores(cores, spec, weight, matrix.bias, scalars)
+        folded = MPOLinear.from_factors(factors, spec, weight, matrix.bias)
     swap(model, matrix, folded)
-    return relative_error(weight, to_dense([core.double() for core in folded.factors()], spec), metric)
+    return relative_error(weight, folded.to_dense(torch.float64), metric)
 
 
 def _progress(visible: bool) -> Progress:

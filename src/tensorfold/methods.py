@@ -1,22 +1,26 @@
 """Methods: each turns the shape of a matrix, and a budget, into a :class:`Spec`, and says which solver fills it.
 
-A method is a frozen dataclass; subclassing :class:`Method` with a ``name`` is all it takes to make one known to recipes.
+A method is a frozen dataclass; a subclass of :class:`Method` with a ``name`` is thereby known to recipes.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal
 
+import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
+from tensorfold.algebra.contract import to_dense
 from tensorfold.algebra.modes import balanced_modes, divisors
-from tensorfold.algebra.solve import fit
+from tensorfold.algebra.permutation import search_permutations
+from tensorfold.algebra.solve import Factors, fit, norm_ratio
 from tensorfold.algebra.spec import Spec, attainable_ranks
+from tensorfold.algebra.starts import pruned, random_cores
+from tensorfold.algebra.ttsvd import tt_svd
 from tensorfold.errors import InputError, SpecError
 from tensorfold.strict import strict
 
@@ -24,13 +28,6 @@ METHODS: dict[str, type[Method]] = {}
 
 Keep = Annotated[float, Gt(0), Lt(1)]
 Positive = Annotated[int, Ge(1)]
-
-
-class Factors(NamedTuple):
-    """What a solver returns: cores of ``spec.core_shapes`` and, where the spec has them, the bond scalars (r,)."""
-
-    cores: list[Tensor]
-    scalars: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,11 @@ class Method(ABC):
         """
 
     def solve(self, weight: Tensor, spec: Spec, metric: Tensor | None = None) -> Factors:
-        """Fill the cores of ``spec`` for ``weight`` (out, in), in the metric of the inputs where one is given."""
+        """Fill ``spec`` for ``weight`` (out, in), in the metric of the inputs where one is given.
+
+        Raises:
+            InputError: The method needs a metric and there is none, or the spec is not one of its own.
+        """
         return Factors(fit(weight, spec, metric))
 
 
@@ -104,7 +105,9 @@ class LowRank(Method):
 
 @strict
 class Kronecker(Method):
-    """``W ≈ Σ_k A_k ⊗ B_k``, A_k of shape (m1, n1): Krony-PT, arXiv 2412.12351. ``terms · (m1·n1 + m2·n2)`` parameters.
+    """``W ≈ Σ_k s_k A_k ⊗ B_k``, A_k of shape (m1, n1): Krony-PT, arXiv 2412.12351.
+
+    ``terms · (m1·n1 + m2·n2)`` parameters.
 
     Args:
         factor: (m1, n1) for a matrix with at least as many rows as columns; mirrored to (n1, m1) for the others, so
@@ -113,8 +116,21 @@ class Kronecker(Method):
         keep: Fraction of the parameters that stays, instead of ``terms`` (and of ``factor``, which is then chosen:
             the fewest terms within 2 % of the budget among full-rank shapes that cost no more multiply–adds than
             the dense matrix).
-        init: Where the factors come from.
-        scalars: One trainable number per term.
+        init: Where the factors come from; ``van-loan`` by default, refined where there is calibration text.
+
+            - ``van-loan``: the nearest sum in the Frobenius norm.
+            - ``normalized``: the same times ``α = ‖W‖ / ‖Ŵ‖``, as scalars where there are any (Krony-PT, version 2);
+              with ``refine``, the refined cores times ``‖W C^½‖ / ‖Ŵ C^½‖``.
+            - ``prune``: every other hidden unit, ``W_even ⊗ [1, ε]ᵀ`` or ``⊗ [1, ε]``, for the shape that halves the
+              hidden dimension.
+            - ``random``: entries with the variance of W's.
+            - ``data-aware``: weighted alternating least squares from Van Loan; needs calibration text.
+        refine: Weighted alternating least squares from whatever ``init`` gave; needs calibration text.
+        epsilon: The ε of pruning: 0 in Krony-PT's code, 0.1 in its text.
+        scalars: One trainable number per term: true to start at 1 (α where normalised), or the number to start at.
+        permute: Reorder indices to lower the error (TQCompressor, arXiv 2401.16367): ``hidden`` the MLP's hidden units,
+            absorbed by the neighbours; ``all`` also the residual side, whose order is stored and applied at run time.
+        seed: Of ``random``.
     """
 
     name: ClassVar[str] = "kronecker"
@@ -122,25 +138,36 @@ class Kronecker(Method):
     factor: tuple[Positive, Positive] | None = None
     terms: Positive | None = None
     keep: Keep | None = None
-    init: Literal["van-loan"] = "van-loan"
-    scalars: bool = False
+    init: Literal["van-loan", "normalized", "prune", "random", "data-aware"] | None = None
+    refine: bool = False
+    epsilon: float = 0.0
+    scalars: bool | float = False
+    permute: Literal["none", "hidden", "all"] = "none"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.keep is not None and self.terms is not None:
             raise InputError(f"kronecker: got keep={self.keep} and terms={self.terms}; needed one of the two.")
         if self.keep is None and self.factor is None:
             raise InputError("kronecker: got neither factor nor keep; needed factor=(m1, n1) or keep.")
+        if self.epsilon and self.init != "prune":
+            raise InputError(f"kronecker: epsilon={self.epsilon} is for init: prune, got init: {self.init}.")
 
     def spec(self, out_features: int, in_features: int) -> Spec:
-        if self.factor is not None:
-            m1, n1 = self.factor if out_features >= in_features else self.factor[::-1]
-            if self.keep is None:
-                terms = self.terms or 1
-                return Spec.kronecker(out_features, in_features, (m1, n1), terms, scalars=self.scalars)
-            shapes: Iterator[tuple[int, int]] = iter([(m1, n1)])
+        expanding = out_features >= in_features
+        if self.factor is None:
+            shapes = [(m, n) for m in divisors(out_features) for n in divisors(in_features)]
         else:
-            shapes = ((m, n) for m in divisors(out_features) for n in divisors(in_features))
-        return self._within_budget(out_features, in_features, list(shapes))
+            shapes = [self.factor if expanding else self.factor[::-1]]
+        if self.keep is not None:
+            return self._within_budget(out_features, in_features, shapes)
+        return self._spec(out_features, in_features, shapes[0], self.terms or 1)
+
+    def _spec(self, out_features: int, in_features: int, factor: tuple[int, int], terms: int) -> Spec:
+        side = ("in",) if out_features >= in_features else ("out",)
+        reordered = side if self.permute == "all" else ()
+        scalars = self.scalars is not False
+        return Spec.kronecker(out_features, in_features, factor, terms, scalars=scalars, reordered=reordered)
 
     def _within_budget(self, out_features: int, in_features: int, shapes: list[tuple[int, int]]) -> Spec:
         assert self.keep is not None
@@ -148,23 +175,53 @@ class Kronecker(Method):
         budget = math.floor(self.keep * dense)
         candidates = []
         for m1, n1 in shapes:
-            one = Spec.kronecker(out_features, in_features, (m1, n1), 1, scalars=self.scalars)
+            one = self._spec(out_features, in_features, (m1, n1), 1)
             largest = attainable_ranks(one.out_modes, one.in_modes)[0]
             terms = min(budget // one.parameters, largest)
             if terms < 1:
                 continue
-            spec = Spec.kronecker(out_features, in_features, (m1, n1), terms, scalars=self.scalars)
+            spec = self._spec(out_features, in_features, (m1, n1), terms)
             waste = budget - spec.parameters
             if waste >= one.parameters:
                 continue
             narrow = spec.attainable_matrix_rank < min(out_features, in_features) or spec.macs > dense
             candidates.append(((narrow, waste > 0.02 * budget, terms, waste, -m1), spec))
         if not candidates:
-            _largest_bond(
-                "kronecker", self.keep, dense, min(m * n + dense // (m * n) for m, n in shapes) + self.scalars
-            )
+            smallest = min(self._spec(out_features, in_features, shape, 1).parameters for shape in shapes)
+            _largest_bond("kronecker", self.keep, dense, smallest)
             raise SpecError(f"kronecker: no shape of a {out_features}×{in_features} matrix meets keep={self.keep}.")
         return min(candidates, key=lambda c: c[0])[1]
+
+    def solve(self, weight: Tensor, spec: Spec, metric: Tensor | None = None) -> Factors:
+        if metric is None and (self.refine or self.init == "data-aware"):
+            raise InputError("kronecker: init: data-aware and refine need calibration text; give some, or drop them.")
+        out_order = in_order = None
+        if spec.reordered:
+            found = search_permutations(weight, spec, rows="out" in spec.reordered, columns="in" in spec.reordered)
+            out_order, in_order = found.row_order, found.column_order
+            weight = weight[out_order.to(weight.device)][:, in_order.to(weight.device)]
+            metric = metric if metric is None else metric[in_order][:, in_order]
+        cores = self._initial(weight, spec)
+        refined = metric is not None and (self.refine or self.init in (None, "data-aware"))
+        if refined:
+            cores = fit(weight, spec, metric, start=cores)
+        alpha = 1.0
+        if self.init == "normalized":
+            alpha = norm_ratio(weight, to_dense(cores, spec), metric if refined else None)
+        scalars = None
+        if spec.scalars:
+            value = alpha if self.scalars is True else float(self.scalars)
+            scalars = torch.full((spec.ranks[0],), value)
+        elif alpha != 1.0:
+            cores = [core * alpha**0.5 for core in cores]
+        return Factors(cores, scalars, out_order, in_order)
+
+    def _initial(self, weight: Tensor, spec: Spec) -> list[Tensor]:
+        if self.init == "prune":
+            return pruned(weight, spec, self.epsilon)
+        if self.init == "random":
+            return random_cores(weight, spec, self.seed)
+        return tt_svd(weight, spec)
 
 
 @strict

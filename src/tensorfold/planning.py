@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tensorfold.errors import InputError, SpecError
 from tensorfold.methods import Method
 from tensorfold.recipe import Recipe
 from tensorfold.report import module_table
+from tensorfold.surgery import keep_layers, split_linear
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,14 @@ class Plan:
     modules: dict[str, Spec]
     methods: dict[str, Method] = field(repr=False)
     targeted_before: int = 0
+    split: dict[str, list[int]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def kept(self) -> float:
         """Fraction of the targeted matrices' parameters that stays."""
-        return sum(spec.parameters for spec in self.modules.values()) / self.targeted_before
+        folded = sum(spec.parameters for spec in self.modules.values())
+        return folded / self.targeted_before if self.targeted_before else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: whole-model counts and, by module, modes, ranks and parameters."""
@@ -53,7 +57,8 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        return module_table(self.modules, self.parameters_before, self.parameters_after, self.kept)
+        table = module_table(self.modules, self.parameters_before, self.parameters_after, self.kept)
+        return "\n".join([table, *(f"warning: {warning}" for warning in self.warnings)])
 
 
 def plan(
@@ -65,7 +70,12 @@ def plan(
         InputError: A target matches nothing, a matrix is shared, or the model cannot be folded.
         SpecError: A method cannot meet its shape or budget on a matrix; the message names the module.
     """
-    return plan_matrices(skeleton(model_or_config), recipe)[0]
+    recipe = Recipe.of(recipe)
+    model = skeleton(model_or_config)
+    check_foldable(model)
+    if model is model_or_config and recipe.changes_modules:
+        model = skeleton(model.config)
+    return prepare(model, recipe)[0]
 
 
 def skeleton(model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrainedModel:
@@ -80,25 +90,54 @@ def skeleton(model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrainedM
     return empty_model(model_or_config)
 
 
-def plan_matrices(model: PreTrainedModel, recipe: Any) -> tuple[Plan, dict[str, Matrix]]:
-    """The plan, and the matrices it is about."""
+def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[Plan, dict[str, Matrix]]:
+    """The plan and the matrices it is about, after dropping layers and splitting fused matrices in place.
+
+    Raises:
+        InputError, SpecError: As :func:`plan`.
+    """
     check_foldable(model)
-    available = matrices(model)
-    methods: dict[str, Method] = {}
-    for rule in Recipe.of(recipe).fold:
-        excluded = match(rule.exclude, available) if rule.exclude is not None else []
-        for name in match(rule.targets, available):
-            if name not in excluded:
-                methods.setdefault(name, rule.method)
-    chosen = {name: matrix for name, matrix in available.items() if name in methods}
-    if not chosen:
+    before = count_parameters(model)
+    if recipe.layers is not None:
+        keep_layers(model, recipe.layers)
+    methods, split = _assign(model, recipe)
+    chosen = {name: matrix for name, matrix in matrices(model).items() if name in methods}
+    if not chosen and recipe.fold:
         raise InputError("the recipe excludes every matrix it targets; nothing is left to fold.")
     check_unshared(model, chosen.values())
     specs = {name: _spec(matrix, methods[name]) for name, matrix in chosen.items()}
-    before = count_parameters(model)
     targeted = sum(matrix.parameter.numel() for matrix in chosen.values())
-    after = before - targeted + sum(spec.parameters for spec in specs.values())
-    return Plan(before, after, specs, methods, targeted), chosen
+    after = count_parameters(model) - targeted + sum(spec.parameters for spec in specs.values())
+    return Plan(before, after, specs, methods, targeted, split, tuple(_warnings(specs))), chosen
+
+
+def _assign(model: PreTrainedModel, recipe: Recipe) -> tuple[dict[str, Method], dict[str, list[int]]]:
+    """Which method folds which matrix, and the sizes of the parts of every matrix that was split for it."""
+    methods: dict[str, Method] = {}
+    split: dict[str, list[int]] = {}
+    available = matrices(model)
+    for rule in recipe.fold:
+        excluded = match(rule.exclude, available) if rule.exclude is not None else []
+        for name in match(rule.targets, available):
+            if name in excluded or name in methods or name in split:
+                continue
+            if rule.split is None:
+                methods[name] = rule.method
+            else:
+                check_unshared(model, [available[name]])
+                parts = split_linear(model, name, rule.split)
+                methods.update(dict.fromkeys(parts, rule.method))
+                split[name] = [model.get_submodule(part).weight.shape[0] for part in parts]  # type: ignore[union-attr]
+    return methods, split
+
+
+def _warnings(specs: Mapping[str, Spec]) -> Iterator[str]:
+    """Shapes that cannot reach full rank whatever their values, each named once."""
+    for spec in dict.fromkeys(specs.values()):
+        full = min(spec.out_features, spec.in_features)
+        if not spec.is_low_rank and spec.attainable_matrix_rank < full:
+            name = next(name for name, other in specs.items() if other == spec)
+            yield f"{name}: {spec} reaches rank {spec.attainable_matrix_rank} of {full} at most"
 
 
 def _spec(matrix: Matrix, method: Method) -> Spec:

@@ -15,7 +15,8 @@ import yaml
 
 from tensorfold.errors import InputError
 from tensorfold.methods import METHODS, LowRank, Method
-from tensorfold.strict import check_keys, nearest, strict
+from tensorfold.settings import CalibrateSettings, EvalSettings, HealSettings
+from tensorfold.strict import check_keys, nearest
 
 if TYPE_CHECKING:
     from tensorfold.anatomy import Targets
@@ -23,44 +24,43 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One entry of a recipe: the matrices named by ``targets``, less ``exclude``, are folded by ``method``."""
+    """One entry of a recipe: the matrices named by ``targets``, less ``exclude``, are folded by ``method``.
+
+    ``split`` first takes a fused matrix apart, into equal parts or parts of the given sizes, and folds each by itself:
+    3 for the query, key and value in GPT-2's ``c_attn``.
+    """
 
     targets: Targets
     method: Method
     exclude: Targets | None = None
-
-
-@strict
-class CalibrateSettings:
-    """Calibration text (the Contract's ``TEXT``, its validation split where named) and how many tokens of it."""
-
-    text: str = "wikitext-2"
-    tokens: int = 24_000
-
-
-@strict
-class EvalSettings:
-    """Evaluation text (test split where named), protocol, and how many tokens of it (all if None)."""
-
-    text: str = "wikitext-2"
-    protocol: str = "hf-1024"
-    max_tokens: int | None = None
+    split: int | tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Rules in order (the first whose targets match a matrix wins) and optional settings for the other commands."""
+    """Rules in order (the first whose targets match a matrix wins) and optional settings for the other commands.
+
+    ``heal`` is one stage or, as Krony-PT trains, several one after another. ``layers`` keeps only those blocks before
+    anything is folded, as DistilGPT2 does; with it there may be no rules.
+    """
 
     fold: tuple[Rule, ...]
     model: str | None = None
     calibrate: CalibrateSettings | None = None
+    heal: tuple[HealSettings, ...] = ()
     eval: EvalSettings | None = None
+    layers: tuple[int, ...] | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fold", tuple(self.fold))
-        if not self.fold or not all(isinstance(rule, Rule) for rule in self.fold):
+        if not (self.fold or self.layers) or not all(isinstance(rule, Rule) for rule in self.fold):
             raise InputError(f"recipe: fold={list(self.fold)!r}; needed at least one entry with targets and a method.")
+
+    @property
+    def changes_modules(self) -> bool:
+        """Whether planning has to drop layers or split matrices, and so cannot look at a model without touching it."""
+        return self.layers is not None or any(rule.split is not None for rule in self.fold)
 
     @classmethod
     def keep(cls, keep: float, targets: Targets = "mlp") -> Recipe:
@@ -76,6 +76,8 @@ class Recipe:
             return cls(fold=(Rule("mlp", recipe),))
         if isinstance(recipe, Mapping):
             return cls.from_dict(dict(recipe))
+        if not isinstance(recipe, str | Path):
+            raise InputError(f"recipe: got {recipe!r}; needed a recipe, a method, a mapping, or a name or file.")
         return cls.load(recipe)
 
     @classmethod
@@ -99,9 +101,12 @@ class Recipe:
         Raises:
             InputError: An unknown key (the nearest known one is named) or a value of the wrong type or range.
         """
-        check_keys("recipe", data, ("model", "fold", "calibrate", "heal", "eval"))
-        entries = data.get("fold")
-        if not isinstance(entries, list) or not entries:
+        check_keys("recipe", data, ("model", "layers", "fold", "calibrate", "heal", "eval"))
+        layers = data.get("layers")
+        if layers is not None and not (isinstance(layers, list) and all(isinstance(index, int) for index in layers)):
+            raise InputError(f"recipe: layers={layers!r}; needed a list of block indices.")
+        entries = data.get("fold", [] if layers else None)
+        if not isinstance(entries, list) or not (entries or layers):
             raise InputError(f"recipe: fold={entries!r}; needed a list of entries with targets and a method.")
         model = data.get("model")
         if model is not None and not isinstance(model, str):
@@ -109,7 +114,9 @@ class Recipe:
         return cls(
             fold=tuple(_rule(k, entry) for k, entry in enumerate(entries)),
             model=model,
+            layers=tuple(layers) if layers else None,
             calibrate=_settings("calibrate", CalibrateSettings, data),
+            heal=_stages(data.get("heal")),
             eval=_settings("eval", EvalSettings, data),
         )
 
@@ -118,7 +125,12 @@ def _settings(key: str, kind: Any, data: Mapping[str, Any]) -> Any:
     if data.get(key) is None:
         return None
     check_keys(f"recipe: {key}", data[key], [field.name for field in dataclasses.fields(kind)])
-    return kind(**data[key])
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in data[key].items()})
+
+
+def _stages(data: Any) -> tuple[HealSettings, ...]:
+    stages = data if isinstance(data, list) else [] if data is None else [data]
+    return tuple(_settings("heal", HealSettings, {"heal": stage}) for stage in stages)
 
 
 def _rule(index: int, entry: Any) -> Rule:
@@ -132,14 +144,20 @@ def _rule(index: int, entry: Any) -> Rule:
         raise InputError(f"{where}: method {method!r} is unknown; {nearest(str(method), METHODS)}")
     kind = METHODS[method]
     own = [field.name for field in dataclasses.fields(kind)]
-    check_keys(where, entry, ["targets", "exclude", "method", *own])
+    check_keys(where, entry, ["targets", "exclude", "split", "method", *own])
     for key in ("targets", "exclude"):
         value = entry.get(key)
         texts = isinstance(value, str | dict) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
         if value is not None and not texts:
             raise InputError(f"{where}: {key}={value!r}; needed a name, a list of names or {{regex: ...}}.")
+    split = entry.get("split")
+    sizes = split if isinstance(split, list) else [1 if split is None else split]
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+        raise InputError(f"{where}: split={split!r}; needed a number of equal parts or a list of sizes.")
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k in own}
-    return Rule(entry["targets"], kind(**settings), entry.get("exclude"))
+    return Rule(
+        entry["targets"], kind(**settings), entry.get("exclude"), tuple(split) if isinstance(split, list) else split
+    )
 
 
 def shipped_recipes() -> list[str]:

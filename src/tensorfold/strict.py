@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterable
 from typing import Any, TypeVar, dataclass_transform
 
@@ -21,7 +22,8 @@ def strict(cls: type[T]) -> type[T]:
     checked: Any = dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))(cls)
     construct = checked.__init__
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    @functools.wraps(construct, updated=())
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
             construct(self, *args, **kwargs)
         except ValidationError as error:
@@ -29,8 +31,7 @@ def strict(cls: type[T]) -> type[T]:
             fields = [field.name for field in dataclasses.fields(checked)]
             raise InputError("; ".join(_explain(label, e, fields) for e in error.errors())) from None
 
-    __init__.__doc__, __init__.__wrapped__ = construct.__doc__, construct  # type: ignore[attr-defined]
-    checked.__init__ = __init__
+    checked.__init__ = initialise
     return checked
 
 

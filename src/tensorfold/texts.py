@@ -6,13 +6,13 @@ A named text is looked for in this order: a path on disk; ``python-docs``; ``$TE
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from tensorfold.errors import InputError
@@ -28,6 +28,7 @@ _SPLITS = {
 }
 _CANONICAL_SPLIT = {alias: split for split, aliases in _SPLITS.items() for alias in aliases}
 _PYTHON_DOCS = "python-docs"
+_CHUNK = 1 << 16  # bytes read at a time
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class HubDataset:
     rows_are_lines: bool = False
     first: int | None = None
 
+    @property
+    def origin(self) -> str:
+        """Repository and configuration."""
+        return f"{self.path}, {self.config}" if self.config else self.path
+
 
 _WIKITEXT_SPLITS = ("train", "validation", "test")
 HUB_DATASETS = {
@@ -63,9 +69,17 @@ HUB_DATASETS = {
 
 
 @dataclass(frozen=True)
-class _Found:
+class Located:
+    """Where a text lies: local ``files``, a hub ``dataset``, or, with neither, Python's own documentation.
+
+    ``name`` and ``split`` are what the source was read as, the split under its canonical name.
+    """
+
     label: str
-    read: Callable[[], list[str]]
+    name: str
+    split: str
+    files: tuple[Path, ...] | None = None
+    dataset: HubDataset | None = None
 
 
 def load_text(source: str, *, split: str = "test", min_characters: int = 1) -> list[str]:
@@ -81,8 +95,14 @@ def load_text(source: str, *, split: str = "test", min_characters: int = 1) -> l
     Raises:
         InputError: No such text, not UTF-8, not JSON, no document left, or a data set that cannot be fetched.
     """
-    found = _find(source, split)
-    documents = [document for document in found.read() if len(document.strip()) >= min_characters]
+    found = locate(source, split)
+    if found.files is not None:
+        every = ["".join(parts) for path in found.files for parts in file_documents(path)]
+    elif found.dataset is not None:
+        every = _read_hub(found.name, found.dataset, found.split)
+    else:
+        every = python_docs(found.split)
+    documents = [document for document in every if len(document.strip()) >= min_characters]
     if not documents:
         raise InputError(
             f"text {found.label!r} is empty: got no document of at least {min_characters} characters; "
@@ -99,22 +119,27 @@ def describe(source: str, split: str = "test") -> str:
     Raises:
         InputError: There is no such text.
     """
-    return _find(source, split).label
+    return locate(source, split).label
 
 
-def _find(source: str, split: str) -> _Found:
+def locate(source: str, split: str) -> Located:
+    """Find what a source names, without reading it.
+
+    Raises:
+        InputError: There is no such text, or no such split of it.
+    """
     if not isinstance(source, str) or not source.strip():
         raise InputError(f"text must be a file, a directory or a name, got {source!r}")
     if split not in _CANONICAL_SPLIT:
         raise InputError(f"unknown split {split!r}; needed one of {', '.join(_CANONICAL_SPLIT)}")
     if os.path.exists(source):
         label = os.path.basename(os.path.abspath(source)) + ("/" if os.path.isdir(source) else "")
-        return _Found(label, partial(_read, Path(source)))
+        return Located(label, source, split, _files_below(Path(source)))
 
     name, split = _name_and_split(source, _CANONICAL_SPLIT[split])
     if name == _PYTHON_DOCS:
         half = "test" if split == "test" else "calibration"
-        return _Found(f"{_PYTHON_DOCS} ({half})", partial(_python_docs, half))
+        return Located(f"{_PYTHON_DOCS} ({half})", name, half)
     # A separator or a suffix makes it a path, and that path does not exist.
     if os.sep not in source:
         local = _find_local(source, name, split)
@@ -133,7 +158,7 @@ def _name_and_split(source: str, split: str) -> tuple[str, str]:
     return source, split
 
 
-def _find_local(source: str, name: str, split: str) -> _Found | None:
+def _find_local(source: str, name: str, split: str) -> Located | None:
     root = _data_directory()
     if root is None:
         return None
@@ -141,9 +166,9 @@ def _find_local(source: str, name: str, split: str) -> _Found | None:
     for stem, label in stems:
         path = _text_file(root, stem)
         if path is not None:
-            return _Found(label, partial(_read, path))
+            return Located(label, name, split, (path,))
     folder = root / source
-    return _Found(source, partial(_read, folder)) if folder.is_dir() else None
+    return Located(source, name, split, _files_below(folder)) if folder.is_dir() else None
 
 
 def _text_file(root: Path, stem: str) -> Path | None:
@@ -151,6 +176,14 @@ def _text_file(root: Path, stem: str) -> Path | None:
     paths = [path for path in sorted(root.iterdir()) if path.stem == stem and path.suffix and path.is_file()]
     preferred = [".jsonl", ".txt"]
     return min(paths, key=lambda path: preferred.index(path.suffix) if path.suffix in preferred else 2, default=None)
+
+
+def _files_below(path: Path) -> tuple[Path, ...]:
+    """The file itself, or every file below a directory, in sorted order and without hidden ones."""
+    if not path.is_dir():
+        return (path,)
+    inside = {file.relative_to(path).parts: file for file in path.rglob("*") if file.is_file()}
+    return tuple(inside[parts] for parts in sorted(inside) if not any(part.startswith(".") for part in parts))
 
 
 def _data_directory() -> Path | None:
@@ -185,52 +218,81 @@ def _no_such_text(source: str) -> InputError:
     )
 
 
-def _read(path: Path) -> list[str]:
-    if not path.is_dir():
-        return _read_file(path)
-    inside = sorted(path.rglob("*"), key=lambda file: file.relative_to(path).parts)
-    files = [
-        file
-        for file in inside
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
-    return [document for file in files for document in _read_file(file)]
+def is_jsonl(path: Path) -> bool:
+    """Whether a file holds a document a line; any other file is one document."""
+    return path.suffix == ".jsonl"
 
 
-def _read_file(path: Path) -> list[str]:
+def file_documents(path: Path) -> Iterator[Iterable[str]]:
+    """Documents of one file, each as consecutive parts of a bounded size; a byte-order mark is no text.
+
+    Raises:
+        InputError: The file cannot be read, is not UTF-8, or not JSON where it should be.
+    """
+    if is_jsonl(path):
+        yield from ([document] for document in _jsonl_documents(path))
+    else:
+        yield _parts(path)
+
+
+def _parts(path: Path) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        # Not read_text: it would turn "\r\n" into "\n", and texts are used verbatim.
-        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}; "
-            f"convert the file to UTF-8, or leave it out"
-        ) from error
+        # Not text mode: it would turn "\r\n" into "\n", and texts are used verbatim.
+        with path.open("rb") as file:
+            read = 0
+            while True:
+                chunk = file.read(_CHUNK)
+                waiting = len(decoder.getstate()[0])
+                try:
+                    text = decoder.decode(chunk, final=not chunk)
+                except UnicodeDecodeError as error:
+                    raise _not_utf8(path, error, read - waiting) from error
+                yield text if read else text.removeprefix("\ufeff")
+                if not chunk:
+                    return
+                read += len(chunk)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; give a readable UTF-8 file") from error
-    return _jsonl_documents(path, text) if path.suffix == ".jsonl" else [text]
 
 
-def _jsonl_documents(path: Path, text: str) -> list[str]:
-    documents = []
-    # Not splitlines: JSON strings may hold U+2028 and its like unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(
-                f'{path}, line {number}: not JSON ({error}); needed an object like {{"text": "..."}}'
-            ) from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            got = f"an object with the keys {sorted(row)}" if isinstance(row, dict) else f"a JSON {type(row).__name__}"
-            raise InputError(f'{path}, line {number}: got {got}; needed an object with a string "text"')
-        documents.append(row["text"])
-    return documents
+def _jsonl_documents(path: Path) -> Iterator[str]:
+    try:
+        # Bytes are split at "\n" alone: JSON strings may hold U+2028 and its like unescaped.
+        with path.open("rb") as file:
+            position = 0
+            for number, line in enumerate(file, start=1):
+                try:
+                    text = line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise _not_utf8(path, error, position) from error
+                position += len(line)
+                text = text.removeprefix("\ufeff") if number == 1 else text
+                if text.strip():
+                    yield _json_document(text, f"{path}, line {number}")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; give a readable UTF-8 file") from error
 
 
-def _python_docs(half: str) -> list[str]:
+def _not_utf8(path: Path, error: UnicodeDecodeError, before: int) -> InputError:
+    return InputError(
+        f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {before + error.start}; "
+        f"convert the file to UTF-8, or leave it out"
+    )
+
+
+def _json_document(line: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f'{place}: not JSON ({error}); needed an object like {{"text": "..."}}') from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        got = f"an object with the keys {sorted(row)}" if isinstance(row, dict) else f"a JSON {type(row).__name__}"
+        raise InputError(f'{place}: got {got}; needed an object with a string "text"')
+    return row["text"]
+
+
+def python_docs(half: str) -> list[str]:
     """First (``calibration``) or last (``test``) half of the prose in ``pydoc_data.topics``, cut between paragraphs."""
     try:
         from pydoc_data.topics import topics
@@ -244,16 +306,15 @@ def _python_docs(half: str) -> list[str]:
     return [text[cut:] if half == "test" else text[:cut]]
 
 
-def _find_on_hub(name: str, split: str) -> _Found:
+def _find_on_hub(name: str, split: str) -> Located:
     dataset = HUB_DATASETS[name]
     if split not in dataset.splits:
         raise InputError(
             f"data set {name} has no split {split!r} on the hub, only {', '.join(dataset.splits)}; "
             f"give {name}-{dataset.splits[0]}, or put {name}-{split}.txt into ${DATA_VARIABLE}"
         )
-    origin = dataset.path + (f", {dataset.config}" if dataset.config else "")
-    origin += f", first {dataset.first} documents" if dataset.first else ""
-    return _Found(f"{name}-{split} ({origin})", partial(_read_hub, name, dataset, split))
+    taken = f", first {dataset.first} documents" if dataset.first else ""
+    return Located(f"{name}-{split} ({dataset.origin}{taken})", name, split, dataset=dataset)
 
 
 def _read_hub(name: str, dataset: HubDataset, split: str) -> list[str]:

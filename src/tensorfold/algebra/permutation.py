@@ -9,7 +9,7 @@ assignment of W's rows to its rows, and likewise for the columns, so no step can
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +93,56 @@ def search_permutations(
     ordered = weight[row_order.to(weight.device)][:, column_order.to(weight.device)]
     without = _relative(w, to_dense(tt_svd(w, spec), spec))
     return Permuted(row_order, column_order, tt_svd(ordered, spec), error, without)
+
+
+def search_row_order(
+    matrices: Sequence[tuple[Tensor, Spec]], *, starts: int = 2, sweeps: int = 20, tolerance: float = 1e-4
+) -> tuple[Tensor, float, float]:
+    """One row order for several matrices, such as all those that meet in an MLP's hidden layer (``down`` transposed).
+
+    Costs of an assignment add up over matrices, so the search of :func:`search_permutations` carries over as it is.
+
+    Args:
+        matrices: Weights with the same number of rows, each with its two-site spec, none padded.
+
+    Returns:
+        The order, int64, and ``√Σ‖W[order] − Ŵ‖² / √Σ‖W‖²`` with it and without; the first is never the larger.
+
+    Raises:
+        SpecError: A spec has not two sites or pads its weight, or the matrices differ in their number of rows.
+    """
+    for weight, spec in matrices:
+        if spec.sites != 2 or spec.dense_parameters != math.prod(spec.out_modes) * math.prod(spec.in_modes):
+            raise SpecError(f"search_row_order: {spec} has {spec.sites} sites; needed two, and modes without padding.")
+        if len(weight) != len(matrices[0][0]):
+            raise SpecError(f"search_row_order: {len(weight)} rows beside {len(matrices[0][0])}; needed equally many.")
+    weights = [check_weight(weight, spec).detach().to("cpu", torch.float64) for weight, spec in matrices]
+    specs = [spec for _, spec in matrices]
+    norm = math.sqrt(sum(float(w.square().sum()) for w in weights)) or 1.0
+
+    def refit(order: Tensor) -> tuple[list[Tensor], float]:
+        dense = [to_dense(tt_svd(w[order], spec), spec) for w, spec in zip(weights, specs, strict=True)]
+        squared = sum(float((w[order] - d).square().sum()) for w, d in zip(weights, dense, strict=True))
+        return dense, math.sqrt(squared) / norm
+
+    identity = torch.arange(len(weights[0]))
+    without = refit(identity)[1]
+    best, error = identity, without
+    block = max(spec.out_modes[1] for spec in specs)
+    for start in (identity, _gathered(torch.cat(weights, dim=1), block))[:starts]:
+        order, (dense, reached) = start, refit(start)
+        for _ in range(sweeps):
+            moved = _assign(torch.stack([d @ w.T for d, w in zip(dense, weights, strict=True)]).sum(0))
+            again, after = refit(moved)
+            gained = reached - after
+            if gained <= 0:
+                break
+            order, dense, reached = moved, again, after
+            if gained < tolerance * after:
+                break
+        if reached < error:
+            best, error = order, reached
+    return best, error, without
 
 
 def _initial_orders(w: Tensor, spec: Spec, rows: bool, columns: bool, starts: int) -> Iterator[tuple[Tensor, Tensor]]:

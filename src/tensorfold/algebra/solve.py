@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,23 @@ from tensorfold.algebra.ttsvd import balance, check_weight, leading_eigenvectors
 from tensorfold.errors import SpecError
 
 
-def fit(weight: Tensor, spec: Spec, metric: Tensor | None = None) -> list[Tensor]:
+class Factors(NamedTuple):
+    """What a solver returns.
+
+    Attributes:
+        cores: Shapes ``spec.core_shapes``.
+        scalars: Shape (terms,), where the spec has scalars; 1 if None.
+        out_order, in_order: int64 index orders for the sides in ``spec.reordered``:
+            ``weight[out_order][:, in_order]`` is what the cores approximate.
+    """
+
+    cores: list[Tensor]
+    scalars: Tensor | None = None
+    out_order: Tensor | None = None
+    in_order: Tensor | None = None
+
+
+def fit(weight: Tensor, spec: Spec, metric: Tensor | None = None, start: list[Tensor] | None = None) -> list[Tensor]:
     """Cores of ``spec`` that approximate ``weight``.
 
     Without a metric: TT-SVD, nearest in the Frobenius norm. With the second moment C of the inputs: smallest
@@ -21,6 +39,7 @@ def fit(weight: Tensor, spec: Spec, metric: Tensor | None = None) -> list[Tensor
     Args:
         weight: Shape (out_features, in_features), any floating dtype.
         metric: C, shape (in_features, in_features), symmetric and positive semidefinite; may be singular.
+        start: Cores that weighted alternating least squares starts from, instead of the TT-SVD.
 
     Returns:
         Cores of shapes ``spec.core_shapes``, fp32 or ``weight``'s dtype if that is fp64.
@@ -32,9 +51,9 @@ def fit(weight: Tensor, spec: Spec, metric: Tensor | None = None) -> list[Tensor
     if metric is None:
         return tt_svd(weight, spec)
     check_metric(metric, spec)
-    if spec.is_low_rank:
+    if spec.is_low_rank and start is None:
         return whitened_low_rank(weight, metric, spec)
-    return weighted_als(weight, spec, tt_svd(weight, spec), metric).cores
+    return weighted_als(weight, spec, start or tt_svd(weight, spec), metric).cores
 
 
 def check_metric(metric: Tensor, spec: Spec) -> None:
@@ -73,6 +92,12 @@ def relative_error(weight: Tensor, approximation: Tensor, metric: Tensor | None 
     if below == 0.0:
         return 0.0 if above == 0.0 else float("inf")
     return (above / below) ** 0.5
+
+
+def norm_ratio(weight: Tensor, approximation: Tensor, metric: Tensor | None = None) -> float:
+    """Krony-PT's ``α = ‖W C^½‖ / ‖Ŵ C^½‖``, by which a shrunken approximation regains its norm; 1 for a zero one."""
+    norm = _squared_norm(approximation.double(), metric)
+    return (_squared_norm(weight.double(), metric) / norm) ** 0.5 if norm else 1.0
 
 
 def _squared_norm(matrix: Tensor, metric: Tensor | None) -> float:

@@ -40,6 +40,8 @@ class Spec:
         out_features: Rows of the matrix stood for; defaults to ``prod(out_modes)``. Smaller means zero padding.
         in_features: Columns of the matrix stood for; defaults to ``prod(in_modes)``. Smaller means zero padding.
         scalars: One trainable number per bond index of a two-site operator: ``Σ_k s_k A_k ⊗ B_k`` (Krony-PT).
+        reordered: Sides, ``"out"`` and ``"in"``, whose index order is stored beside the cores and is not the matrix's
+            own (TQCompressor's permutations). Orders are integers and are not counted as parameters.
 
     Raises:
         SpecError: Modes and bonds do not fit together, or a bond exceeds what its unfolding can have.
@@ -55,6 +57,7 @@ class Spec:
     out_features: int = 0
     in_features: int = 0
     scalars: bool = False
+    reordered: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("out_modes", "in_modes", "ranks"):
@@ -80,6 +83,9 @@ class Spec:
             object.__setattr__(self, name, features)
         if self.scalars and self.sites != 2:
             raise SpecError(f"Spec: scalars sit on the one bond of two sites, got {self.sites} sites; drop scalars.")
+        object.__setattr__(self, "reordered", tuple(self.reordered))
+        if self.reordered not in ((), ("out",), ("in",), ("out", "in")):
+            raise SpecError(f"Spec: reordered={self.reordered}; needed (), ('out',), ('in',) or ('out', 'in').")
         self._check_ranks()
 
     def _check_ranks(self) -> None:
@@ -102,7 +108,14 @@ class Spec:
 
     @classmethod
     def kronecker(
-        cls, out_features: int, in_features: int, factor: Sequence[int], terms: int = 1, *, scalars: bool = False
+        cls,
+        out_features: int,
+        in_features: int,
+        factor: Sequence[int],
+        terms: int = 1,
+        *,
+        scalars: bool = False,
+        reordered: Sequence[str] = (),
     ) -> Spec:
         """``Σ_k A_k ⊗ B_k`` with ``A_k`` of shape ``factor`` = (m1, n1) and ``terms`` summands.
 
@@ -116,7 +129,9 @@ class Spec:
                     f"Spec.kronecker: {name}={features} is not divisible by {part}; nearest divisors are "
                     f"{' and '.join(map(str, nearest_divisors(features, part)))}."
                 )
-        return cls((m1, out_features // m1), (n1, in_features // n1), (terms,), scalars=scalars)
+        return cls(
+            (m1, out_features // m1), (n1, in_features // n1), (terms,), scalars=scalars, reordered=tuple(reordered)
+        )
 
     @classmethod
     def low_rank(cls, out_features: int, in_features: int, rank: int) -> Spec:
@@ -188,6 +203,11 @@ class Spec:
         return self.sites == 2 and self.out_modes[1] == 1 and self.in_modes[0] == 1
 
     @property
+    def transposed(self) -> Spec:
+        """The spec of the transposed matrix, with the same cores but for their two middle axes."""
+        return Spec(self.in_modes, self.out_modes, self.ranks, self.in_features, self.out_features, self.scalars)
+
+    @property
     def attainable_matrix_rank(self) -> int:
         """Upper bound on the rank of the matrix itself: full rank for one Kronecker term is min(m1,n1)·min(m2,n2)."""
         full = min(self.out_features, self.in_features)
@@ -207,6 +227,8 @@ class Spec:
             out["in_features"] = self.in_features
         if self.scalars:
             out["scalars"] = True
+        if self.reordered:
+            out["reordered"] = list(self.reordered)
         return out
 
     @classmethod
@@ -216,7 +238,7 @@ class Spec:
         Raises:
             SpecError: A key is missing or unknown, or the values do not fit together.
         """
-        known = {"out_modes", "in_modes", "ranks", "out_features", "in_features", "scalars"}
+        known = {"out_modes", "in_modes", "ranks", "out_features", "in_features", "scalars", "reordered"}
         if not isinstance(data, dict) or not {"out_modes", "in_modes", "ranks"} <= data.keys() <= known:
             raise SpecError(f"Spec: got {data!r}; needed out_modes, in_modes, ranks and at most {sorted(known)}.")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}

@@ -69,14 +69,14 @@ def _check_size(path: Path, config: PreTrainedConfig) -> None:
     """
     files = sorted(path.glob("*.safetensors"))
     stored_as = getattr(config, "quantization_config", None)
-    folded = isinstance(stored_as, dict) and stored_as.get("quant_method") == NAME
+    ours = isinstance(stored_as, dict) and stored_as.get("quant_method") == NAME
     # Other quantisers pack several parameters into one number.
-    if not files or (stored_as is not None and not folded):
+    if not files or (stored_as is not None and not ours):
         return
     model = empty_model(config)
-    if folded:
+    if stored_as is not None:
         folding = TensorfoldConfig(**stored_as)
-        install(model, folding.specs, folding.tied)
+        install(model, folding.specs, folding.tied, folding.split)
     stored = sum(_stored_parameters(file) for file in files)
     described = count_parameters(model)
     if described > 2 * stored:
@@ -107,7 +107,7 @@ def _check_complete(path: str | Path, info: Mapping[str, Any]) -> None:
 
 
 def _check_sound(path: str | Path, model: PreTrainedModel) -> None:
-    """Raise :class:`InputError` for folded weights that are no numbers to compute with, and for ties that were not made.
+    """Raise :class:`InputError` for folded weights that are not floating point, and for ties that were not made.
 
     transformers gives a head its own weight, against the configuration, where the files hold one that differs.
     """

@@ -34,6 +34,7 @@ class TensorfoldConfig(QuantizationConfigMixin):
         self,
         modules: Mapping[str, dict[str, Any]] | None = None,
         tied: Mapping[str, str] | None = None,
+        split: Mapping[str, list[int]] | None = None,
         format: int = FORMAT,
         **_: Any,
     ) -> None:
@@ -46,6 +47,7 @@ class TensorfoldConfig(QuantizationConfigMixin):
         if not isinstance(modules, Mapping) or not isinstance(tied or {}, Mapping):
             raise InputError("checkpoint: quantization_config has no mapping of modules; the file is damaged.")
         self.modules = {str(name): Spec.from_dict(dict(data)).to_dict() for name, data in modules.items()}
+        self.split = {str(name): [int(size) for size in sizes] for name, sizes in (split or {}).items()}
         self.tied = {str(name): str(head) for name, head in (tied or {}).items()}
 
     @property
@@ -64,7 +66,8 @@ class TensorfoldQuantizer(HfQuantizer):
         # Imported here because this file is loaded from inside transformers' own import (see tensorfold/__init__.py).
         from tensorfold.hf.swap import install
 
-        install(model, self.quantization_config.specs, self.quantization_config.tied)
+        config = self.quantization_config
+        install(model, config.specs, config.tied, config.split)
         return model
 
     def is_serializable(self) -> bool:
@@ -86,9 +89,11 @@ class TensorfoldQuantizer(HfQuantizer):
         return True
 
 
-def mark_folded(model: PreTrainedModel, specs: Mapping[str, Spec], tied: Mapping[str, str]) -> None:
+def mark_folded(
+    model: PreTrainedModel, specs: Mapping[str, Spec], tied: Mapping[str, str], split: Mapping[str, list[int]]
+) -> None:
     """Give a model that was folded in memory the configuration that ``from_pretrained`` would have given it."""
-    config = TensorfoldConfig({name: spec.to_dict() for name, spec in specs.items()}, tied)
+    config = TensorfoldConfig({name: spec.to_dict() for name, spec in specs.items()}, tied, split)
     model.config.quantization_config = config
     model.hf_quantizer = TensorfoldQuantizer(config, pre_quantized=True)
     model.is_quantized = True  # type: ignore[assignment]

@@ -101,8 +101,11 @@ def converted(gguf: Path) -> Path:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise InputError(f"{gguf}: cannot be converted: {reason(error)}") from None
+    # A damaged file fails wherever the reader happens to be: in numpy, struct, gguf or transformers.
+    except Exception as error:
+        raise InputError(
+            f"{gguf}: cannot be read as a GGUF model ({reason(error)}); copy the file again, or give another."
+        ) from error
     # The weights are dense fp32 now, but the model still carries the GGUF quantizer, which refuses to be saved.
     model.hf_quantizer.remove_quantization_config(model)
     with atomic_directory(target, keep_existing=True) as partial:

@@ -12,6 +12,7 @@ from tensorfold.algebra.spec import Spec
 from tensorfold.anatomy import Matrix, embedding_scale, matrices
 from tensorfold.errors import InputError
 from tensorfold.nn import MPOEmbedding, MPOLinear
+from tensorfold.surgery import split_linear
 
 
 def empty_module(matrix: Matrix, spec: Spec) -> MPOLinear | MPOEmbedding:
@@ -54,12 +55,18 @@ def swap(model: PreTrainedModel, matrix: Matrix, module: MPOLinear | MPOEmbeddin
     model.all_tied_weights_keys = {**expanded, **tied}
 
 
-def install(model: PreTrainedModel, specs: Mapping[str, Spec], tied: Mapping[str, str]) -> None:
+def install(
+    model: PreTrainedModel, specs: Mapping[str, Spec], tied: Mapping[str, str], split: Mapping[str, list[int]]
+) -> None:
     """Replace modules by empty folded ones, as a saved configuration describes them.
 
     Raises:
         InputError: The configuration names a module that the model lacks, or gives it another shape.
     """
+    for name, sizes in split.items():
+        if name not in matrices(model):
+            raise InputError(f"checkpoint: its configuration splits {name!r}, which {type(model).__name__} lacks.")
+        split_linear(model, name, sizes)
     available = matrices(model)
     for name, spec in specs.items():
         matrix = available.get(name)
@@ -68,7 +75,7 @@ def install(model: PreTrainedModel, specs: Mapping[str, Spec], tied: Mapping[str
         if (matrix.out_features, matrix.in_features) != (spec.out_features, spec.in_features):
             raise InputError(
                 f"checkpoint: {name} is folded as {spec.out_features}×{spec.in_features}, but the model's "
-                f"configuration makes it {matrix.out_features}×{matrix.in_features}; the two files do not belong together."
+                f"configuration makes it {matrix.out_features}×{matrix.in_features}; they do not belong together."
             )
         if matrix.tied_head != tied.get(name):
             raise InputError(

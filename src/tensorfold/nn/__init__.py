@@ -1,6 +1,7 @@
 """Modules whose weight is a matrix product operator."""
 
 from tensorfold.nn.embedding import MPOEmbedding
-from tensorfold.nn.linear import MPOLinear
+from tensorfold.nn.linear import MPOLinear, MPOModule
+from tensorfold.nn.stacked import StackedLinear
 
-__all__ = ["MPOEmbedding", "MPOLinear"]
+__all__ = ["MPOEmbedding", "MPOLinear", "MPOModule", "StackedLinear"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tensorfold.algebra.contract import rows
-from tensorfold.algebra.solve import fit
+from tensorfold.algebra.solve import Factors, fit
 from tensorfold.algebra.spec import Spec
 from tensorfold.nn.linear import MPOLinear, MPOModule
 
@@ -16,8 +16,8 @@ from tensorfold.nn.linear import MPOLinear, MPOModule
 class MPOEmbedding(MPOModule):
     """Token index → row of the table ``E`` (vocabulary, width), an MPO over (vocabulary, width).
 
-    A lookup reads only the core slices of the tokens asked for. Kronecker tables (KnGPT2, arXiv 2110.08152), tensor-train
-    tables (TT-Rec, arXiv 2101.11714) and low rank are all this module with different specs.
+    A lookup reads only the core slices of the tokens asked for. Kronecker tables (KnGPT2, arXiv 2110.08152), tensor
+    trains (TT-Rec, arXiv 2101.11714) and low rank are all this module with different specs.
 
     Args:
         spec: ``out_features`` is the vocabulary, ``in_features`` the width.
@@ -37,25 +37,20 @@ class MPOEmbedding(MPOModule):
         Raises:
             SpecError: A shape does not fit ``spec``, or a value is not finite.
         """
-        return cls.from_cores(fit(weight.detach(), spec, metric), spec, weight, scale)
+        return cls.from_factors(Factors(fit(weight.detach(), spec, metric)), spec, weight, scale)
 
     @classmethod
-    def from_cores(
-        cls,
-        cores: list[Tensor],
-        spec: Spec,
-        like: Tensor,
-        scale: float = 1.0,
-        scalars: Tensor | None = None,
-    ) -> Self:
-        """An embedding holding the given cores, on the device and in the dtype of ``like``."""
+    def from_factors(cls, factors: Factors, spec: Spec, like: Tensor, scale: float = 1.0) -> Self:
+        """An embedding holding a solver's output, on the device and in the dtype of ``like``."""
         table = cls(spec, scale, device="meta").to_empty(device=like.device).to(like.dtype)
-        table.load_cores(cores, scalars)
+        table.load_factors(factors)
         return table
 
     def forward(self, index: Tensor) -> Tensor:
         """Integers of shape ``(...)`` → ``(..., width)``."""
-        out = rows(index, self.factors(), self.spec)
+        out = rows(index if self.out_position is None else self.out_position[index], self.factors(), self.spec)
+        if self.in_order is not None:
+            out = out[..., self.in_order.argsort()]
         return out if self.scale == 1.0 else out * torch.tensor(self.scale, dtype=out.dtype, device=out.device)
 
     def head(self, bias: Tensor | None = None) -> MPOLinear:
@@ -64,6 +59,7 @@ class MPOEmbedding(MPOModule):
         for k, core in enumerate(self.cores):
             head.cores[k] = core
         head.scalars = self.scalars
+        head.out_position, head.in_order = self.out_position, self.in_order
         if bias is not None:
             head.bias = bias if isinstance(bias, torch.nn.Parameter) else torch.nn.Parameter(bias)
         return head

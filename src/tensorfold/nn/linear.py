@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from tensorfold.algebra.contract import apply, cheapest_order, to_dense
-from tensorfold.algebra.solve import fit
+from tensorfold.algebra.solve import Factors, fit
 from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.starts import core_std
 
 
 class MPOModule(nn.Module):
-    """Cores of one spec, and the bond scalars where the spec has them: what linear layer and embedding share."""
+    """Cores of one spec, with the bond scalars and index orders it may have: what linear layer and embedding share."""
+
+    out_position: Tensor | None
+    in_order: Tensor | None
 
     def __init__(self, spec: Spec, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -25,16 +28,18 @@ class MPOModule(nn.Module):
         self.scalars: nn.Parameter | None = None
         if spec.scalars:
             self.scalars = nn.Parameter(torch.empty(spec.ranks[0], device=device, dtype=dtype))
+        # Where each output sits among the operator's rows, and which input each of its columns reads.
+        for name, side, size in (
+            ("out_position", "out", spec.out_features),
+            ("in_order", "in", spec.in_features),
+        ):
+            order = torch.arange(size, device=device) if side in spec.reordered else None
+            self.register_buffer(name, order)
 
     def reset_parameters(self, std: float) -> None:
-        """Random cores whose product has entries of standard deviation ``std``, for any number of sites.
-
-        An entry of the matrix sums ``Π r`` paths of L independent factors, so each core gets
-        ``σ = (std² / Π r)^(1/2L)``.
-        """
-        variance = std**2 / math.prod(self.spec.ranks)
+        """Random cores whose product has entries of standard deviation ``std``, for any number of sites."""
         for core in self.cores:
-            nn.init.normal_(core, std=variance ** (1 / (2 * self.spec.sites)))
+            nn.init.normal_(core, std=core_std(self.spec, std))
         if self.scalars is not None:
             nn.init.ones_(self.scalars)
 
@@ -47,17 +52,24 @@ class MPOModule(nn.Module):
             return [cores[0] * self.scalars, cores[1]]
         return [cores[0], self.scalars.reshape(-1, 1, 1, 1) * cores[1]]
 
-    def to_dense(self) -> Tensor:
-        """The matrix, shape (out_features, in_features)."""
-        return to_dense(self.factors(), self.spec)
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix, shape (out_features, in_features), multiplied out in ``dtype`` (the cores' own if None)."""
+        dense = to_dense([core.to(dtype or core.dtype) for core in self.factors()], self.spec)
+        if self.out_position is not None:
+            dense = dense[self.out_position]
+        return dense if self.in_order is None else dense[:, self.in_order.argsort()]
 
     @torch.no_grad()
-    def load_cores(self, cores: list[Tensor], scalars: Tensor | None = None) -> None:
-        """Copy solver output into the parameters; scalars default to 1."""
-        for parameter, core in zip(self.cores, cores, strict=True):
+    def load_factors(self, factors: Factors) -> None:
+        """Copy a solver's output into parameters and index orders; scalars it does not give are 1."""
+        for parameter, core in zip(self.cores, factors.cores, strict=True):
             parameter.copy_(core)
         if self.scalars is not None:
-            self.scalars.copy_(torch.ones_like(self.scalars) if scalars is None else scalars)
+            self.scalars.copy_(torch.ones_like(self.scalars) if factors.scalars is None else factors.scalars)
+        if self.out_position is not None and factors.out_order is not None:
+            self.out_position.copy_(factors.out_order.argsort())
+        if self.in_order is not None and factors.in_order is not None:
+            self.in_order.copy_(factors.in_order)
 
 
 class MPOLinear(MPOModule):
@@ -97,20 +109,13 @@ class MPOLinear(MPOModule):
         Raises:
             SpecError: A shape does not fit ``spec``, or a value is not finite.
         """
-        return cls.from_cores(fit(weight.detach(), spec, metric), spec, weight, bias)
+        return cls.from_factors(Factors(fit(weight.detach(), spec, metric)), spec, weight, bias)
 
     @classmethod
-    def from_cores(
-        cls,
-        cores: list[Tensor],
-        spec: Spec,
-        like: Tensor,
-        bias: Tensor | None = None,
-        scalars: Tensor | None = None,
-    ) -> Self:
-        """A layer holding the given cores, on the device and in the dtype of ``like``."""
+    def from_factors(cls, factors: Factors, spec: Spec, like: Tensor, bias: Tensor | None = None) -> Self:
+        """A layer holding a solver's output, on the device and in the dtype of ``like``."""
         layer = cls(spec, bias is not None, device="meta").to_empty(device=like.device).to(like.dtype)
-        layer.load_cores(cores, scalars)
+        layer.load_factors(factors)
         if layer.bias is not None and bias is not None:
             with torch.no_grad():
                 layer.bias.copy_(bias)
@@ -118,7 +123,12 @@ class MPOLinear(MPOModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(..., in_features)`` → ``(..., out_features)``."""
-        return apply(x, self.factors(), self.spec, self.bias, self.order)
+        if self.in_order is not None:
+            x = x[..., self.in_order]
+        if self.out_position is None:
+            return apply(x, self.factors(), self.spec, self.bias, self.order)
+        y = apply(x, self.factors(), self.spec, None, self.order)[..., self.out_position]
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         return f"{self.spec}, in={self.in_features}, out={self.out_features}, bias={self.bias is not None}"

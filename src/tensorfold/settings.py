@@ -1,0 +1,104 @@
+"""Settings of the commands, as recipes carry them: calibration, healing, evaluation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+
+from tensorfold.errors import InputError
+from tensorfold.strict import strict
+
+Count = Annotated[int, Ge(1)]
+Weight = Annotated[float, Ge(0)]
+
+
+@strict
+class CalibrateSettings:
+    """Calibration text (the Contract's ``TEXT``, its validation split where named) and how many tokens of it."""
+
+    text: str = "wikitext-2"
+    tokens: Count = 24_000
+
+
+@strict
+class EvalSettings:
+    """Evaluation text (test split where named), protocol, and how many tokens of it (all if None)."""
+
+    text: str = "wikitext-2"
+    protocol: str = "hf-1024"
+    max_tokens: Count | None = None
+
+
+@strict
+class HealSettings:
+    """How quality is recovered. Block-by-block comes first where ``blockwise_tokens`` asks for it, then end to end.
+
+    End to end, the loss is ``cross_entropy·CE + kl·T²·KL(teacher ‖ student)/tokens + embedding·MSE + attention·KL +
+    ffn·MSE``; the last three compare with the teacher layer by layer, as KnGPT2 (arXiv 2110.08152) weighs them.
+
+    Args:
+        text: Training text (train split where named).
+        steps: Optimiser steps end to end; 0 for none.
+        batch: Sequences in one step, over all devices and accumulation.
+        micro_batch: Sequences in one forward pass on one device; ``batch`` if None.
+        block: Tokens in a sequence.
+        lr: Peak learning rate of AdamW.
+        min_lr: Learning rate at the end of a cosine schedule.
+        schedule: ``cosine``, ``linear`` or ``constant`` after ``warmup`` steps.
+        train: ``cores``; ``all`` parameters; or ``all-but-embeddings``.
+        freeze_scalars: Leave the Kronecker terms' scalars as they are.
+        precision: ``bf16`` is autocast over fp32 weights.
+        validation_fraction: Part of the text's end that chooses the best checkpoint and is never trained on.
+        patience: Stop after this many evaluations without improvement; None never stops.
+        blockwise_tokens: Tokens on which each block is fitted to the dense model's; 0 for none.
+        blockwise_epochs: Passes over them for each block.
+        blockwise_batch: Windows in one step of them.
+        blockwise_lr: Peak learning rate of them.
+        activations_mb: Megabytes of memory for the activations between blocks; what is beyond goes to disk.
+    """
+
+    text: str = "openwebtext"
+    steps: Annotated[int, Ge(0)] = 1000
+    batch: Count = 8
+    micro_batch: Count | None = None
+    block: Annotated[int, Ge(2)] = 512
+    lr: Annotated[float, Gt(0)] = 6e-5
+    min_lr: Weight = 0.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[int, Ge(0)] = 0
+    weight_decay: Weight = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: Weight = 1.0
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    train: Literal["cores", "all", "all-but-embeddings"] = "all"
+    freeze_scalars: bool = False
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    cross_entropy: Weight = 1.0
+    kl: Weight = 0.0
+    temperature: Annotated[float, Gt(0)] = 1.0
+    embedding: Weight = 0.0
+    attention: Weight = 0.0
+    ffn: Weight = 0.0
+    validation_fraction: Annotated[float, Ge(0), Le(0.5)] = 0.01
+    evaluate_every: Count | None = None
+    save_every: Count | None = None
+    patience: Count | None = None
+    blockwise_tokens: Annotated[int, Ge(0)] = 0
+    blockwise_epochs: Count = 4
+    blockwise_batch: Count = 2
+    blockwise_lr: Annotated[float, Gt(0)] = 1e-3
+    activations_mb: Annotated[int, Ge(0)] = 2048
+    workers: Annotated[int, Ge(0)] = 0
+
+    def __post_init__(self) -> None:
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise InputError(f"heal: batch={self.batch} is not a multiple of micro_batch={self.micro_batch}.")
+        if self.min_lr > self.lr:
+            raise InputError(f"heal: min_lr={self.min_lr} is above lr={self.lr}; needed at most lr.")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool(self.kl or self.embedding or self.attention or self.ffn or self.blockwise_tokens)

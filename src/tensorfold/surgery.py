@@ -1,0 +1,135 @@
+"""Changes to a dense model before it is folded: dropping layers, splitting fused matrices, reordering hidden units.
+
+The last two leave the model's function as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tensorfold.anatomy import Matrix, blocks, dense_weight, is_plain_linear
+from tensorfold.errors import InputError
+from tensorfold.nn import StackedLinear
+
+_LAYER_INDEX = re.compile(r"layer_?(idx|id|index|number)$")
+
+
+def fewer_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
+    """A copy of ``config`` with only the given layers, in the given order.
+
+    Raises:
+        InputError: An index is out of range or repeated.
+    """
+    total = config.num_hidden_layers
+    if not layers or len(set(layers)) != len(layers) or not all(0 <= index < total for index in layers):
+        raise InputError(f"layers: got {list(layers)}; needed different indices from 0 to {total - 1}.")
+    out = copy.deepcopy(config)
+    for name, value in vars(config).items():
+        # Per-layer settings (Gemma's layer_types) follow their layers.
+        if isinstance(value, list) and len(value) == total and name.startswith("layer"):
+            setattr(out, name, [value[index] for index in layers])
+    out.num_hidden_layers = len(layers)
+    return out
+
+
+def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Keep only the given blocks, in place: DistilGPT2's way of being small (0, 2, 4, 7, 9, 11 of GPT-2's twelve).
+
+    Raises:
+        InputError: An index is out of range or repeated, or the model has no list of blocks.
+    """
+    config = fewer_layers(model.config, layers)
+    name, chain = blocks(model)
+    kept = nn.ModuleList(chain[index] for index in layers)
+    for position, block in enumerate(kept):
+        for module in block.modules():
+            for attribute in [key for key in vars(module) if _LAYER_INDEX.search(key)]:
+                setattr(module, attribute, position)
+    model.set_submodule(name, kept)
+    for key, value in vars(config).items():
+        setattr(model.config, key, value)
+
+
+def split_linear(model: PreTrainedModel, name: str, parts: int | Sequence[int]) -> list[str]:
+    """Replace a fused linear layer by its parts, in place and without changing what it computes.
+
+    Args:
+        parts: Number of equal parts, or their sizes.
+
+    Returns:
+        Names of the parts: ``NAME.0``, ``NAME.1``, …
+
+    Raises:
+        InputError: The layer is no plain linear layer, or the parts do not add up to its output.
+    """
+    module = model.get_submodule(name)
+    if not is_plain_linear(module):
+        raise InputError(f"split: {name} is a {type(module).__name__}; needed a plain linear layer.")
+    weight, bias = dense_weight(module), getattr(module, "bias", None)
+    rows = weight.shape[0]
+    sizes = [rows // parts] * parts if isinstance(parts, int) else list(parts)
+    if sum(sizes) != rows or min(sizes) < 1:
+        raise InputError(f"split: {name} has {rows} outputs; {parts} does not divide them into parts.")
+    stacked = StackedLinear()
+    for start, size in zip(itertools.accumulate([0, *sizes[:-1]]), sizes, strict=True):
+        part = nn.Linear(weight.shape[1], size, bias is not None, device="meta")
+        part.weight = nn.Parameter(weight[start : start + size].detach().clone())
+        if bias is not None:
+            part.bias = nn.Parameter(bias[start : start + size].detach().clone())
+        part._is_hf_initialized = True  # type: ignore[assignment]
+        stacked.append(part)
+    stacked.train(module.training)
+    model.set_submodule(name, stacked)
+    for parent in (model.get_submodule(name.rpartition(".")[0]), stacked):
+        parent._is_hf_initialized = True  # type: ignore[assignment]
+    return [f"{name}.{index}" for index in range(len(sizes))]
+
+
+@dataclass(frozen=True)
+class HiddenUnits:
+    """Matrices that meet in one MLP's hidden layer: rows of ``ups`` and columns of ``down`` are the same units."""
+
+    ups: list[Matrix]
+    down: Matrix
+
+
+def hidden_units(available: Mapping[str, Matrix]) -> list[HiddenUnits]:
+    """The hidden layers of the MLPs among ``available``: one contracting matrix and the expanding ones beside it."""
+    families: dict[str, list[Matrix]] = {}
+    for matrix in available.values():
+        if matrix.group == "mlp":
+            families.setdefault(matrix.name.rpartition(".")[0], []).append(matrix)
+    found = []
+    for members in families.values():
+        downs = [m for m in members if m.out_features < m.in_features]
+        if len(downs) != 1:
+            continue
+        down = downs[0]
+        shape = (down.in_features, down.out_features)
+        ups = [m for m in members if (m.out_features, m.in_features) == shape]
+        if 1 <= len(ups) <= 2 and len(ups) + 1 == len(members):
+            found.append(HiddenUnits(ups, down))
+    return found
+
+
+@torch.no_grad()
+def reorder_hidden(units: HiddenUnits, order: Tensor) -> None:
+    """Put the hidden units in another order, in place: rows (and biases) going in, columns coming out.
+
+    Elementwise activations and gates commute with it, so the MLP computes what it did (TQCompressor, arXiv 2401.16367).
+    """
+    for matrix in units.ups:
+        weight = dense_weight(matrix.module)
+        weight.copy_(weight[order])
+        if matrix.bias is not None:
+            matrix.bias.copy_(matrix.bias[order])
+    weight = dense_weight(units.down.module)
+    weight.copy_(weight[:, order])
