@@ -315,3 +315,20 @@ def test_dropping_layers_leaves_a_plain_model(tiny, tmp_path, architecture):
     assert again.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 23)
     with pytest.raises(InputError, match="indices from 0 to 0"):
         tensorfold.plan(again, recipe)
+
+
+def test_every_shape_of_a_matrix_is_listed_with_its_cost(command, tmp_path):
+    """``tensorfold plan MODEL --shapes``; the 23 rows of the paper's Table 1 are among the full-rank ones."""
+    import json
+
+    GPT2Config().save_pretrained(tmp_path)
+    listed = json.loads(command("plan", tmp_path, "--shapes", "--json").out)["shapes"]
+    found = {tuple(row["factor"]): row for row in listed if row["out_features"] == 3072 and row["full_rank"]}
+    assert TABLE_1.keys() - {(3072, 768)} <= found.keys()
+    assert all(found[shape]["parameters"] == TABLE_1[shape][0] for shape in TABLE_1 if shape in found)
+    assert found[768, 768]["macs"] == 592_896
+    narrow = [row for row in listed if row["factor"] == [3072, 1]]
+    assert narrow[0]["attainable_rank"] == 1
+    table = command("plan", tmp_path, "--shapes").out
+    assert "768×768" in table
+    assert "shapes of one term reach full rank" in table

@@ -18,6 +18,7 @@ LAYERS = [
     ["anatomy"],
     ["surgery"],
     ["recipe", "report"],
+    ["shapes"],
     ["planning"],
     ["texts", "tokens"],
     ["hf"],

@@ -63,11 +63,17 @@ def plan(
     recipe: RecipeOption = None,
     keep: Keep = None,
     targets: TargetsOption = None,
+    shapes: Annotated[
+        bool, typer.Option("--shapes", help="List the Kronecker shapes that the targets (default: mlp) can have.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a recipe would do to a model. Reads its configuration, not its weights."""
     from tensorfold.planning import plan as make_plan
 
+    if shapes:
+        _list_shapes(model, recipe, keep, targets, as_json)
+        return
     chosen = _recipe(recipe, keep, targets)
     planned = make_plan(_source(model, chosen).config(), chosen)
     _emit(as_json, planned.to_dict(), lambda: str(planned))
@@ -167,6 +173,19 @@ def demo(
     from tensorfold.demo import run_demo
 
     run_demo(out)
+
+
+def _list_shapes(model: str | None, recipe: str | None, keep: float | None, targets: str | None, as_json: bool) -> None:
+    from tensorfold.anatomy import match, matrices
+    from tensorfold.hf.sources import find_model
+    from tensorfold.planning import skeleton
+    from tensorfold.shapes import shape_rows, shape_table
+
+    if model is None or recipe is not None or keep is not None:
+        raise InputError("plan --shapes: needed a MODEL and at most --targets; leave out --recipe and --keep.")
+    available = matrices(skeleton(find_model(model).config()))
+    rows = shape_rows([available[name] for name in match(targets or "mlp", available)])
+    _emit(as_json, {"shapes": rows}, lambda: shape_table(rows))
 
 
 def _recipe(recipe: str | None, keep: float | None, targets: str | None) -> Recipe:

@@ -43,13 +43,18 @@ def module_table(
         if errors is not None:
             cells.append(f"{sum(errors[name] for name in names) / len(names):.3f}")
         table.add_row(*cells)
-    console = Console(width=160, no_color=True, highlight=False)
-    with console.capture() as capture:
-        console.print(table)
     total = (
         f"{before:,} → {after:,} parameters ({after / before:.1%} of the model, {kept:.1%} of the targeted matrices)"
     )
-    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n" + total
+    return f"{render(table)}\n{total}"
+
+
+def render(table: Table) -> str:
+    """A table as plain text, the same on every terminal."""
+    console = Console(width=160, no_color=True, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def model_card(card: Mapping[str, Any]) -> str:

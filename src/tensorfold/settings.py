@@ -89,7 +89,7 @@ class HealSettings:
     blockwise_tokens: Annotated[int, Ge(0)] = 0
     blockwise_epochs: Count = 4
     blockwise_batch: Count = 2
-    blockwise_lr: Annotated[float, Gt(0)] = 1e-3
+    blockwise_lr: Annotated[float, Gt(0)] = 3e-3
     activations_mb: Annotated[int, Ge(0)] = 2048
     workers: Annotated[int, Ge(0)] = 0
 

@@ -77,7 +77,7 @@ def weighted_als(
             semidefinite.
     """
     w = check_weight(weight, spec).double()
-    c = None if metric is None else _check_metric(metric, spec).to(w)
+    c = None if metric is None else check_metric(metric, spec).to(w)
     chain = [core.to(w) for core in _check_cores(cores, spec)]
     target = w if c is None else w @ c
     padding = math.prod(spec.in_modes) - spec.in_features
@@ -315,7 +315,12 @@ def _norm(matrix: Tensor, metric: Tensor | None) -> float:
     return math.sqrt(max(0.0, float((weighted * matrix).sum())))
 
 
-def _check_metric(metric: Tensor, spec: Spec) -> Tensor:
+def check_metric(metric: Tensor, spec: Spec) -> Tensor:
+    """``metric`` itself, after checking that it is a finite (in_features, in_features) matrix.
+
+    Raises:
+        SpecError: It is not, or its diagonal has a negative entry.
+    """
     if tuple(metric.shape) != (spec.in_features, spec.in_features):
         raise SpecError(f"metric of shape {tuple(metric.shape)}; needed ({spec.in_features}, {spec.in_features}).")
     if not torch.isfinite(metric).all():

@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tensorfold.algebra.als import weighted_als
+from tensorfold.algebra.als import check_metric, weighted_als
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import balance, check_weight, leading_eigenvectors, left_basis, tt_svd
-from tensorfold.errors import SpecError
 
 
 class Factors(NamedTuple):
@@ -54,14 +53,6 @@ def fit(weight: Tensor, spec: Spec, metric: Tensor | None = None, start: list[Te
     if spec.is_low_rank and start is None:
         return whitened_low_rank(weight, metric, spec)
     return weighted_als(weight, spec, start or tt_svd(weight, spec), metric).cores
-
-
-def check_metric(metric: Tensor, spec: Spec) -> None:
-    """Raise :class:`SpecError` unless ``metric`` is a finite (in_features, in_features) matrix."""
-    if tuple(metric.shape) != (spec.in_features, spec.in_features):
-        raise SpecError(f"metric of shape {tuple(metric.shape)}; needed ({spec.in_features}, {spec.in_features}).")
-    if not torch.isfinite(metric).all():
-        raise SpecError("metric holds NaN or infinity: the calibration activations of this layer are not finite.")
 
 
 def whitened_low_rank(weight: Tensor, metric: Tensor, spec: Spec) -> list[Tensor]:
