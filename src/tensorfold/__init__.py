@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tensorfold.errors import InputError, SpecError, TensorfoldError
     from tensorfold.evaluation import evaluate
     from tensorfold.folding import fold
+    from tensorfold.healing.run import heal
     from tensorfold.hf.loading import load
     from tensorfold.methods import MPO, Kronecker, LowRank
     from tensorfold.planning import plan
@@ -36,6 +37,7 @@ _HOME = {
     "TensorfoldError": "errors",
     "evaluate": "evaluation",
     "fold": "folding",
+    "heal": "healing.run",
     "load": "hf.loading",
     "plan": "planning",
 }
@@ -52,6 +54,7 @@ __all__ = [
     "TensorfoldError",
     "evaluate",
     "fold",
+    "heal",
     "load",
     "nn",
     "plan",

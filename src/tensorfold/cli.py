@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import tensorfold
+from tensorfold.cli_export import export
 from tensorfold.cli_heal import heal
 from tensorfold.errors import InputError, TensorfoldError
 
@@ -136,6 +137,7 @@ def evaluate(
 
 
 app.command()(heal)
+app.command()(export)
 
 
 @app.command()

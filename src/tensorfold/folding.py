@@ -23,6 +23,7 @@ from tensorfold.calibrate import BlockStream, calibrating, calibration_windows
 from tensorfold.errors import InputError, SpecError
 from tensorfold.hf.quantizer import mark_folded
 from tensorfold.hf.swap import scale_of, swap
+from tensorfold.memory import release_file_pages
 from tensorfold.methods import Method
 from tensorfold.nn import MPOEmbedding, MPOLinear
 from tensorfold.planning import Plan, plan, prepare
@@ -235,7 +236,9 @@ def _fold_one(model: PreTrainedModel, matrix: Matrix, planned: Plan, metric: Ten
     else:
         folded = MPOLinear.from_factors(factors, spec, weight, matrix.bias)
     swap(model, matrix, folded)
-    return relative_error(weight, folded.to_dense(torch.float64), metric)
+    reached = relative_error(weight, folded.to_dense(torch.float64), metric)
+    release_file_pages(weight)
+    return reached
 
 
 def _progress(visible: bool) -> Progress:

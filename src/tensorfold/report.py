@@ -62,7 +62,7 @@ def model_card(card: Mapping[str, Any]) -> str:
 
     Args:
         card: ``base_model``, ``recipe``, ``parameters_before``, ``parameters_after``, and ``calibration`` if any text
-            was used. Missing entries are left out.
+            was used, ``heal`` if it was healed. Missing entries are left out.
     """
     before, after = card.get("parameters_before"), card.get("parameters_after")
     lines = [
@@ -84,5 +84,11 @@ def model_card(card: Mapping[str, Any]) -> str:
         lines.append(f"- parameters: {before:,} → {after:,} ({after / before:.1%}), a tied output head counted once")
     if card.get("calibration"):
         lines.append(f"- calibration: {card['calibration']}")
+    healed = card.get("heal")
+    if isinstance(healed, Mapping):
+        lines.append(
+            f"- healed: {healed.get('tokens', 0):,} tokens of {healed.get('text')}, validation loss "
+            f"{healed.get('validation_loss_before')} → {healed.get('validation_loss')}"
+        )
     lines.append(f"- folded with tensorfold {card.get('tensorfold', '')}".rstrip())
     return "\n".join(lines) + "\n"

@@ -41,7 +41,7 @@ class HealSettings:
         text: Training text (train split where named).
         steps: Optimiser steps end to end; 0 for none.
         batch: Sequences in one step, over all devices and accumulation.
-        micro_batch: Sequences in one forward pass on one device; ``batch`` if None.
+        micro_batch: Sequences in one forward pass on one device; ``batch`` over the number of processes if None.
         block: Tokens in a sequence.
         lr: Peak learning rate of AdamW.
         min_lr: Learning rate at the end of a cosine schedule.

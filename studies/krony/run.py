@@ -26,7 +26,7 @@ RUNS = HERE / "runs.jsonl"
 TEXTS = ["train", "tinyshakespeare"]
 CALIBRATION_TOKENS = 8192
 HEAL: dict[str, Any] = {
-    "steps": 100, "batch": 8, "block": 256, "lr": 6e-4, "warmup": 5, "schedule": "cosine", "validation_fraction": 0.02,
+    "steps": 60, "batch": 8, "block": 256, "lr": 6e-4, "warmup": 5, "schedule": "cosine", "validation_fraction": 0.003,
     "weight_decay": 0.0, "betas": (0.9, 0.95), "clip": 1.0, "train": "all",
 }  # fmt: skip
 
@@ -82,7 +82,7 @@ def one_run(base: Path, work: Path, system: str, seed: int) -> dict[str, Any]:
 
     def perplexities() -> dict[str, float]:
         return {
-            name: tensorfold.evaluate(model, tokenizer, text, "disjoint-256", max_tokens=12_288).perplexity
+            name: tensorfold.evaluate(model, tokenizer, text, "disjoint-256", max_tokens=8192).perplexity
             for name, text in texts.items()
         }
 
@@ -100,7 +100,7 @@ def one_run(base: Path, work: Path, system: str, seed: int) -> dict[str, Any]:
         "after": perplexities(),
         "tokens": result.tokens,
         "settings": HEAL,
-        "protocol": "disjoint-256, first 12,288 tokens",
+        "protocol": "disjoint-256, first 8,192 tokens",
         "seconds": round(time.monotonic() - started, 1),
     }
 

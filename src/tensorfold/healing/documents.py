@@ -13,12 +13,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from tensorfold import texts
 from tensorfold.errors import InputError, TensorfoldError
-
-Source: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 _CHUNK = 1 << 16  # characters; small enough that a batch has work for every thread of a fast tokenizer
 _MARGIN = 1 << 12  # characters before the end of a chunk in which a place to cut is looked for
@@ -45,14 +43,9 @@ class Files:
     def identity(self) -> list[dict[str, Any]]:
         """What the documents depend on: the files' contents and order, not their names."""
         return [
-            {"jsonl": _is_jsonl(path), "bytes": path.stat().st_size, "sha256": _digest(path)} for path in self.paths
+            {"jsonl": texts.is_jsonl(path), "bytes": path.stat().st_size, "sha256": _digest(path)}
+            for path in self.paths
         ]
-
-    @classmethod
-    def at(cls, label: str, path: Path) -> Self:
-        """A file, or every file below a directory that is not hidden."""
-        paths = _files_below(path)
-        return cls(label, paths, _stamps(paths))
 
     def changed(self) -> bool:
         """Whether a file was touched since this object was made, by its size and time of change."""
@@ -61,10 +54,7 @@ class Files:
     def documents(self) -> Iterator[Iterable[str]]:
         """Each document as consecutive parts."""
         for path in self.paths:
-            if _is_jsonl(path):
-                yield from ([document] for document in _jsonl_documents(path))
-            else:
-                yield _chunks(path)
+            yield from texts.file_documents(path)
 
 
 @dataclass(frozen=True)
@@ -118,7 +108,7 @@ class Hub:
 
 @dataclass(frozen=True)
 class Memory:
-    """A text that comes with Python itself and is small."""
+    """A text that is in memory already."""
 
     label: str
     held: tuple[str, ...]
@@ -137,6 +127,7 @@ class Memory:
 
 
 Text: TypeAlias = Files | Hub | Memory
+Source: TypeAlias = str | os.PathLike[str] | Memory | Sequence[str | os.PathLike[str]]
 
 
 def find_texts(source: Source, split: str) -> list[Text]:
@@ -145,6 +136,8 @@ def find_texts(source: Source, split: str) -> list[Text]:
     Raises:
         InputError: No source, or one that names no text.
     """
+    if isinstance(source, Memory):
+        return [source]
     sources = [source] if isinstance(source, str | os.PathLike) else list(source)
     if not sources:
         raise InputError("got an empty list of texts; give at least one file, directory or data set")
@@ -189,35 +182,13 @@ def _cut_before(text: str, end: int) -> int:
 
 
 def _find_text(source: str, split: str) -> Text:
-    label = texts.describe(source, split)
-    name, split = texts._name_and_split(source, texts._CANONICAL_SPLIT[split])
-    if not os.path.exists(source) and name == texts._PYTHON_DOCS:
-        return Memory(label, tuple(texts.load_text(source, split=split)))
-    path = _local_path(source, name, split)
-    if path is not None:
-        return Files.at(label, path)
-    dataset = texts.HUB_DATASETS[name]
-    origin = f"{dataset.path}, {dataset.config}" if dataset.config else dataset.path
-    return Hub(f"{name}-{split} ({origin})", dataset, split, _revision(dataset.path))
-
-
-def _local_path(source: str, name: str, split: str) -> Path | None:
-    if os.path.exists(source):
-        return Path(source)
-    root = texts._data_directory()
-    if root is None:
-        return None
-    for stem in (*(f"{name}-{alias}" for alias in texts._SPLITS[split]), source):
-        if path := texts._text_file(root, stem):
-            return path
-    return root / source if (root / source).is_dir() else None
-
-
-def _files_below(path: Path) -> tuple[Path, ...]:
-    if not path.is_dir():
-        return (path,)
-    inside = {file.relative_to(path).parts: file for file in path.rglob("*") if file.is_file()}
-    return tuple(inside[parts] for parts in sorted(inside) if not any(part.startswith(".") for part in parts))
+    found = texts.locate(source, split)
+    if found.files is not None:
+        return Files(found.label, found.files, _stamps(found.files))
+    if found.dataset is not None:
+        label = f"{found.name}-{found.split} ({found.dataset.origin})"
+        return Hub(label, found.dataset, found.split, _revision(found.dataset.path))
+    return Memory(found.label, tuple(texts.python_docs(found.split)))
 
 
 def _stamps(paths: tuple[Path, ...]) -> tuple[tuple[int, int], ...]:
@@ -233,54 +204,9 @@ def _revision(repository: str) -> str | None:
         return None
 
 
-def _is_jsonl(path: Path) -> bool:
-    return path.suffix == ".jsonl"
-
-
 def _digest(path: Path) -> str:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _chunks(path: Path) -> Iterator[str]:
-    try:
-        # newline="\n" keeps "\r\n" as it is.
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            while chunk := file.read(_CHUNK):
-                yield chunk
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _jsonl_documents(path: Path) -> Iterator[str]:
-    try:
-        # Lines end with "\n" alone: JSON strings may hold U+2028 and its like unescaped.
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _document(line, f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _document(line: str, place: str) -> str:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f'{place}: not JSON ({error}); needed an object like {{"text": "..."}}') from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        got = f"an object with the keys {sorted(row)}" if isinstance(row, dict) else f"a JSON {type(row).__name__}"
-        raise InputError(f'{place}: got {got}; needed an object with a string "text"')
-    return row["text"]
-
-
-def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> InputError:
-    if isinstance(error, OSError):
-        return InputError(f"{path} cannot be read: {error.strerror}; give a readable UTF-8 file")
-    return InputError(
-        f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason}); "
-        f"convert the file to UTF-8, or leave it out"
-    )
+        raise InputError(f"{path} cannot be read: {error.strerror}; give a readable UTF-8 file") from error

@@ -1,0 +1,110 @@
+"""Checkpoints of block-by-block healing: one directory a block, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from tensorfold.cache import atomic_directory
+from tensorfold.errors import InputError
+from tensorfold.settings import HealSettings
+
+log = logging.getLogger(__name__)
+
+_CORES, _SIDECAR = "cores.safetensors", "block.json"
+_SETTINGS = (
+    "blockwise_epochs",
+    "blockwise_batch",
+    "blockwise_lr",
+    "betas",
+    "weight_decay",
+    "precision",
+    "freeze_scalars",
+    "seed",
+)
+
+
+class BlockCheckpoints:
+    """Finished blocks below a directory: ``block-0003/cores.safetensors`` with its checksum in ``block.json``.
+
+    Blocks are to be loaded or saved in order. Each records the checksum of the one before it, since it was trained on
+    what that one passes on: after a damaged block the later ones stay good if computing it again gives the same bytes.
+
+    Args:
+        directory: Created with the first block.
+        key: Identity of the run; see :func:`run_key`.
+    """
+
+    def __init__(self, directory: Path, key: str) -> None:
+        self._directory = directory
+        self._key = key
+        self._previous = ""
+
+    def load(self, index: int, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any] | None:
+        """Fill ``parameters`` from block ``index`` and return what was saved with it; None where it must be computed.
+
+        Raises:
+            InputError: The directory holds another run.
+        """
+        path = self._path(index)
+        if not path.exists():
+            return None
+        try:
+            sidecar = json.loads((path / _SIDECAR).read_text(encoding="utf-8"))
+            key, previous, digest, outcome = (sidecar[name] for name in ("run", "previous", "sha256", "outcome"))
+            content = (path / _CORES).read_bytes()
+            if hashlib.sha256(content).hexdigest() != digest:
+                raise ValueError(f"the checksum of {_CORES} differs")
+            if key == self._key and previous != self._previous:
+                raise ValueError("a block before it has changed")
+            tensors = load_tensors(content)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            log.warning("checkpoint %s cannot be used (%s); the block is computed again", path, error)
+            return None
+        if key != self._key:
+            raise InputError(
+                f"{self._directory} holds blocks of another healing run: models, text or settings differ. Name another "
+                "directory, or remove this one to start anew."
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
+        self._previous = digest
+        return dict(outcome)
+
+    def save(self, index: int, parameters: Mapping[str, nn.Parameter], outcome: Mapping[str, Any]) -> None:
+        """Write block ``index`` in place of what is there.
+
+        Raises:
+            TensorfoldError: The disk is full.
+        """
+        content = save_tensors({name: p.detach().cpu().contiguous() for name, p in parameters.items()})
+        digest = hashlib.sha256(content).hexdigest()
+        sidecar = {"run": self._key, "previous": self._previous, "sha256": digest, "outcome": dict(outcome)}
+        with atomic_directory(self._path(index), replace=True) as partial:
+            (partial / _CORES).write_bytes(content)
+            (partial / _SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
+        self._previous = digest
+
+    def _path(self, index: int) -> Path:
+        return self._directory / f"block-{index:04d}"
+
+
+def run_key(student: nn.Module, teacher: nn.Module, windows: Tensor, settings: HealSettings) -> str:
+    """Hash of all that decides the result: both models' weights, the tokens, and the settings that are used."""
+    digest = hashlib.sha256(json.dumps({name: getattr(settings, name) for name in _SETTINGS}).encode())
+    named = [("windows", windows), *student.named_parameters(), *teacher.named_parameters()]
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,170 @@
+"""Checkpoints that are whole or absent, and that are known to be damaged before they are used.
+
+A working directory holds ``run.json`` (what the run was begun with), ``log.jsonl`` and ``checkpoint-STEP`` directories,
+each with a ``manifest.json`` of the SHA-256 of every file in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from tensorfold.cache import atomic_directory
+from tensorfold.errors import InputError, TensorfoldError
+
+log = logging.getLogger(__name__)
+
+MANIFEST, RUN, STATE = "manifest.json", "run.json", "trainer_state.json"
+_KEPT = 2
+
+
+@contextmanager
+def sealed(target: Path) -> Iterator[Path]:
+    """Yield a directory that becomes ``target``, with a manifest, when the block ends without an error.
+
+    Raises:
+        TensorfoldError: It could not be written; what was there before is as it was.
+    """
+    try:
+        with atomic_directory(target, replace=True) as partial:
+            yield partial
+            manifest = {str(path.relative_to(partial)): _digest(path) for path in _files(partial)}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    # torch and safetensors report a failed write in exceptions of their own.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(target.parent).free / 1e6
+        raise TensorfoldError(
+            f"{target}: could not be written ({' '.join(str(error).split())[:200]}; {free:.0f} MB are free); earlier "
+            "checkpoints are intact. Make room, then run the same command again."
+        ) from error
+
+
+def damage(directory: Path) -> str | None:
+    """What is wrong with a sealed directory, or None."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        for name, digest in manifest.items():
+            if _digest(directory / name) != digest:
+                return f"the checksum of {name} differs"
+    except (OSError, ValueError, AttributeError) as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def newest(work: Path) -> Path | None:
+    """The checkpoint with the most steps whose checksums hold; a damaged one is passed over with a warning."""
+    for path in reversed(_checkpoints(work)):
+        reason = damage(path)
+        if reason is None:
+            return path
+        log.warning("%s is damaged (%s); going on from the checkpoint before it", path, reason)
+    return None
+
+
+def rotate(work: Path, step: int) -> None:
+    """Keep the last two checkpoints up to ``step``, and the best by validation that each of them refers to.
+
+    What has more steps was damaged, or the run would not have been at ``step``.
+    """
+    kept = set([path for path in _checkpoints(work) if _step(path) <= step][-_KEPT:])
+    for path in list(kept):
+        best = json.loads((path / STATE).read_text(encoding="utf-8")).get("best_global_step")
+        if best:
+            kept.add(path.with_name(f"checkpoint-{best}"))
+    for path in _checkpoints(work):
+        if path not in kept:
+            # The manifest goes first: what a kill leaves of it is then known to be damaged.
+            (path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def begin(work: Path, identity: Mapping[str, Any], write: bool) -> None:
+    """Claim a working directory for a run, or check that the run in it is this one.
+
+    Args:
+        identity: ``settings``, ``text``, ``student``, ``teacher`` and ``processes``; equal for equal runs.
+        write: Whether this process may write; the others only check.
+
+    Raises:
+        InputError: The run in it was begun with something else; the message names what.
+    """
+    path = work / RUN
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read ({error}); remove {work} to begin anew.") from error
+        changes = _changes(before, json.loads(json.dumps(identity)))
+        if changes:
+            raise InputError(
+                f"{work} holds a run that was begun otherwise: {'; '.join(changes)}. Go back to that, choose another "
+                f"--out, or remove {work} to begin anew."
+            )
+        return
+    if write:
+        work.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".partial")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(identity, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    old, new = before.get("settings", {}), now["settings"]
+    changes = [
+        f"{key}={old.get(key)!r} then, {new.get(key)!r} now"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
+    if before.get("processes") != now["processes"]:
+        changes.append(f"{before.get('processes')} processes then, {now['processes']} now")
+    named = {"text": "the text or its tokenizer", "student": "the model to heal", "teacher": "the teacher"}
+    changes += [f"{what} changed since" for key, what in named.items() if before.get(key) != now[key]]
+    return changes
+
+
+def digest(identity: Mapping[str, Any]) -> str:
+    """Short name of an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of every parameter's name, shape and ends: another model, or another training of it, shows in it."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        ends = torch.cat([flat[:256], flat[-256:]]).to("cpu", torch.float32)
+        found.update(f"{name} {tuple(parameter.shape)}".encode() + ends.numpy().tobytes())
+    return found.hexdigest()[:32]
+
+
+def _checkpoints(work: Path) -> list[Path]:
+    found = [path for path in work.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,156 @@
+"""What a healing run tells while it runs and leaves behind: a line a step, a progress bar, a plot of the loss."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+_WIDTH, _HEIGHT, _MARGIN = 800, 400, 60
+
+
+class StepLog:
+    """JSON lines, one a step and one an evaluation, each written once however often the run was killed.
+
+    Args:
+        path: Continued if it exists; a line that a kill cut short is dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records = _read(path)
+        self._staged = {_key(record) for record in self.records if "stage" in record}
+        self._rewrite()
+
+    def forget_after(self, step: int) -> None:
+        """Drop the end-to-end lines of later steps, which a resumed run takes again."""
+        self.records = [record for record in self.records if "stage" in record or record["step"] <= step]
+        self._rewrite()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line; block-by-block lines (those with ``stage``) that are there already are not repeated."""
+        if "stage" in record:
+            if _key(record) in self._staged:
+                return
+            self._staged.add(_key(record))
+        self.records.append(dict(record))
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _rewrite(self) -> None:
+        temporary = self.path.with_suffix(".partial")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(record.get(name) for name in ("stage", "block", "epoch", "step"))
+
+
+class Reporter(TrainerCallback):
+    """Times the steps, writes the log and moves the bar; on the main process only.
+
+    Args:
+        tokens: Tokens in a step, over all devices.
+        progress: Show a bar with loss, tokens a second and time left on standard error.
+    """
+
+    def __init__(self, log: StepLog, tokens: int, progress: bool) -> None:
+        self.log, self.tokens = log, tokens
+        self.bar = Progress(
+            TextColumn("heal"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not progress,
+            transient=True,
+        )
+        self._task = self.bar.add_task("", total=None)
+        self._started = time.monotonic()
+        self._seconds = math.nan
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(self._task, total=state.max_steps, completed=state.global_step)
+        self.bar.start()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._seconds = time.monotonic() - self._started
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if "eval_loss" in logs:
+            self.log.write({"step": state.global_step, "validation_loss": logs["eval_loss"]})
+        elif "loss" in logs:
+            rate = self.tokens / self._seconds
+            timing = {
+                "tokens": state.global_step * self.tokens,
+                "tokens_per_second": round(rate, 1),
+                "seconds": round(self._seconds, 4),
+            }
+            parts = {key: value for key, value in logs.items() if key not in ("epoch", "learning_rate")}
+            self.log.write({"step": state.global_step, **parts, "lr": logs["learning_rate"], **timing})
+            self.bar.update(
+                self._task, completed=state.global_step, description=f"loss {logs['loss']:.3f}, {rate:,.0f} tokens/s"
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.stop()
+
+
+def loss_plot(records: list[dict[str, Any]]) -> str:
+    """The losses of a log as an SVG: a line for training, circles for validation."""
+    training = [(r["step"], r["loss"]) for r in records if "loss" in r and "stage" not in r]
+    validation = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
+    points = training + validation
+    if not points:
+        return f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}"/>\n'
+    steps, losses = zip(*points, strict=True)
+    x = _axis(min(steps), max(steps), _MARGIN, _WIDTH - _MARGIN)
+    y = _axis(min(losses), max(losses), _HEIGHT - _MARGIN, _MARGIN)
+    line = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in training)
+    circles = "".join(f'<circle cx="{x(step):.1f}" cy="{y(loss):.1f}" r="3"/>' for step, loss in validation)
+    labels = [
+        (_MARGIN, _HEIGHT - _MARGIN + 20, f"step {min(steps)}"),
+        (_WIDTH - 2 * _MARGIN, _HEIGHT - _MARGIN + 20, f"step {max(steps)}"),
+        (5, y(max(losses)) + 4, f"{max(losses):.3f}"),
+        (5, y(min(losses)) + 4, f"{min(losses):.3f}"),
+        (_MARGIN, _MARGIN // 2, "loss: line for training, circles for validation"),
+    ]
+    texts = "".join(f'<text x="{left:.0f}" y="{top:.0f}">{escape(text)}</text>' for left, top, text in labels)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" font-family="sans-serif" '
+        f'font-size="12"><rect width="100%" height="100%" fill="white"/>'
+        f'<polyline points="{line}" fill="none" stroke="steelblue"/><g fill="darkorange">{circles}</g>{texts}</svg>\n'
+    )
+
+
+def _axis(low: float, high: float, start: float, end: float) -> Any:
+    span = (high - low) or 1.0
+    return lambda value: start + (value - low) / span * (end - start)

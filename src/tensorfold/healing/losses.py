@@ -1,0 +1,245 @@
+"""What end-to-end healing minimises: cross-entropy, and how far the student is from its teacher, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tensorfold.anatomy import blocks, matrices
+from tensorfold.errors import InputError
+from tensorfold.settings import HealSettings
+
+Forward = Callable[..., Any]
+
+
+def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
+    """Mean of −log p(next token), in nats; logits (batch, length, vocabulary), ids (batch, length)."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def logit_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``T²·KL(teacher ‖ student)`` a token (Hinton, arXiv 1503.02531); logits (batch, length, vocabulary)."""
+    flat = student.flatten(0, 1).float() / temperature
+    target = (teacher.flatten(0, 1).float() / temperature).log_softmax(-1)
+    return temperature**2 * F.kl_div(flat.log_softmax(-1), target, reduction="batchmean", log_target=True)
+
+
+def attention_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of attention rows, mean over rows; probabilities (batch, heads, queries, keys).
+
+    Masked keys have probability 0 on both sides and add nothing.
+    """
+    teacher = teacher.float()
+    log_ratio = torch.log(student.float().clamp_min(torch.finfo(torch.float32).tiny))
+    per_row = (torch.xlogy(teacher, teacher) - teacher * log_ratio).sum(-1)
+    return per_row.mean()
+
+
+def feed_forward_names(model: PreTrainedModel) -> list[str]:
+    """The module of each block that holds its MLP, or the MLP's last matrix where the block holds them itself.
+
+    Raises:
+        InputError: The model has no MLP matrix.
+    """
+    prefix, chain = blocks(model)
+    inside: dict[int, list[list[str]]] = {}
+    for name, matrix in matrices(model).items():
+        if matrix.group == "mlp":
+            number, _, rest = name.removeprefix(f"{prefix}.").partition(".")
+            inside.setdefault(int(number), []).append(rest.split("."))
+    if len(inside) < len(chain):
+        raise InputError(
+            f"heal: {type(model).__name__} has {len(chain)} blocks and a plain MLP in {len(inside)} of them; the ffn "
+            "term needs one in each block of the teacher. Give a dense teacher, or set ffn=0."
+        )
+    names = []
+    for index, paths in sorted(inside.items()):
+        common: list[str] = []
+        for parts in zip(*(path[:-1] for path in paths), strict=False):
+            if len(set(parts)) > 1:
+                break
+            common.append(parts[0])
+        names.append(".".join([prefix, str(index), *(common or paths[-1])]))
+    return names
+
+
+class _Watch:
+    """Outputs of some modules, kept during a forward pass and no longer: recomputation must not hold on to them."""
+
+    def __init__(self, model: PreTrainedModel, ffn: list[str], embedding: bool) -> None:
+        modules: dict[str, nn.Module] = {name: model.get_submodule(name) for name in ffn}
+        if embedding:
+            modules["embedding"] = model.get_input_embeddings()
+        self.outputs: dict[str, Tensor] = {}
+        self._active = False
+        self._handles = [module.register_forward_hook(self._keeper(name)) for name, module in modules.items()]
+
+    def _keeper(self, name: str) -> Callable[..., None]:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            if self._active:
+                self.outputs[name] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    @contextmanager
+    def watching(self) -> Iterator[dict[str, Tensor]]:
+        self._active = True
+        try:
+            yield self.outputs
+        finally:
+            self._active, self.outputs = False, {}
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class HealLoss:
+    """The weighted sum of :class:`HealSettings`, and each of its terms.
+
+    ``ce·CE + kl·T²·KL + embedding·MSE(embedding output) + attention·KL(attention) + ffn·MSE(MLP output)``, the terms of
+    KnGPT2 (arXiv 2110.08152). MSE is the mean over elements; attention and ffn are means over the blocks, so a weight
+    means the same at every depth.
+
+    Args:
+        student: Hooks stay on it until :meth:`close`.
+        teacher: In evaluation mode and never differentiated; needed for every term but CE.
+
+    Raises:
+        InputError: A term cannot be computed for this pair of models; the message says which and why.
+    """
+
+    def __init__(self, settings: HealSettings, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        self.settings, self.teacher = settings, teacher
+        self.weights = {
+            name: weight
+            for name in ("cross_entropy", "kl", "embedding", "attention", "ffn")
+            if (weight := getattr(settings, name))
+        }
+        if not self.weights:
+            raise InputError("heal: every term of the loss has weight 0; needed a positive cross_entropy or kl, say.")
+        self._needs_teacher = bool(self.weights.keys() - {"cross_entropy"})
+        self._watches: list[_Watch] = []
+        self._attention: list[tuple[PreTrainedModel, str]] = []
+        if not self._needs_teacher:
+            return
+        if teacher is None:
+            terms = ", ".join(sorted(self.weights.keys() - {"cross_entropy"}))
+            raise InputError(f"heal: {terms} compare with a teacher, and none was given; name the dense model.")
+        teacher.eval().requires_grad_(False)
+        _check_pair(self.weights, student, teacher)
+        ffn = feed_forward_names(teacher) if "ffn" in self.weights else []
+        for name in ffn:
+            try:
+                student.get_submodule(name)
+            except AttributeError:
+                raise InputError(f"heal: the student has no module {name}, which the ffn term compares.") from None
+        try:
+            if "attention" in self.weights:
+                self._give_attention(student, teacher)
+            self._watches = [_Watch(model, ffn, "embedding" in self.weights) for model in (student, teacher)]
+        except BaseException:
+            self.close()
+            raise
+
+    def _give_attention(self, *models: PreTrainedModel) -> None:
+        """Only the eager implementation has attention probabilities to show; the former one comes back in close()."""
+        shapes = []
+        for model in models:
+            kind = type(model).__name__
+            previous = model.config._attn_implementation
+            needed = "the attention term needs attention probabilities (attn_implementation='eager'); set attention=0."
+            try:
+                model.set_attn_implementation("eager")
+                self._attention.append((model, previous))
+                with torch.no_grad():
+                    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+                    given = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
+            except (ValueError, TypeError, NotImplementedError) as error:
+                raise InputError(f"heal: {kind} has no eager attention ({error}); {needed}") from error
+            if not given or any(each is None for each in given):
+                raise InputError(f"heal: {kind} does not return attention probabilities; {needed}")
+            shapes.append([tuple(each.shape) for each in given])
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"heal: student and teacher have attention of shapes {shapes[0][0]} and {shapes[1][0]}; the attention "
+                "term needs equal ones. Set attention=0."
+            )
+
+    def __call__(self, forward: Forward, teach: Forward | None, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one batch and its unweighted terms, detached.
+
+        Args:
+            forward: The student's call, perhaps wrapped for several devices.
+            teach: The teacher's call; without gradients, in the precision of the student's.
+            ids: Token indices, shape (batch, length).
+        """
+        options: dict[str, Any] = {"use_cache": False}
+        if "attention" in self.weights:
+            options["output_attentions"] = True
+        if not self._needs_teacher:
+            terms = {"cross_entropy": cross_entropy(forward(input_ids=ids, **options).logits, ids)}
+        else:
+            assert teach is not None
+            ours, theirs = self._watches
+            with ours.watching() as seen, theirs.watching() as wanted:
+                with torch.no_grad():
+                    target = teach(input_ids=ids, **options)
+                terms = self._compare(forward(input_ids=ids, **options), target, seen, wanted, ids)
+        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        return total, {name: term.detach() for name, term in terms.items()}
+
+    def _compare(
+        self, given: Any, target: Any, seen: Mapping[str, Tensor], wanted: Mapping[str, Tensor], ids: Tensor
+    ) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = {}
+        if "cross_entropy" in self.weights:
+            terms["cross_entropy"] = cross_entropy(given.logits, ids)
+        if "kl" in self.weights:
+            terms["kl"] = logit_kl(given.logits, target.logits, self.settings.temperature)
+        if "embedding" in self.weights:
+            terms["embedding"] = _mse(seen["embedding"], wanted["embedding"])
+        if "attention" in self.weights:
+            pairs = zip(given.attentions, target.attentions, strict=True)
+            terms["attention"] = torch.stack([attention_kl(student, teacher) for student, teacher in pairs]).mean()
+        if "ffn" in self.weights:
+            errors = [_mse(seen[name], wanted[name]) for name in wanted if name != "embedding"]
+            terms["ffn"] = torch.stack(errors).mean()
+        return terms
+
+    def close(self) -> None:
+        """Take the hooks off and give the models their attention implementations back."""
+        for watch in self._watches:
+            watch.close()
+        for model, implementation in self._attention:
+            model.set_attn_implementation(implementation)
+        self._watches, self._attention = [], []
+
+
+def _mse(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.mse_loss(student.float(), teacher.float())
+
+
+def _check_pair(weights: Mapping[str, float], student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    ours, theirs = student.config.get_text_config(), teacher.config.get_text_config()
+    pairs = []
+    if "kl" in weights:
+        pairs.append(("kl", "tokens in the vocabulary", ours.vocab_size, theirs.vocab_size))
+    if "embedding" in weights or "ffn" in weights:
+        term = "embedding" if "embedding" in weights else "ffn"
+        pairs.append((term, "as width", ours.hidden_size, theirs.hidden_size))
+    if "ffn" in weights or "attention" in weights:
+        term = "ffn" if "ffn" in weights else "attention"
+        pairs.append((term, "blocks", len(blocks(student)[1]), len(blocks(teacher)[1])))
+    for term, what, mine, its in pairs:
+        if mine != its:
+            raise InputError(
+                f"heal: the student has {mine} {what}, the teacher {its}; the {term} term needs equal ones. Give the "
+                f"dense model the student was folded from, or set {term}=0."
+            )

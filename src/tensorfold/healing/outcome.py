@@ -1,0 +1,82 @@
+"""What healing leaves behind: a report, and a directory with the model, its log and a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tensorfold.cache import atomic_directory, check_target
+from tensorfold.healing.checkpoints import digest
+from tensorfold.healing.log import StepLog, loss_plot
+from tensorfold.hf.loading import load, save
+
+
+@dataclasses.dataclass(frozen=True)
+class HealReport:
+    """What healing did. Losses are cross-entropies in nats a token on the held-out end of the text, None without one.
+
+    ``steps``: taken end to end, all of them unless patience ended. ``step``: the one whose weights were kept, the best
+    by validation. ``tokens``: trained on in all steps.
+    """
+
+    steps: int
+    step: int
+    tokens: int
+    validation_loss_before: float | None
+    validation_loss: float | None
+    text: str
+    seconds: float
+    parameters: int
+    trained_parameters: int
+    blockwise: dict[str, Any] | None = None
+    out: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        before, after = (
+            "unknown" if each is None else f"{each:.4f}" for each in (self.validation_loss_before, self.validation_loss)
+        )
+        return (
+            f"validation loss {before} → {after} on the end of {self.text}, kept from step {self.step} of {self.steps}"
+            f"\n{self.tokens:,} tokens, {self.trained_parameters:,} of {self.parameters:,} parameters trained, "
+            f"{self.seconds:.0f} s" + (f"\nwritten to {self.out}" if self.out else "")
+        )
+
+
+def card_of(directory: Path) -> dict[str, Any]:
+    """The ``tensorfold.json`` of a directory, empty where there is none to read."""
+    try:
+        return json.loads((directory / "tensorfold.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def finished(target: Path, identity: Mapping[str, Any], model: PreTrainedModel) -> HealReport:
+    """The report of a run that was over already, with its weights in ``model``."""
+    done = card_of(target)["heal"]
+    if done.get("identity") != digest(identity):
+        check_target(target)
+    model.load_state_dict(load(target).state_dict())
+    shutil.rmtree(f"{target}.heal", ignore_errors=True)
+    return HealReport(**{field.name: done[field.name] for field in dataclasses.fields(HealReport)})
+
+
+def write(target: Path, work: Path, model: PreTrainedModel, tokenizer: Any, card: dict[str, Any]) -> None:
+    """Model, log and plot at once; the working directory goes when they are there."""
+    with atomic_directory(target) as partial:
+        save(model, tokenizer, partial / "model", card)
+        for path in (partial / "model").iterdir():
+            path.rename(partial / path.name)
+        (partial / "model").rmdir()
+        shutil.copy(work / "log.jsonl", partial / "heal.jsonl")
+        (partial / "loss.svg").write_text(loss_plot(StepLog(work / "log.jsonl").records), encoding="utf-8")
+    shutil.rmtree(work, ignore_errors=True)

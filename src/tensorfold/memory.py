@@ -1,0 +1,37 @@
+"""Giving memory back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+from torch import Tensor
+
+_PAGE = 4096
+_MADV_PAGEOUT = 21
+
+
+def release_file_pages(tensor: Tensor) -> None:
+    """Let the system drop the memory of a tensor that is mapped from a file and no longer needed; otherwise nothing.
+
+    safetensors maps a checkpoint as one piece, so the pages of a replaced weight stay resident as long as any other
+    weight of the file lives. This is a hint and never destroys anything: whoever still holds the tensor reads it from
+    the file again. Linux only.
+    """
+    if sys.platform != "linux" or tensor.device.type != "cpu" or not _is_file_mapped(tensor.data_ptr()):
+        return
+    start = -(-tensor.data_ptr() // _PAGE) * _PAGE
+    length = (tensor.data_ptr() + tensor.numel() * tensor.element_size() - start) // _PAGE * _PAGE
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_PAGEOUT)
+
+
+def _is_file_mapped(address: int) -> bool:
+    """Whether an address is in the mapping of a file; lines of ``/proc/self/maps`` are ``start-end … path``."""
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            fields = line.split(maxsplit=5)
+            start, _, end = fields[0].partition("-")
+            if int(start, 16) <= address < int(end, 16):
+                return len(fields) == 6 and fields[5].startswith("/")
+    return False
