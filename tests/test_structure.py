@@ -24,9 +24,11 @@ LAYERS = [
     ["hf"],
     ["calibrate", "evaluation"],
     ["folding"],
+    ["onnx_graph"],
+    ["export"],
     ["healing"],
     ["demo"],
-    ["cli_heal"],
+    ["cli_export", "cli_heal"],
     ["cli"],
     ["__main__"],
 ]

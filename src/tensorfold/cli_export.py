@@ -1,0 +1,65 @@
+"""``tensorfold export``: a folded model for tools that know nothing of folding."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tensorfold.errors import InputError
+
+
+class Target(StrEnum):
+    """What a model can be exported to."""
+
+    dense = "dense"
+    onnx = "onnx"
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub id, local directory, .gguf file, or smollm2-135m.")
+    ],
+    to: Annotated[
+        Target,
+        typer.Option(
+            "--to",
+            help="dense: a plain transformers directory, matrices multiplied out. onnx: a float32 graph that keeps "
+            "the factors, with any batch size and length, without a KV cache.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Directory to write; must not exist, or be empty.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
+    ] = False,
+) -> None:
+    """Write a model for other tools, and check that it computes the same.
+
+    The ONNX graph has no KV cache: each call computes the logits of all positions from all tokens. Tracing it takes
+    some seconds a block.
+    """
+    from tensorfold.cache import check_target
+    from tensorfold.hf.sources import find_model
+
+    check_target(out)
+    if to is Target.onnx:
+        from tensorfold.onnx_graph import check_packages
+
+        check_packages()
+    source = find_model(model)
+    loaded = source.model("float32" if to is Target.onnx else None)
+    try:
+        tokenizer = source.tokenizer()
+    except InputError as error:
+        # A model without one is still a model; other tools may bring their own.
+        typer.echo(f"written without a tokenizer: {error}", err=True)
+        tokenizer = None
+
+    from tensorfold.export import export_dense, export_onnx
+
+    write = export_onnx if to is Target.onnx else export_dense
+    report = write(loaded, out, tokenizer, name=source.name)
+    typer.echo(json.dumps(report.to_dict()) if as_json else str(report))

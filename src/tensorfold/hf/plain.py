@@ -1,0 +1,114 @@
+"""From a folded model back to the plain transformers model it stands for."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tensorfold.anatomy import dense_weight, empty_model
+from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.hf.loading import reason
+from tensorfold.hf.quantizer import TensorfoldQuantizer
+from tensorfold.nn import MPOEmbedding, MPOModule, StackedLinear
+
+
+def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """A copy of the model's configuration that says nothing of folding."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+@torch.no_grad()
+def plain_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model that the architecture itself has, with every folded matrix multiplied out and nothing of ours in it.
+
+    Linear layers, ``Conv1D`` and embeddings are the architecture's own again, parts of a fused matrix are one matrix,
+    scalars and index orders are in the weights, tied heads are tied. Products are taken in float32 at least.
+
+    Args:
+        model: Folded or not; stays as it is. Tensors that were not folded are shared with the result.
+
+    Raises:
+        InputError: The model is quantised by something else.
+        TensorfoldError: Its weights are not those of its configuration.
+    """
+    check_floating(model)
+    plain = empty_model(plain_config(model))
+    try:
+        plain.load_state_dict(_plain_state(model, plain), strict=True, assign=True)
+    except RuntimeError as error:
+        raise TensorfoldError(
+            f"{type(model).__name__}: its weights do not fit the plain {type(plain).__name__} of its configuration "
+            f"({reason(error)}); save it with save_pretrained and export what was saved."
+        ) from error
+    _fill_buffers(plain, model)
+    plain.tie_weights()
+    plain.generation_config = copy.deepcopy(model.generation_config)
+    return plain.train(model.training)
+
+
+def check_floating(model: PreTrainedModel) -> None:
+    """Raise :class:`InputError` for a model whose weights are packed by another quantizer."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, TensorfoldQuantizer):
+        method = getattr(model.config.quantization_config, "quant_method", "unknown method")
+        raise InputError(f"the model is quantised ({method}); needed floating-point weights: load it dequantised.")
+
+
+def _plain_state(model: PreTrainedModel, plain: PreTrainedModel) -> dict[str, Tensor]:
+    replaced = {name: module for name, module in model.named_modules() if isinstance(module, MPOModule | StackedLinear)}
+    inside = tuple(f"{name}." for name in replaced)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
+    products: dict[int, Tensor] = {}  # by first core: a tied head is multiplied out once
+    for name, module in replaced.items():
+        if name.rpartition(".")[0] in replaced:  # a part of a fused matrix
+            continue
+        key = id(next(module.parameters()))
+        if key not in products:
+            transposed = isinstance(plain.get_submodule(name), Conv1D)
+            weight = _weight(module)
+            products[key] = (weight.T if transposed else weight).contiguous()
+        state[f"{name}.weight"] = products[key]
+        bias = _bias(module)
+        if bias is not None:
+            state[f"{name}.bias"] = bias
+    return state
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """Shape (out, in)."""
+    if isinstance(module, StackedLinear):
+        return torch.cat([_weight(part) for part in module])
+    if isinstance(module, MPOModule):
+        dtype = module.cores[0].dtype
+        return module.to_dense(torch.promote_types(dtype, torch.float32)).to(dtype)
+    return dense_weight(module)
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    if isinstance(module, StackedLinear):
+        biases = [bias for part in module if (bias := _bias(part)) is not None]
+        return torch.cat(biases) if biases else None
+    return getattr(module, "bias", None)
+
+
+def _fill_buffers(plain: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Give ``plain`` the buffers that no checkpoint holds, such as rotary frequencies."""
+    known = dict(model.named_buffers())
+    for name, buffer in list(plain.named_buffers()):
+        if not buffer.is_meta:
+            continue
+        owner, _, attribute = name.rpartition(".")
+        value = known.get(name)
+        if value is None:
+            # Only a replaced embedding can have taken a buffer with it, and all it had was its scale.
+            embedding = model.get_submodule(owner)
+            assert isinstance(embedding, MPOEmbedding)
+            value = torch.full(buffer.shape, embedding.scale, dtype=buffer.dtype, device=model.device)
+        setattr(plain.get_submodule(owner), attribute, value)
