@@ -73,7 +73,7 @@ def _largest_bond(method: str, keep: float, dense: int, step: int) -> int:
     if bond < 1:
         raise SpecError(
             f"{method}: keep={keep} leaves {math.floor(keep * dense)} of {dense} parameters, but the smallest bond "
-            f"already takes {step}; keep at least {step / dense:.4f}, or exclude this module."
+            f"already takes {step}; keep at least {math.ceil(step / dense * 1e4) / 1e4:.4f}, or exclude this module."
         )
     return bond
 
