@@ -14,7 +14,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tensorfold.errors import InputError, TensorfoldError
-from tensorfold.evaluation import PROTOCOLS, Evaluation, _Encoder, evaluate, get_protocol
+from tensorfold.evaluation import PROTOCOLS, Evaluation, evaluate, get_protocol
+from tensorfold.tokens import Encoder
 
 CHARACTERS = ["<s>", "</s>", "<unk>", *string.printable]
 VOCABULARY = len(CHARACTERS)
@@ -274,7 +275,7 @@ def test_a_prefix_is_tokenised_as_the_whole_text_is(kind, count):
     tokenize = trained(kind)
     for text in (prose(40_000), prose(40_000).replace(" ", "     ").replace("\n", "\n \n")):
         spy = Spy(tokenize)
-        assert _Encoder(spy).first(text, count) == tokenize(text)[:count]
+        assert Encoder(spy).first(text, count) == tokenize(text)[:count]
         assert sum(spy.lengths) < len(text)
 
 
@@ -283,7 +284,7 @@ def test_a_tokeniser_that_looks_at_the_whole_text_gets_it(text):
     def reversing(text):
         return [ord(c) + len(text) for c in text]
 
-    assert _Encoder(Spy(reversing)).first(text, 100) == reversing(text)[:100]
+    assert Encoder(Spy(reversing)).first(text, 100) == reversing(text)[:100]
 
 
 def test_few_tokens_from_many_characters_still_give_the_asked_for_count():
@@ -292,7 +293,7 @@ def test_few_tokens_from_many_characters_still_give_the_asked_for_count():
 
     text = "".join("word " * (20 + k % 7) + "\n" for k in range(3000))
     spy = Spy(one_a_line)
-    assert _Encoder(spy).first(text, 100) == one_a_line(text)[:100]
+    assert Encoder(spy).first(text, 100) == one_a_line(text)[:100]
     assert max(spy.lengths) < len(text)
 
 

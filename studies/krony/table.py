@@ -1,4 +1,4 @@
-"""Write the study's table and plot from ``runs.jsonl``: python studies/krony/table.py"""
+"""Write the study's tables and plot from ``runs.jsonl`` and ``smollm2.jsonl``: python studies/krony/table.py"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-MARK = "<!-- table -->"
+MARK, SMOLLM2_MARK = "<!-- table -->", "<!-- smollm2 -->"
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -41,6 +41,37 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def smollm2_table(entries: list[dict[str, Any]]) -> str:
+    fits = [entry for entry in entries if "weighted_als" in entry]
+    one = [entry for entry in fits if "(1, 2)" in entry["what"]]
+    lines = ["| matrix | Van Loan | weighted ALS | seconds |", "|---|---:|---:|---:|"]
+    for entry in fits:
+        lines.append(
+            f"| {entry['what']} | {entry['van_loan']:.3f} | {entry['weighted_als']:.3f} | {entry['seconds']} |"
+        )
+    means = [statistics.mean(entry[key] for entry in one) for key in ("van_loan", "weighted_als", "seconds")]
+    lines.append(f"| mean of the {len(one)} with (1, 2) | {means[0]:.3f} | {means[1]:.3f} | {means[2]:.1f} |")
+    lines += ["", "| block | matrix | in place | common hidden order | both sides, each by itself |"]
+    lines.append("|---|---|---:|---:|---:|")
+    for entry in entries:
+        if "common_hidden_order" in entry:
+            block, joint = entry["what"].split()[0], entry["common_hidden_order"]
+            lines.append(f"| {block} | all three | {joint['without']:.3f} | {joint['with']:.3f} | |")
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                lines.append(f"| | {name} | {entry[name]['without']:.3f} | | {entry[name]['both_sides']:.3f} |")
+    return "\n".join(lines)
+
+
+def fill(text: str, mark: str, content: str) -> str:
+    """Replace what stands between the two marks."""
+    start, _, rest = text.partition(mark)
+    return f"{start}{mark}\n{content}\n{mark}{rest.partition(mark)[2]}"
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (HERE / name).read_text().splitlines()]
+
+
 def plot(runs: list[dict[str, Any]]) -> None:
     import matplotlib
 
@@ -61,12 +92,9 @@ def plot(runs: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    runs = [json.loads(line) for line in (HERE / "runs.jsonl").read_text().splitlines()]
-    readme = HERE / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    start, _, rest = text.partition(MARK)
-    end = rest.partition(MARK)[2]
-    readme.write_text(f"{start}{MARK}\n{table(runs)}\n{MARK}{end}", encoding="utf-8")
+    runs, readme = read("runs.jsonl"), HERE / "README.md"
+    text = fill(readme.read_text(encoding="utf-8"), MARK, table(runs))
+    readme.write_text(fill(text, SMOLLM2_MARK, smollm2_table(read("smollm2.jsonl"))), encoding="utf-8")
     plot(runs)
 
 
