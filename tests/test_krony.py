@@ -240,7 +240,7 @@ def test_hidden_order_is_absorbed(tiny, architecture):
     with torch.no_grad():
         before = model(ids).logits
     available = tensorfold.anatomy.matrices(model)
-    groups = hidden_units(available)
+    groups = hidden_units(model, available)
     assert len(groups) == 2
     order = torch.randperm(groups[0].down.in_features, generator=torch.Generator().manual_seed(0))
     old = tensorfold.anatomy.dense_weight(groups[0].down.module).detach().clone()

@@ -117,7 +117,7 @@ def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
             continue
-        if any(name.startswith(f"{found[0]}.") for _ in [0] if found):
+        if found is not None and name.startswith(f"{found[0]}."):
             continue
         classes = Counter(type(child) for child in module)
         has_linear = any(is_plain_linear(m) or isinstance(m, MPOModule) for m in module[0].modules())
@@ -164,7 +164,8 @@ def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
         elif is_plain_linear(module) and not (tied and module is head):
             rows, columns = dense_weight(module).shape
             inside = in_block is not None and name.startswith(in_block)
-            group = "" if not inside else "attention" if _ATTENTION.search(name) else "mlp"
+            gate = rows == 1  # a single number a token, such as a shared expert's gate, is not worth factors
+            group = "" if not inside or gate else "attention" if _ATTENTION.search(name) else "mlp"
             out[name] = Matrix(name, module, rows, columns, "linear", group)
     return out
 

@@ -5,6 +5,7 @@ Heavy imports live inside the commands, so that ``--help`` and usage errors answ
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -101,7 +102,9 @@ def fold(
 
     check_target(out)
     chosen = _recipe(recipe, keep, targets)
-    text = None if calibrate == "none" else calibrate or (chosen.calibrate.text if chosen.calibrate else None)
+    if calibrate == "none":
+        chosen, calibrate = dataclasses.replace(chosen, calibrate=None), None
+    text = calibrate or (chosen.calibrate.text if chosen.calibrate else None)
     documents = load_text(text, split="validation") if text else None
     source = _source(model, chosen)
     loaded, tokenizer = source.model(), source.tokenizer()

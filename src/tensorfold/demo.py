@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 import tensorfold
+from tensorfold.cache import check_target
 from tensorfold.evaluation import Evaluation, evaluate
 from tensorfold.folding import fold
 from tensorfold.hf.loading import load, save
@@ -28,6 +30,8 @@ def run_demo(out: Path) -> None:
     """Fold ``smollm2-135m`` by the recipe ``demo``, print sizes, perplexity and a sentence, and write ``out``."""
     console = Console()
     started = time.monotonic()
+    replace = _is_of_a_demo(out)
+    check_target(out, may_exist=replace)
     recipe = Recipe.load("demo")
     judge, calibrate = recipe.eval, recipe.calibrate
     assert recipe.model is not None
@@ -56,7 +60,7 @@ def run_demo(out: Path) -> None:
         **report.to_dict(),
         "tensorfold": tensorfold.__version__,
     }
-    save(model, tokenizer, out, card, replace=(out / "tensorfold.json").is_file())
+    save(model, tokenizer, out, card, replace=replace)
     console.print("Measuring the folded model, as loaded from its directory …")
     folded = load(out)
     after, sentence_after = measure(folded), _sentence(folded, tokenizer)
@@ -85,6 +89,14 @@ def run_demo(out: Path) -> None:
         f"  import tensorfold; model = tensorfold.load({str(out)!r})",
         highlight=False,
     )
+
+
+def _is_of_a_demo(out: Path) -> bool:
+    """Whether the directory is what an earlier demo wrote; nothing else is ever replaced."""
+    try:
+        return json.loads((out / "tensorfold.json").read_text(encoding="utf-8")).get("recipe") == "demo"
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _sentence(model: PreTrainedModel, tokenizer: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from tensorfold.recipe import Recipe
 from tensorfold.report import module_table
 from tensorfold.settings import CalibrateSettings
 from tensorfold.surgery import hidden_units, reorder_hidden
+from tensorfold.texts import load_text
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class FoldReport:
             self.plan.kept,
             self.errors,
             f"{'/'.join(kinds)} error",
+            self.plan.warnings,
         )
 
 
@@ -100,7 +103,7 @@ def fold(
         model: A decoder-only transformers model with floating-point weights.
         recipe: A recipe, a method (applied to the MLP), a mapping, a shipped recipe's name or a YAML file.
         tokenizer: The model's; needed with ``calibration``.
-        calibration: Documents of calibration text.
+        calibration: Documents of calibration text; None takes the text that the recipe names, if it names one.
         calibration_tokens: How many tokens of it; the recipe's number, else 24,000.
         progress: Show a progress bar on standard error.
 
@@ -110,18 +113,9 @@ def fold(
     """
     started = time.monotonic()
     recipe = Recipe.of(recipe)
-    if recipe.changes_modules:
-        plan(model, recipe)  # whatever is wrong with the recipe is found before the model is touched
+    windows = _windows(model, recipe, tokenizer, calibration, calibration_tokens)
+    _check(model, recipe, calibrated=windows is not None)
     planned, chosen = prepare(model, recipe)
-    _check_weights(chosen)
-    windows = None
-    if calibration is not None:
-        if tokenizer is None:
-            raise InputError("fold: got calibration text without a tokenizer; needed the model's tokenizer.")
-        tokens = calibration_tokens or (recipe.calibrate or CalibrateSettings()).tokens
-        documents = [calibration] if isinstance(calibration, str) else calibration
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        windows = calibration_windows(tokenizer, documents, tokens, limit)
 
     errors: dict[str, float] = {}
     bar = _progress(progress)
@@ -146,13 +140,45 @@ def fold(
     )
 
 
-def _check_weights(chosen: Mapping[str, Matrix]) -> None:
+def _windows(
+    model: PreTrainedModel, recipe: Recipe, tokenizer: Any, calibration: Iterable[str] | None, tokens: int | None
+) -> Tensor | None:
+    """Calibration windows from the text given, else from the text that the recipe names."""
+    settings = recipe.calibrate or CalibrateSettings()
+    if calibration is None and recipe.calibrate is not None:
+        if tokenizer is None:
+            warnings.warn(
+                f"the recipe calibrates on {settings.text!r}, but fold got no tokenizer: folding without calibration.",
+                stacklevel=3,
+            )
+        else:
+            calibration = load_text(settings.text, split="validation")
+    if calibration is None:
+        return None
+    if tokenizer is None:
+        raise InputError("fold: got calibration text without a tokenizer; needed the model's tokenizer.")
+    documents = [calibration] if isinstance(calibration, str) else calibration
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return calibration_windows(tokenizer, documents, tokens or settings.tokens, limit)
+
+
+def _check(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> None:
+    """Find whatever is wrong with recipe and weights before the model is touched."""
+    planned = plan(model, recipe)
+    available = matrices(model)
+    for name, method in planned.methods.items():
+        embedding = name in available and available[name].kind == "embedding"
+        try:
+            method.check(planned.modules[name], calibrated and not embedding)
+        except InputError as error:
+            raise type(error)(f"{name}: {error}") from None
+    chosen = available if recipe.changes_modules else {name: available[name] for name in planned.modules}
     for matrix in chosen.values():
         if matrix.parameter.is_meta:
             raise InputError(f"{matrix.name}: has no weights (meta device); load the model's weights first.")
         if not torch.isfinite(matrix.parameter).all():
             raise InputError(f"{matrix.name}: its weight holds NaN or infinity; repair the checkpoint or exclude it.")
-        if matrix.kind == "embedding":
+        if matrix.kind == "embedding" and matrix.name in planned.modules:
             scale_of(matrix)
 
 
@@ -206,7 +232,7 @@ def _align_hidden_units(
     if not any(wanted(matrix) for matrix in batch):
         return metrics
     names = {matrix.name for matrix in batch}
-    for units in hidden_units(matrices(model)):
+    for units in hidden_units(model, matrices(model)):
         members = [m for m in (*units.ups, units.down) if m.name in names and wanted(m)]
         if not members:
             continue
@@ -235,6 +261,7 @@ def _fold_one(model: PreTrainedModel, matrix: Matrix, planned: Plan, metric: Ten
         folded = MPOEmbedding.from_factors(factors, spec, weight, scale_of(matrix))
     else:
         folded = MPOLinear.from_factors(factors, spec, weight, matrix.bias)
+    folded.requires_grad_(matrix.parameter.requires_grad)
     swap(model, matrix, folded)
     reached = relative_error(weight, folded.to_dense(torch.float64), metric)
     release_file_pages(weight)

@@ -19,7 +19,7 @@ from tensorfold.algebra.modes import balanced_modes, divisors
 from tensorfold.algebra.permutation import search_permutations
 from tensorfold.algebra.solve import Factors, fit, norm_ratio
 from tensorfold.algebra.spec import Spec, attainable_ranks
-from tensorfold.algebra.starts import pruned, random_cores
+from tensorfold.algebra.starts import check_prunable, pruned, random_cores
 from tensorfold.algebra.ttsvd import tt_svd
 from tensorfold.errors import InputError, SpecError
 from tensorfold.strict import strict
@@ -47,6 +47,9 @@ class Method(ABC):
         Raises:
             SpecError: The shape cannot be met; the message names the nearest that can.
         """
+
+    def check(self, spec: Spec, calibrated: bool) -> None:  # noqa: B027  (most methods can fill any spec of theirs)
+        """Raise :class:`InputError` if :meth:`solve` could not fill this spec, with a metric where ``calibrated``."""
 
     def solve(self, weight: Tensor, spec: Spec, metric: Tensor | None = None) -> Factors:
         """Fill ``spec`` for ``weight`` (out, in), in the metric of the inputs where one is given.
@@ -192,9 +195,17 @@ class Kronecker(Method):
             raise SpecError(f"kronecker: no shape of a {out_features}×{in_features} matrix meets keep={self.keep}.")
         return min(candidates, key=lambda c: c[0])[1]
 
+    def check(self, spec: Spec, calibrated: bool) -> None:
+        if not calibrated and (self.refine or self.init == "data-aware"):
+            raise InputError(
+                "kronecker: init: data-aware and refine need calibration text, and an embedding has none; give some, "
+                "or drop them."
+            )
+        if self.init == "prune":
+            check_prunable(spec)
+
     def solve(self, weight: Tensor, spec: Spec, metric: Tensor | None = None) -> Factors:
-        if metric is None and (self.refine or self.init == "data-aware"):
-            raise InputError("kronecker: init: data-aware and refine need calibration text; give some, or drop them.")
+        self.check(spec, metric is not None)
         out_order = in_order = None
         if spec.reordered:
             found = search_permutations(weight, spec, rows="out" in spec.reordered, columns="in" in spec.reordered)

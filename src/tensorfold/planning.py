@@ -54,11 +54,13 @@ class Plan:
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "modules": {name: {**spec.to_dict(), "parameters": spec.parameters} for name, spec in self.modules.items()},
+            "warnings": list(self.warnings),
         }
 
     def __str__(self) -> str:
-        table = module_table(self.modules, self.parameters_before, self.parameters_after, self.kept)
-        return "\n".join([table, *(f"warning: {warning}" for warning in self.warnings)])
+        return module_table(
+            self.modules, self.parameters_before, self.parameters_after, self.kept, warnings=self.warnings
+        )
 
 
 def plan(
@@ -142,6 +144,10 @@ def _warnings(specs: Mapping[str, Spec]) -> Iterator[str]:
 
 def _spec(matrix: Matrix, method: Method) -> Spec:
     try:
-        return method.spec(matrix.out_features, matrix.in_features)
+        spec = method.spec(matrix.out_features, matrix.in_features)
     except SpecError as error:
         raise SpecError(f"{matrix.name}: {error}") from None
+    if spec.reordered and matrix.tied_head is not None:
+        # transformers ties parameters only, so the head would lose the order when it is loaded.
+        raise SpecError(f"{matrix.name}: a table tied to {matrix.tied_head} cannot be reordered; use permute: none.")
+    return spec

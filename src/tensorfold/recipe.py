@@ -103,7 +103,7 @@ class Recipe:
         """
         check_keys("recipe", data, ("model", "layers", "fold", "calibrate", "heal", "eval"))
         layers = data.get("layers")
-        if layers is not None and not (isinstance(layers, list) and all(isinstance(index, int) for index in layers)):
+        if layers is not None and not (isinstance(layers, list) and all(type(index) is int for index in layers)):
             raise InputError(f"recipe: layers={layers!r}; needed a list of block indices.")
         entries = data.get("fold", [] if layers else None)
         if not isinstance(entries, list) or not (entries or layers):
@@ -130,6 +130,8 @@ def _settings(key: str, kind: Any, data: Mapping[str, Any]) -> Any:
 
 def _stages(data: Any) -> tuple[HealSettings, ...]:
     stages = data if isinstance(data, list) else [] if data is None else [data]
+    if None in stages:
+        raise InputError("recipe: heal has an empty stage; needed a mapping of settings for each.")
     return tuple(_settings("heal", HealSettings, {"heal": stage}) for stage in stages)
 
 
@@ -137,10 +139,10 @@ def _rule(index: int, entry: Any) -> Rule:
     where = f"recipe: fold[{index}]"
     if not isinstance(entry, dict):
         raise InputError(f"{where}: got {entry!r}; needed a mapping with targets and method.")
-    if "targets" not in entry:
+    if not entry.get("targets"):
         raise InputError(f"{where}: no targets; needed mlp, attention, embedding, all-linear, a list or a regex.")
     method = entry.get("method")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"{where}: method {method!r} is unknown; {nearest(str(method), METHODS)}")
     kind = METHODS[method]
     own = [field.name for field in dataclasses.fields(kind)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +19,7 @@ def module_table(
     kept: float,
     errors: Mapping[str, float] | None = None,
     error_name: str = "error",
+    warnings: Sequence[str] = (),
 ) -> str:
     """Plain-text table of folded modules; equal ones of different blocks share a row, with the mean of their errors."""
     rows: dict[tuple[str, Spec], list[str]] = {}
@@ -46,7 +47,7 @@ def module_table(
     total = (
         f"{before:,} → {after:,} parameters ({after / before:.1%} of the model, {kept:.1%} of the targeted matrices)"
     )
-    return f"{render(table)}\n{total}"
+    return "\n".join([render(table), total, *(f"warning: {warning}" for warning in warnings)])
 
 
 def render(table: Table) -> str:

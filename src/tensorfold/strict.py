@@ -36,8 +36,8 @@ def strict(cls: type[T]) -> type[T]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the nearest of ``known``, or the whole list where none is near."""
-    known = sorted(known)
+    """``"did you mean 'x'?"`` for the nearest of ``known``, or the whole list where none is near."""
+    known = sorted(set(known) - {name})
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
 

@@ -33,10 +33,13 @@ def fewer_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedC
         raise InputError(f"layers: got {list(layers)}; needed different indices from 0 to {total - 1}.")
     out = copy.deepcopy(config)
     for name, value in vars(config).items():
-        # Per-layer settings (Gemma's layer_types) follow their layers.
-        if isinstance(value, list) and len(value) == total and name.startswith("layer"):
-            setattr(out, name, [value[index] for index in layers])
+        # Per-layer settings (Gemma's layer_types, SmolLM3's no_rope_layers) follow their layers.
+        per_layer = isinstance(value, list | tuple) and len(value) == total and name != "architectures"
+        if per_layer and not name.endswith("token_id"):
+            setattr(out, name, type(value)(value[index] for index in layers))
     out.num_hidden_layers = len(layers)
+    if hasattr(out, "attention_types"):
+        raise InputError(f"layers: {type(config).__name__} gives its layers' kinds in a form that cannot be cut short.")
     return out
 
 
@@ -101,21 +104,27 @@ class HiddenUnits:
     down: Matrix
 
 
-def hidden_units(available: Mapping[str, Matrix]) -> list[HiddenUnits]:
-    """The hidden layers of the MLPs among ``available``: one contracting matrix and the expanding ones beside it."""
+def hidden_units(model: PreTrainedModel, available: Mapping[str, Matrix]) -> list[HiddenUnits]:
+    """The hidden layers of the MLPs among ``available``: one contracting matrix and the expanding ones beside it.
+
+    An MLP with anything else as wide as its hidden layer, such as BitNet's norm, is left out: it would have to follow.
+    """
     families: dict[str, list[Matrix]] = {}
     for matrix in available.values():
         if matrix.group == "mlp":
             families.setdefault(matrix.name.rpartition(".")[0], []).append(matrix)
     found = []
-    for members in families.values():
+    for parent, members in families.items():
         downs = [m for m in members if m.out_features < m.in_features]
         if len(downs) != 1:
             continue
         down = downs[0]
         shape = (down.in_features, down.out_features)
         ups = [m for m in members if (m.out_features, m.in_features) == shape]
-        if 1 <= len(ups) <= 2 and len(ups) + 1 == len(members):
+        own = {id(m.parameter) for m in members} | {id(m.bias) for m in ups if m.bias is not None}
+        beside = model.get_submodule(parent).parameters()
+        others = [p for p in beside if id(p) not in own and down.in_features in p.shape]
+        if 1 <= len(ups) <= 2 and len(ups) + 1 == len(members) and not others:
             found.append(HiddenUnits(ups, down))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from tensorfold.algebra.als import check_metric, weighted_als
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import balance, check_weight, leading_eigenvectors, left_basis, tt_svd
+
+_CHUNK = 2**21  # elements worked on at a time in fp64
 
 
 class Factors(NamedTuple):
@@ -50,7 +53,8 @@ def fit(weight: Tensor, spec: Spec, metric: Tensor | None = None, start: list[Te
     if metric is None:
         return tt_svd(weight, spec)
     check_metric(metric, spec)
-    if spec.is_low_rank and start is None:
+    unpadded = spec.dense_parameters == math.prod(spec.out_modes) * math.prod(spec.in_modes)
+    if spec.is_low_rank and unpadded and start is None:
         return whitened_low_rank(weight, metric, spec)
     return weighted_als(weight, spec, start or tt_svd(weight, spec), metric).cores
 
@@ -77,9 +81,12 @@ def relative_error(weight: Tensor, approximation: Tensor, metric: Tensor | None 
 
     A weight of norm zero is matched exactly or not at all: 0.0 or infinity.
     """
-    w = weight.double()
-    difference = w - approximation.double()
-    above, below = _squared_norm(difference, metric), _squared_norm(w, metric)
+    above = below = 0.0
+    # In chunks of rows: four fp64 copies of an embedding table would dwarf the model.
+    chunk = max(1, _CHUNK // weight.shape[1])
+    for w, approximate in zip(weight.split(chunk), approximation.split(chunk), strict=True):
+        above += _squared_norm(w.double() - approximate.double(), metric)
+        below += _squared_norm(w.double(), metric)
     if below == 0.0:
         return 0.0 if above == 0.0 else float("inf")
     return (above / below) ** 0.5

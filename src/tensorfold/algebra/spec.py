@@ -205,7 +205,8 @@ class Spec:
     @property
     def transposed(self) -> Spec:
         """The spec of the transposed matrix, with the same cores but for their two middle axes."""
-        return Spec(self.in_modes, self.out_modes, self.ranks, self.in_features, self.out_features, self.scalars)
+        sides = tuple(side for side, other in (("out", "in"), ("in", "out")) if other in self.reordered)
+        return Spec(self.in_modes, self.out_modes, self.ranks, self.in_features, self.out_features, self.scalars, sides)
 
     @property
     def attainable_matrix_rank(self) -> int:

@@ -34,6 +34,15 @@ def pruned(weight: Tensor, spec: Spec, epsilon: float = 0.0) -> list[Tensor]:
         SpecError: Another shape or more terms.
     """
     check_weight(weight, spec)
+    check_prunable(spec)
+    small = (spec.out_modes[-1], spec.in_modes[-1])
+    kept = weight[::2] if small == (2, 1) else weight[:, ::2]
+    copies = torch.tensor([1.0, epsilon], dtype=weight.dtype, device=weight.device)
+    return [kept[None, :, :, None].contiguous(), copies.reshape(1, *small, 1)]
+
+
+def check_prunable(spec: Spec) -> None:
+    """Raise :class:`SpecError` unless :func:`pruned` can fill the spec."""
     small = (spec.out_modes[-1], spec.in_modes[-1])
     if spec.sites != 2 or spec.ranks != (1,) or small not in ((2, 1), (1, 2)):
         raise SpecError(
@@ -41,9 +50,6 @@ def pruned(weight: Tensor, spec: Spec, epsilon: float = 0.0) -> list[Tensor]:
             f"columns, (m1, n1) = ({spec.out_features // 2}, {spec.in_features}) or "
             f"({spec.out_features}, {spec.in_features // 2})."
         )
-    kept = weight[::2] if small == (2, 1) else weight[:, ::2]
-    copies = torch.tensor([1.0, epsilon], dtype=weight.dtype, device=weight.device)
-    return [kept[None, :, :, None].contiguous(), copies.reshape(1, *small, 1)]
 
 
 def random_cores(weight: Tensor, spec: Spec, seed: int = 0) -> list[Tensor]:

@@ -18,9 +18,9 @@ from torch import Tensor
 from tensorfold.algebra.spec import Spec
 from tensorfold.errors import SpecError
 
-# A matrix up to this many elements is worked on in fp64 as a whole (0.5 GB); beyond it only Gram matrices are fp64.
-_WHOLE_FP64 = 2**26
-_CHUNK = 2**24
+# A matrix up to this many elements is worked on in fp64 as a whole (64 MB); beyond it only Gram matrices are fp64.
+_WHOLE_FP64 = 2**23
+_CHUNK = 2**21
 
 
 def tt_svd(weight: Tensor, spec: Spec) -> list[Tensor]:

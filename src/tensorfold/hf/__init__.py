@@ -1,1 +1,1 @@
-"""Everything that knows how transformers builds, loads, ties and saves models; nothing outside this folder does."""
+"""How transformers builds, loads, ties and saves models: swapping, the quantizer hooks, checkpoints, sources."""

@@ -66,10 +66,15 @@ class MPOModule(nn.Module):
             parameter.copy_(core)
         if self.scalars is not None:
             self.scalars.copy_(torch.ones_like(self.scalars) if factors.scalars is None else factors.scalars)
-        if self.out_position is not None and factors.out_order is not None:
-            self.out_position.copy_(factors.out_order.argsort())
-        if self.in_order is not None and factors.in_order is not None:
-            self.in_order.copy_(factors.in_order)
+        if self.out_position is not None:
+            self.out_position.copy_(_order(factors.out_order, self.spec.out_features).argsort())
+        if self.in_order is not None:
+            self.in_order.copy_(_order(factors.in_order, self.spec.in_features))
+
+
+def _order(order: Tensor | None, size: int) -> Tensor:
+    """The order itself, or the matrix's own where a solver gives none."""
+    return torch.arange(size) if order is None else order
 
 
 class MPOLinear(MPOModule):
