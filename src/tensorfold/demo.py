@@ -41,7 +41,7 @@ def run_demo(out: Path) -> None:
     source = find_model(recipe.model)
     tokenizer = source.tokenizer()
     model = source.model()
-    console.print(str(plan(model, recipe)), highlight=False)
+    console.print(str(plan(model, recipe)), highlight=False, soft_wrap=True)
 
     test, label = load_text(judge.text), describe(judge.text)
 

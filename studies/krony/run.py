@@ -51,6 +51,7 @@ SYSTEMS: dict[str, tuple[str, Recipe, bool]] = {
     "4 terms, van-loan": ("quarter", kronecker(SMALL, terms=4, init="van-loan"), False),
     "4 terms, data-aware": ("quarter", kronecker(SMALL, terms=4, init="data-aware"), True),
     "low rank, data-aware": ("quarter", Recipe(fold=(Rule("mlp", LowRank(rank=38)),)), True),
+    "not folded, all 6 layers": ("dense", Recipe(fold=(), layers=(0, 1, 2, 3, 4, 5)), False),
     "3 of 6 layers": ("quarter", Recipe(fold=(), layers=(0, 2, 5)), False),
     "half: van-loan": ("half", kronecker(HALF, init="van-loan"), False),
     "half: normalized": ("half", kronecker(HALF, init="normalized"), False),

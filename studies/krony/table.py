@@ -26,7 +26,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     ]
     order = sorted(
         systems.values(),
-        key=lambda group: (group[0]["question"] != "quarter", statistics.mean(r["after"]["held-out"] for r in group)),
+        key=lambda group: (["dense", "quarter", "half"].index(group[0]["question"]), statistics.mean(r["after"]["held-out"] for r in group)),
     )
     for group in order:
         first = group[0]

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from tensorfold.algebra.contract import to_dense
@@ -224,6 +223,8 @@ def _assign(similarity: Tensor) -> Tensor:
 
     Norms do not depend on the order, so the largest inner product is the smallest squared distance.
     """
+    from scipy.optimize import linear_sum_assignment  # costs most of a second, and few commands need it
+
     return torch.from_numpy(linear_sum_assignment(similarity.numpy(), maximize=True)[1]).long()
 
 
