@@ -35,7 +35,7 @@ MLP = {
 }
 EMBEDDING = {
     "low-rank": LowRank(keep=0.5),
-    "scalars": Kronecker(factor=(300, 16), scalars=True, permute="all"),
+    "scalars": Kronecker(factor=(300, 16), scalars=True),
     "mpo": MPO(keep=0.5, out_modes=(7, 7, 7), in_modes=(2, 4, 4)),
 }
 

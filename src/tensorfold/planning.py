@@ -54,7 +54,7 @@ class Plan:
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "modules": {name: {**spec.to_dict(), "parameters": spec.parameters} for name, spec in self.modules.items()},
-            "warnings": list(self.warnings),
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
 
     def __str__(self) -> str:

@@ -24,9 +24,13 @@ def table(runs: list[dict[str, Any]]) -> str:
         "| system | parameters | mean error | held out: before | after healing | wikitext-2: before | after | seeds |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    questions = ["dense", "quarter", "half"]
     order = sorted(
         systems.values(),
-        key=lambda group: (["dense", "quarter", "half"].index(group[0]["question"]), statistics.mean(r["after"]["held-out"] for r in group)),
+        key=lambda group: (
+            questions.index(group[0]["question"]),
+            statistics.mean(run["after"]["held-out"] for run in group),
+        ),
     )
     for group in order:
         first = group[0]
