@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="SYSTEM")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time, one thread each.")
     parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "SEED"), help="Do this run only.")
     arguments = parser.parse_args()
@@ -126,7 +127,7 @@ def main() -> None:
         with RUNS.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         return
-    waiting = [(s, seed) for seed in arguments.seeds for s in SYSTEMS if (s, seed) not in done()]
+    waiting = [(s, seed) for seed in arguments.seeds for s in arguments.systems if (s, seed) not in done()]
     running: list[subprocess.Popen[bytes]] = []
     while waiting or running:
         running = [process for process in running if process.poll() is None]
