@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,7 +27,7 @@ from tensorfold.methods import Method
 from tensorfold.nn import MPOEmbedding, MPOLinear
 from tensorfold.planning import Plan, plan, prepare
 from tensorfold.recipe import Recipe
-from tensorfold.report import module_table
+from tensorfold.report import module_table, progress_bar
 from tensorfold.settings import CalibrateSettings
 from tensorfold.surgery import hidden_units, reorder_hidden
 from tensorfold.texts import load_text
@@ -118,7 +116,7 @@ def fold(
     planned, chosen = prepare(model, recipe)
 
     errors: dict[str, float] = {}
-    bar = _progress(progress)
+    bar = progress_bar("fold", progress)
     task = bar.add_task("", total=len(chosen))
     with bar, calibrating(model):
         for batch, metrics in _batches(model, chosen, windows):
@@ -266,17 +264,3 @@ def _fold_one(model: PreTrainedModel, matrix: Matrix, planned: Plan, metric: Ten
     reached = relative_error(weight, folded.to_dense(torch.float64), metric)
     release_file_pages(weight)
     return reached
-
-
-def _progress(visible: bool) -> Progress:
-    return Progress(
-        TextColumn("fold"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-        console=Console(stderr=True),
-        disable=not visible,
-        transient=True,
-    )

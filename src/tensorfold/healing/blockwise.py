@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +25,7 @@ from tensorfold.errors import InputError
 from tensorfold.healing.activations import ActivationStore
 from tensorfold.healing.block_checkpoints import BlockCheckpoints, run_key
 from tensorfold.nn.linear import MPOModule
+from tensorfold.report import progress_bar
 from tensorfold.settings import HealSettings
 
 log = logging.getLogger(__name__)
@@ -318,17 +317,7 @@ class _Bar:
     """Progress in blocks, with the loss and tokens a second."""
 
     def __init__(self, visible: bool, total: int) -> None:
-        self._progress = Progress(
-            TextColumn("heal, block by block"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-            console=Console(stderr=True),
-            disable=not visible,
-            transient=True,
-        )
+        self._progress = progress_bar("heal, block by block", visible)
         self._task = self._progress.add_task("", total=total)
         self._done = 0
         self._last = time.monotonic()
