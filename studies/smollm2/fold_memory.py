@@ -1,5 +1,7 @@
 """Peak memory and time of folding SmolLM2-135M, calibrated: python studies/smollm2/fold_memory.py
 
+With ``--embedding``: of folding its tied embedding table at rank 284 without calibration.
+
 Prints one JSON line. The peak is the resident set during load and fold, less that of the process before the model is
 loaded, over the size of the dense model in memory. Linux only (``/proc/self``).
 """
@@ -8,12 +10,14 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 import time
 
 import torch
 import transformers
 
 import tensorfold
+from tensorfold import LowRank, Recipe, Rule
 from tensorfold.hf.sources import find_model
 from tensorfold.texts import load_text
 
@@ -38,7 +42,10 @@ def main() -> None:
     model = source.model()
     dense = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     started = time.monotonic()
-    report = tensorfold.fold(model, tensorfold.LowRank(keep=0.8), tokenizer, documents, calibration_tokens=24_000)
+    if "--embedding" in sys.argv:
+        report = tensorfold.fold(model, Recipe(fold=(Rule("embedding", LowRank(rank=284)),)))
+    else:
+        report = tensorfold.fold(model, LowRank(keep=0.8), tokenizer, documents, calibration_tokens=24_000)
     peak = resident("VmHWM") - before
     print(json.dumps({
         "dense_mb": round(dense), "before_mb": round(before), "peak_mb": round(peak), "ratio": round(peak / dense, 2),

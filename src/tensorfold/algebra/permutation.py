@@ -74,7 +74,7 @@ def search_permutations(
         SpecError: ``spec`` has not two sites or pads the weight, ``weight`` does not fit it, neither rows nor columns
             may move, or ``starts`` is below 1.
     """
-    if spec.sites != 2 or spec.dense_parameters != math.prod(spec.out_modes) * math.prod(spec.in_modes):
+    if spec.sites != 2 or spec.is_padded:
         raise SpecError(f"search_permutations: {spec} has {spec.sites} sites; needed two, and modes without padding.")
     if not (rows or columns) or starts < 1:
         raise SpecError(
@@ -111,7 +111,7 @@ def search_row_order(
         SpecError: A spec has not two sites or pads its weight, or the matrices differ in their number of rows.
     """
     for weight, spec in matrices:
-        if spec.sites != 2 or spec.dense_parameters != math.prod(spec.out_modes) * math.prod(spec.in_modes):
+        if spec.sites != 2 or spec.is_padded:
             raise SpecError(f"search_row_order: {spec} has {spec.sites} sites; needed two, and modes without padding.")
         if len(weight) != len(matrices[0][0]):
             raise SpecError(f"search_row_order: {len(weight)} rows beside {len(matrices[0][0])}; needed equally many.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -53,8 +52,7 @@ def fit(weight: Tensor, spec: Spec, metric: Tensor | None = None, start: list[Te
     if metric is None:
         return tt_svd(weight, spec)
     check_metric(metric, spec)
-    unpadded = spec.dense_parameters == math.prod(spec.out_modes) * math.prod(spec.in_modes)
-    if spec.is_low_rank and unpadded and start is None:
+    if spec.is_low_rank and not spec.is_padded and start is None:
         return whitened_low_rank(weight, metric, spec)
     return weighted_als(weight, spec, start or tt_svd(weight, spec), metric).cores
 

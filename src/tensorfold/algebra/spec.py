@@ -199,6 +199,11 @@ class Spec:
         return self.out_features * self.in_features
 
     @property
+    def is_padded(self) -> bool:
+        """Whether the modes make a larger matrix than the one stood for."""
+        return self.dense_parameters != math.prod(self.out_modes) * math.prod(self.in_modes)
+
+    @property
     def is_low_rank(self) -> bool:
         return self.sites == 2 and self.out_modes[1] == 1 and self.in_modes[0] == 1
 
