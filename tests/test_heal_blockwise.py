@@ -101,6 +101,7 @@ def test_only_cores_move(folded, healed):
     }
     moved = {name for name, value in healed[0].named_parameters() if not torch.equal(value, start[name])}
     assert moved == cores
+    assert healed[1].parameters == sum(start[name].numel() for name in cores)
     assert all(p.requires_grad for p in healed[0].parameters())
     assert all(p.grad is None for p in healed[0].parameters())
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from byte_tokenizer import Bytes
 from tensorfold import cache
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.healing import data, documents, encode
@@ -36,18 +37,6 @@ def byte_pairs(vocabulary=400, eos="<eos>"):
     )
     backend.train_from_iterator([PROSE], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos)
-
-
-class Bytes:
-    """The smallest tokenizer there is: an id a byte, and 256 after each document."""
-
-    eos_token_id = 256
-
-    def get_vocab(self):
-        return {str(byte): byte for byte in range(257)}
-
-    def __call__(self, texts, **_):
-        return {"input_ids": [list(text.encode()) for text in texts]}
 
 
 class Fatal(Bytes):

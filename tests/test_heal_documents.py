@@ -6,24 +6,13 @@ import types
 import numpy as np
 import pytest
 
+from byte_tokenizer import Bytes
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.healing.data import TokenCache
 from tensorfold.healing.documents import iter_documents
 from tensorfold.texts import load_text
 
 PROSE = "Two lines,\r\nof prose.\n\n"
-
-
-class Bytes:
-    """The smallest tokenizer there is: an id a byte, and 256 after each document."""
-
-    eos_token_id = 256
-
-    def get_vocab(self):
-        return {str(byte): byte for byte in range(257)}
-
-    def __call__(self, texts, **_):
-        return {"input_ids": [list(text.encode()) for text in texts]}
 
 
 @pytest.fixture

@@ -43,6 +43,8 @@ class HealSettings:
         batch: Sequences in one step, over all devices and accumulation.
         micro_batch: Sequences in one forward pass on one device; ``batch`` over the number of processes if None.
         block: Tokens in a sequence.
+        windows: Where sequences begin: ``packed``, one after another, each once in a pass over the text; or ``random``,
+            anywhere, drawn anew for every sequence.
         lr: Peak learning rate of AdamW.
         min_lr: Learning rate at the end of a cosine schedule.
         schedule: ``cosine``, ``linear`` or ``constant`` after ``warmup`` steps.
@@ -63,6 +65,7 @@ class HealSettings:
     batch: Count = 8
     micro_batch: Count | None = None
     block: Annotated[int, Ge(2)] = 512
+    windows: Literal["packed", "random"] = "packed"
     lr: Annotated[float, Gt(0)] = 6e-5
     min_lr: Weight = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -53,11 +53,15 @@ class BlockOutcome:
 
 @dataclass(frozen=True)
 class BlockwiseReport:
-    """What :func:`heal_blocks` did to each block with cores; ``tokens`` were trained on, ``held_out_tokens`` judged."""
+    """What :func:`heal_blocks` did to each block with cores.
+
+    ``tokens``: trained on in every pass. ``held_out_tokens``: judged by. ``parameters``: trained in all blocks.
+    """
 
     blocks: tuple[BlockOutcome, ...]
     tokens: int
     held_out_tokens: int
+    parameters: int
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,7 +131,8 @@ def heal_blocks(
             outcomes.append(outcome)
             bar.finish_block()
     length = windows.shape[1]
-    return BlockwiseReport(tuple(outcomes), fitted * length, held_out * length, time.monotonic() - started)
+    count = sum(parameter.numel() for parameters in trained.values() for parameter in parameters.values())
+    return BlockwiseReport(tuple(outcomes), fitted * length, held_out * length, count, time.monotonic() - started)
 
 
 def relative_loss(output: Tensor, target: Tensor, floor: float = 0.0) -> Tensor:

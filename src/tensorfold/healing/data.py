@@ -35,15 +35,20 @@ logger = logging.getLogger(__name__)
 
 
 class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
-    """Consecutive blocks of a cached token stream, as items ``{"input_ids": (block_size,), "labels": (block_size,)}``.
+    """Blocks of a cached token stream, as items ``{"input_ids": (block_size,), "labels": (block_size,)}``.
 
     Both are int64 and equal: causal language models of transformers shift the labels themselves. The file is mapped
     anew in every process the data set is sent to, so ``DataLoader`` workers get a path, not the tokens.
+
+    Args:
+        first: Token that the first block begins with.
+        length: Number of blocks.
+        stride: Tokens from the beginning of a block to that of the next; ``block_size`` where they do not overlap.
     """
 
-    def __init__(self, path: Path, dtype: str, block_size: int, first: int, length: int) -> None:
+    def __init__(self, path: Path, dtype: str, block_size: int, first: int, length: int, stride: int) -> None:
         self.path, self.dtype, self.block_size = path, dtype, block_size
-        self.first, self.length = first, length
+        self.first, self.length, self.stride = first, length, stride
         self._stream: np.memmap | None = None
 
     def __len__(self) -> int:
@@ -54,7 +59,7 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
             raise IndexError(f"block {index} of {self.length}")
         if self._stream is None:
             self._stream = np.memmap(self.path, dtype=self.dtype, mode="r")
-        start = (self.first + index % self.length) * self.block_size
+        start = self.first + index % self.length * self.stride
         block = torch.from_numpy(self._stream[start : start + self.block_size].astype(np.int64))  # (block_size,)
         return {"input_ids": block, "labels": block.clone()}
 
@@ -107,6 +112,12 @@ class TokenCache:
         return self._view(0, self.blocks - self._validation_blocks)
 
     @property
+    def train_anywhere(self) -> TokenBlocks:
+        """A block from every token of the same text on; they overlap."""
+        starts = (self.blocks - self._validation_blocks - 1) * self.block_size + 1
+        return TokenBlocks(self.path / _TOKENS, self.dtype, self.block_size, 0, starts, stride=1)
+
+    @property
     def validation(self) -> TokenBlocks:
         """The last ``validation_fraction`` of the blocks."""
         return self._view(self.blocks - self._validation_blocks, self._validation_blocks)
@@ -118,7 +129,8 @@ class TokenCache:
         return max(1, int(self.blocks * self.validation_fraction))
 
     def _view(self, first: int, length: int) -> TokenBlocks:
-        return TokenBlocks(self.path / _TOKENS, self.dtype, self.block_size, first, length)
+        size = self.block_size
+        return TokenBlocks(self.path / _TOKENS, self.dtype, size, first * size, length, stride=size)
 
     @classmethod
     def build(

@@ -68,18 +68,23 @@ def uses_cpu() -> bool:
 
 
 class RunOrder(Sampler[int]):
-    """Block indices of a whole run: one permutation of the text after another, by the seed alone.
+    """Block indices of a whole run, by the seed alone: one permutation of the text after another, or random draws.
 
     One sequence for the run, not one an epoch, so that resuming is skipping, and the same for any number of devices.
     """
 
-    def __init__(self, blocks: int, length: int, seed: int) -> None:
-        self.blocks, self.length, self.seed = blocks, length, seed
+    def __init__(self, blocks: int, length: int, seed: int, draws: bool = False) -> None:
+        self.blocks, self.length, self.seed, self.draws = blocks, length, seed, draws
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[int]:
+        if self.draws:
+            generator = torch.Generator().manual_seed(self.seed)
+            for _ in range(self.length):
+                yield int(torch.randint(self.blocks, (), generator=generator))
+            return
         for epoch in range(math.ceil(self.length / self.blocks)):
             generator = torch.Generator().manual_seed(self.seed + epoch)
             order = torch.randperm(self.blocks, generator=generator)[: self.length - epoch * self.blocks]
@@ -189,6 +194,7 @@ class HealTrainer(Trainer):
     ) -> None:
         self.settings, self.heal_loss = settings, loss
         self._parts: dict[str, Tensor] = {}
+        self._right: list[Tensor] = []
         self._writing: Path | None = None
         super().__init__(model, args, train_dataset=train, eval_dataset=validation, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
@@ -205,7 +211,9 @@ class HealTrainer(Trainer):
             self.is_fsdp_enabled = True
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RunOrder:
-        return RunOrder(len(self.train_dataset), self.settings.steps * self.settings.batch, self.settings.seed)
+        settings = self.settings
+        sequences = settings.steps * settings.batch
+        return RunOrder(len(self.train_dataset), sequences, settings.seed, draws=settings.windows == "random")
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices and cores; biases, norms and scalars are vectors."""
@@ -238,10 +246,14 @@ class HealTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         ids = self._prepare_inputs(inputs)["input_ids"]
         with torch.no_grad(), self.compute_loss_context_manager():
-            return cross_entropy(model(input_ids=ids, use_cache=False).logits, ids), None, None
+            logits = model(input_ids=ids, use_cache=False).logits
+            self._right.append((logits[:, :-1].argmax(-1) == ids[:, 1:]).float().mean(-1))
+            return cross_entropy(logits, ids), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss's terms to a step's entry; keep only evaluations in the state, which every checkpoint carries.
+        """Add the loss's terms to a step's entry and the accuracy to an evaluation's.
+
+        The state, which every checkpoint carries, keeps evaluations only.
 
         Raises:
             TensorfoldError: The loss is not a number.
@@ -255,6 +267,10 @@ class HealTrainer(Trainer):
             for name, part in self._parts.items():
                 logs[name] = self.accelerator.reduce(part, "mean").item()
             self._parts = {}
+        if "eval_loss" in logs:
+            right = self.accelerator.reduce(torch.cat(self._right).mean(), "mean")
+            logs["eval_accuracy"] = right.item()
+            self._right = []
         super().log(logs, start_time)
         if "eval_loss" not in logs:
             self.state.log_history.pop()

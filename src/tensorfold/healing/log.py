@@ -106,7 +106,8 @@ class Reporter(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = logs or {}
         if "eval_loss" in logs:
-            self.log.write({"step": state.global_step, "validation_loss": logs["eval_loss"]})
+            validation = {"validation_loss": logs["eval_loss"], "validation_accuracy": logs["eval_accuracy"]}
+            self.log.write({"step": state.global_step, **validation})
         elif "loss" in logs:
             rate = self.tokens / self._seconds
             timing = {

@@ -45,11 +45,14 @@ class HealReport:
         before, after = (
             "unknown" if each is None else f"{each:.4f}" for each in (self.validation_loss_before, self.validation_loss)
         )
-        return (
-            f"validation loss {before} → {after} on the end of {self.text}, kept from step {self.step} of {self.steps}"
-            f"\n{self.tokens:,} tokens, {self.trained_parameters:,} of {self.parameters:,} parameters trained, "
-            f"{self.seconds:.0f} s" + (f"\nwritten to {self.out}" if self.out else "")
-        )
+        lines = [f"validation loss {before} → {after} on the end of {self.text}"]
+        if self.blockwise is not None:
+            healed = sum(block["healed"] for block in self.blockwise["blocks"])
+            lines += [f"{healed} of {len(self.blockwise['blocks'])} blocks, {self.blockwise['tokens']:,} tokens a pass"]
+        if self.steps:
+            lines += [f"{self.steps} steps, {self.tokens:,} tokens; kept those of step {self.step}"]
+        lines += [f"{self.trained_parameters:,} of {self.parameters:,} parameters trained, {self.seconds:.0f} s"]
+        return "\n".join([*lines, f"written to {self.out}"] if self.out else lines)
 
 
 def card_of(directory: Path) -> dict[str, Any]:

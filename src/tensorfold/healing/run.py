@@ -177,6 +177,8 @@ class _Run:
             self.model.to(torch.float32)  # type: ignore[arg-type]
             trained = sum(parameter.numel() for parameter in choose_trained(self.model, settings))
             blockwise, before = self._blocks() if settings.blockwise_tokens else (None, None)
+            if blockwise is not None and not settings.steps:
+                trained = blockwise["parameters"]
             result, done, step, loss = self.model, 0, 0, None
             if settings.steps:
                 result, done, step, loss, start = self._end_to_end()
@@ -261,7 +263,8 @@ class _Run:
         loss = HealLoss(settings, self.model.to(plan.device), self.teacher)  # type: ignore[arg-type]
         try:
             try:
-                trainer = HealTrainer(self.model, plan, settings, loss, self.cache.train, self.validation, reporters)
+                text = self.cache.train if settings.windows == "packed" else self.cache.train_anywhere
+                trainer = HealTrainer(self.model, plan, settings, loss, text, self.validation, reporters)
             except (ImportError, RuntimeError, ValueError) as error:
                 raise InputError(f"heal: the Trainer refuses these settings: {error}") from error
             try:
