@@ -196,6 +196,12 @@ def test_the_best_step_by_validation_is_kept(folded_directory, tokenizer, text_f
     kept = tensorfold.load(out)
     assert held_out_loss(kept, text_file, tokenizer, 16, 0.1) == pytest.approx(report.validation_loss, rel=1e-5)
     assert not (tmp_path / "out.heal").exists()
+    last = tensorfold.load(folded_directory)
+    report = heal(
+        last, text_file, tokenizer=tokenizer, **{**FAST, "steps": 30, "lr": 1.0, "warmup": 20},
+        evaluate_every=3, schedule="constant", select="last",
+    )  # fmt: skip
+    assert (report.step, report.validation_loss) == (30, validated[30])
 
 
 def test_patience_ends_the_run(folded_directory, tokenizer, text_file, tmp_path):

@@ -52,6 +52,7 @@ class HealSettings:
         freeze_scalars: Leave the Kronecker terms' scalars as they are.
         precision: ``bf16`` is autocast over fp32 weights.
         validation_fraction: Part of the text's end that chooses the best checkpoint and is never trained on.
+        select: Whose weights are kept: of the ``best`` evaluation, or of the ``last`` step.
         patience: Stop after this many evaluations without improvement; None never stops.
         blockwise_tokens: Tokens on which each block is fitted to the dense model's; 0 for none.
         blockwise_epochs: Passes over them for each block.
@@ -88,6 +89,7 @@ class HealSettings:
     validation_fraction: Annotated[float, Ge(0), Le(0.5)] = 0.01
     evaluate_every: Count | None = None
     save_every: Count | None = None
+    select: Literal["best", "last"] = "best"
     patience: Count | None = None
     blockwise_tokens: Annotated[int, Ge(0)] = 0
     blockwise_epochs: Count = 4

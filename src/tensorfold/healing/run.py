@@ -270,7 +270,7 @@ class _Run:
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
                 last = trainer.state.global_step
-                step = trainer.state.best_global_step or last
+                step = (settings.select == "best" and trainer.state.best_global_step) or last
                 if step != last:
                     trainer.load_step(self.work / f"checkpoint-{step}")
                 gathered = trainer.accelerator.get_state_dict(trainer.model) if self.sharded else None
@@ -286,7 +286,8 @@ class _Run:
         start = (
             None if self.log is None else next((r["validation_loss"] for r in self.log.records if r["step"] == 0), None)
         )
-        return shell or self.model, last, step, trainer.state.best_metric, start
+        reached = next((each["eval_loss"] for each in trainer.state.log_history if each["step"] == step), None)
+        return shell or self.model, last, step, reached, start
 
 
 def _settings(settings: HealSettings | None, overrides: Mapping[str, Any], teacher: bool) -> HealSettings:
