@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tensorfold.errors import InputError
-from tensorfold.nn.linear import MPOModule
+from tensorfold.nn import FoldedModule
 from tensorfold.strict import nearest
 
 Targets = str | list[str] | Mapping[str, str]
 Kind = Literal["linear", "embedding"]
-GROUPS = ("mlp", "attention", "embedding", "all-linear")
+GROUPS = ("mlp", "attention", "embedding", "positions", "all-linear")
 
 ALREADY_FOLDED = "the model is already folded; start from the dense model, or heal and evaluate this one."
 
@@ -69,9 +69,13 @@ def is_plain_linear(module: nn.Module) -> bool:
     return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
 
 
+def _is_plain_embedding(module: nn.Module) -> bool:
+    return type(module).forward is nn.Embedding.forward
+
+
 def embedding_scale(module: nn.Module) -> float | None:
     """The constant an embedding multiplies its rows with, 1.0 for a plain one; None if it does anything else."""
-    if type(module).forward is nn.Embedding.forward:
+    if _is_plain_embedding(module):
         return 1.0
     scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
     return float(scale) if isinstance(scale, int | float) else None
@@ -120,7 +124,7 @@ def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if found is not None and name.startswith(f"{found[0]}."):
             continue
         classes = Counter(type(child) for child in module)
-        has_linear = any(is_plain_linear(m) or isinstance(m, MPOModule) for m in module[0].modules())
+        has_linear = any(is_plain_linear(m) or isinstance(m, FoldedModule) for m in module[0].modules())
         if has_linear and len(classes) == 1 and (found is None or len(module) > len(found[1])):
             found = (name, module)
     if found is None:
@@ -140,7 +144,7 @@ def check_foldable(model: PreTrainedModel) -> None:
         raise InputError(
             f"{type(model).__name__} is an encoder–decoder model; needed a decoder-only causal language model."
         )
-    if any(isinstance(module, MPOModule) for module in model.modules()):
+    if any(isinstance(module, FoldedModule) for module in model.modules()):
         raise InputError(ALREADY_FOLDED)
     if getattr(model, "hf_quantizer", None) is not None:
         method = getattr(getattr(config, "quantization_config", None), "quant_method", "unknown method")
@@ -156,11 +160,16 @@ def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
         in_block = blocks(model)[0] + "."
     except InputError:
         in_block = None
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     out = {}
     for name, module in model.named_modules():
         if module is embedding and isinstance(module, nn.Embedding):
             rows, columns = module.weight.shape
             out[name] = Matrix(name, module, rows, columns, "embedding", "embedding", names[id(head)] if tied else None)
+        elif _is_plain_embedding(module) and module is not head:
+            # Tables that shift the index or scale the row, such as OPT's positions, have a forward of their own.
+            rows, columns = dense_weight(module).shape
+            out[name] = Matrix(name, module, rows, columns, "embedding", "positions" if rows == positions else "")
         elif is_plain_linear(module) and not (tied and module is head):
             rows, columns = dense_weight(module).shape
             inside = in_block is not None and name.startswith(in_block)
@@ -182,8 +191,9 @@ def match(targets: Targets, available: Mapping[str, Matrix]) -> list[str]:
     """Names of the matrices that ``targets`` select, in model order.
 
     Args:
-        targets: ``mlp``, ``attention``, ``embedding``, ``all-linear`` (every linear layer in the blocks, not the output
-            head), a list of these and of name suffixes, or ``{"regex": pattern}`` searched in the full name.
+        targets: ``mlp``, ``attention``, ``embedding``, ``positions`` (a learned table that is a plain ``nn.Embedding``
+            with a row for each position), ``all-linear`` (every linear layer in the blocks, not the output head), a
+            list of these and of name suffixes, or ``{"regex": pattern}`` searched in the full name.
 
     Raises:
         InputError: Unknown group, bad pattern, or nothing matches.
@@ -219,6 +229,10 @@ def _selects(item: str, matrix: Matrix) -> bool:
 
 
 def _known(item: str, available: Iterable[str]) -> str:
+    if item == "positions":
+        return (
+            "needed a learned table of positions that is a plain nn.Embedding; one that shifts its index (OPT) is not."
+        )
     return nearest(item, {*GROUPS, *(name.rpartition(".")[2] for name in available)})
 
 

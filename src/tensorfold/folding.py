@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,22 +18,26 @@ from transformers import PreTrainedModel
 from tensorfold.algebra.permutation import search_row_order
 from tensorfold.algebra.solve import relative_error
 from tensorfold.algebra.spec import Spec
-from tensorfold.anatomy import Matrix, blocks, dense_weight, matrices
+from tensorfold.algebra.token_mps import AnySpec
+from tensorfold.anatomy import Matrix, blocks, check_foldable, dense_weight, matrices
 from tensorfold.calibrate import BlockStream, calibrating, calibration_windows
 from tensorfold.errors import InputError, SpecError
 from tensorfold.hf.quantizer import mark_folded
-from tensorfold.hf.swap import scale_of, swap
+from tensorfold.hf.swap import empty_module, scale_of, solved_module, swap
 from tensorfold.memory import release_file_pages
 from tensorfold.methods import Method
-from tensorfold.nn import MPOEmbedding, MPOLinear
 from tensorfold.planning import Plan, plan, prepare
+from tensorfold.ranks import Ranks
 from tensorfold.recipe import Recipe
 from tensorfold.report import module_table, progress_bar
 from tensorfold.settings import CalibrateSettings
-from tensorfold.surgery import hidden_units, reorder_hidden
+from tensorfold.surgery import HiddenUnits, hidden_units, reorder_hidden
 from tensorfold.texts import load_text
 
 log = logging.getLogger(__name__)
+
+# Travels from rank to rank beside the state of a solved module.
+_ERROR = "relative error"
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class FoldReport:
         return self.plan.parameters_after
 
     @property
-    def modules(self) -> dict[str, Spec]:
+    def modules(self) -> dict[str, AnySpec]:
         return self.plan.modules
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,37 +102,37 @@ def fold(
     each is measured on the text as the blocks folded before it pass it on, and fitted in the metric of its inputs.
     Embeddings are approximated in the Frobenius norm.
 
+    Under ``torchrun`` every rank has to call this with the same model, recipe and text, and is left with the same
+    folded model. Each matrix is solved by one rank; activations are computed by all of them. On equal machines with
+    equally many threads (``torchrun`` sets ``OMP_NUM_THREADS=1`` if it is not set) the result does not depend on the
+    number of ranks, to the last bit; on unequal ones it is still the same model on every rank.
+
     Args:
         model: A decoder-only transformers model with floating-point weights.
         recipe: A recipe, a method (applied to the MLP), a mapping, a shipped recipe's name or a YAML file.
         tokenizer: The model's; needed with ``calibration``.
         calibration: Documents of calibration text; None takes the text that the recipe names, if it names one.
         calibration_tokens: How many tokens of it; the recipe's number, else 24,000.
-        progress: Show a progress bar on standard error.
+        progress: Show a progress bar on standard error, on the first rank.
 
     Raises:
-        InputError: Model, recipe or text cannot be used. Found before anything is changed, but for NaN or infinity in
-            the activations of a later block.
+        InputError: Model, recipe or text cannot be used, or are not the same on every rank. Found before anything is
+            changed, but for NaN or infinity in the activations of a later block.
+        Exception: What another rank raised, on all of them.
     """
     started = time.monotonic()
-    recipe = Recipe.of(recipe)
-    windows = _windows(model, recipe, tokenizer, calibration, calibration_tokens)
-    _check(model, recipe, calibrated=windows is not None)
-    planned, chosen = prepare(model, recipe)
-
-    errors: dict[str, float] = {}
-    bar = progress_bar("fold", progress)
-    task = bar.add_task("", total=len(chosen))
-    with bar, calibrating(model):
-        for batch, metrics in _batches(model, chosen, windows):
-            metrics = _align_hidden_units(model, batch, planned, metrics)
-            for matrix in batch:
-                bar.update(task, description=matrix.name)
-                errors[matrix.name] = _fold_one(model, matrix, planned, metrics.pop(matrix.name, None))
-                bar.advance(task)
-    if chosen:
-        tied = {matrix.name: matrix.tied_head for matrix in chosen.values() if matrix.tied_head is not None}
-        mark_folded(model, planned.modules, tied, planned.split)
+    check_foldable(model)
+    ranks = Ranks.find(cpu=model.device.type in ("cpu", "meta"))
+    with ranks.together():
+        recipe = Recipe.of(recipe)
+        windows = _windows(model, recipe, tokenizer, calibration, calibration_tokens)
+        _check(model, recipe, calibrated=windows is not None)
+        _check_same(ranks, model, recipe, windows)
+        planned, chosen = prepare(model, recipe)
+        errors = _fold_all(ranks, model, planned, chosen, windows, progress and ranks.is_first)
+        if chosen:
+            tied = {matrix.name: matrix.tied_head for matrix in chosen.values() if matrix.tied_head is not None}
+            mark_folded(model, planned.modules, tied, planned.split)
     calibrated = windows is not None
     return FoldReport(
         planned,
@@ -180,47 +185,105 @@ def _check(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> None:
             scale_of(matrix)
 
 
+def _check_same(ranks: Ranks, model: PreTrainedModel, recipe: Recipe, windows: Tensor | None) -> None:
+    """Find out before the model is touched if the ranks would fold different models into one."""
+    if ranks.count == 1:
+        return
+    given: dict[str, object] = {
+        "recipe": repr((recipe.fold, recipe.layers)),
+        "calibration text": None if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+    }
+    for name, parameter in model.named_parameters():
+        given[name] = parameter.shape if parameter.is_meta else torch.hash_tensor(parameter).item()
+    first, *others = ranks.gather(given)
+    for rank, other in enumerate(others, start=1):
+        different = [what for what in {**first, **other} if first.get(what) != other.get(what)]
+        if different:
+            raise InputError(
+                f"fold: {different[0]} of rank {rank} is not that of rank 0; needed the same model, recipe and text on "
+                "every rank. Give all of them the same files."
+            )
+
+
+def _fold_all(
+    ranks: Ranks,
+    model: PreTrainedModel,
+    planned: Plan,
+    chosen: Mapping[str, Matrix],
+    windows: Tensor | None,
+    progress: bool,
+) -> dict[str, float]:
+    """Solve and replace every chosen matrix; the relative error of each."""
+    errors: dict[str, float] = {}
+    bar = progress_bar("fold", progress)
+    task = bar.add_task("", total=len(chosen))
+
+    def works_on(what: str) -> None:
+        bar.update(task, description=what)
+        log.debug("rank %d of %d: %s", ranks.index, ranks.count, what)
+
+    with bar, calibrating(model):
+        for batch, metrics in _batches(model, chosen, windows):
+            metrics = _align_hidden_units(ranks, model, batch, planned, metrics, works_on)
+
+            def solve(matrix: Matrix, metrics: dict[str, Tensor] = metrics) -> dict[str, Tensor]:
+                works_on(matrix.name)
+                return _solve(matrix, planned, metrics.get(matrix.name))
+
+            def unsolved(matrix: Matrix) -> dict[str, Tensor]:
+                return _unsolved(matrix, planned.modules[matrix.name])
+
+            for matrix, solution in ranks.share(batch, _cost, solve, unsolved):
+                errors[matrix.name] = solution.pop(_ERROR).item()
+                _replace(model, matrix, planned.modules[matrix.name], solution)
+                metrics.pop(matrix.name, None)
+                bar.advance(task)
+    return errors
+
+
 def _batches(
     model: PreTrainedModel, chosen: Mapping[str, Matrix], windows: Tensor | None
 ) -> Iterator[tuple[list[Matrix], dict[str, Tensor]]]:
-    """Matrices that are solved together, embeddings and then block by block, with their metrics.
+    """Matrices that do not depend on each other, with their metrics: all of them where there is nothing to measure.
 
-    The caller folds each batch before the next one is asked for, so that a block is measured on what the folded blocks
-    before it pass on.
+    Else embeddings and then block by block; the caller folds each batch before the next one is asked for, so that a
+    block is measured on what the folded blocks before it pass on.
     """
+    if windows is None:
+        yield list(chosen.values()), {}
+        return
     embeddings = [matrix for matrix in chosen.values() if matrix.kind == "embedding"]
     linears = {name: matrix for name, matrix in chosen.items() if matrix.kind == "linear"}
     if embeddings:
         yield embeddings, {}
     if not linears:
         return
-    try:
-        prefix = blocks(model)[0] + "."
-    except InputError:
-        if windows is not None:
-            raise
-        yield list(linears.values()), {}
-        return
+    prefix = blocks(model)[0] + "."
     inside: dict[int, dict[str, Matrix]] = {}
     for name, matrix in linears.items():
         if name.startswith(prefix):
             inside.setdefault(int(name.removeprefix(prefix).partition(".")[0]), {})[name] = matrix
     outside = {name: matrix for name, matrix in linears.items() if not name.startswith(prefix)}
-    stream = BlockStream(model, windows) if windows is not None else None
+    stream = BlockStream(model, windows)
     for index in range(max(inside, default=-1) + 1):
         batch = inside.get(index, {})
         if batch:
             modules = {name: matrix.module for name, matrix in batch.items()}
-            yield list(batch.values()), stream.moments(index, modules) if stream else {}
-        if stream and index < max(inside):
+            yield list(batch.values()), stream.moments(index, modules)
+        if index < max(inside):
             stream.advance(index)
     if outside:
         modules = {name: matrix.module for name, matrix in outside.items()}
-        yield list(outside.values()), stream.outside(modules) if stream else {}
+        yield list(outside.values()), stream.outside(modules)
 
 
 def _align_hidden_units(
-    model: PreTrainedModel, batch: list[Matrix], planned: Plan, metrics: dict[str, Tensor]
+    ranks: Ranks,
+    model: PreTrainedModel,
+    batch: list[Matrix],
+    planned: Plan,
+    metrics: dict[str, Tensor],
+    works_on: Callable[[str], None],
 ) -> dict[str, Tensor]:
     """Reorder the hidden units of MLPs whose method asks for it; the metrics follow their inputs."""
 
@@ -230,37 +293,61 @@ def _align_hidden_units(
     if not any(wanted(matrix) for matrix in batch):
         return metrics
     names = {matrix.name for matrix in batch}
-    for units in hidden_units(model, matrices(model)):
-        members = [m for m in (*units.ups, units.down) if m.name in names and wanted(m)]
-        if not members:
-            continue
+
+    def members(units: HiddenUnits) -> list[Matrix]:
+        return [m for m in (*units.ups, units.down) if m.name in names and wanted(m)]
+
+    def search(units: HiddenUnits) -> dict[str, Tensor]:
+        works_on(f"hidden units of {units.down.name}")
         views = []
-        for matrix in members:
+        for matrix in members(units):
             weight, spec = dense_weight(matrix.module).detach(), planned.modules[matrix.name]
+            assert isinstance(spec, Spec)  # of an MLP's linear layer
             if matrix.name in metrics:
                 weight = weight * metrics[matrix.name].diagonal().sqrt()  # the metric's scale of every input
             views.append((weight.T, spec.transposed) if matrix.name == units.down.name else (weight, spec))
-        order, _, _ = search_row_order(views)
-        reorder_hidden(units, order.to(weight.device))
-        if units.down.name in metrics:
-            metrics = {**metrics, units.down.name: metrics[units.down.name][order][:, order]}
-    return metrics
+        return {"order": search_row_order(views)[0]}
+
+    def unknown(units: HiddenUnits) -> dict[str, Tensor]:
+        return {"order": torch.empty(units.down.in_features, dtype=torch.int64)}
+
+    aligned = dict(metrics)
+    families = [units for units in hidden_units(model, matrices(model)) if members(units)]
+    for units, found in ranks.share(families, lambda units: units.down.in_features**3, search, unknown):
+        order, name = found["order"], units.down.name
+        reorder_hidden(units, order.to(units.down.parameter.device))
+        if name in aligned:
+            aligned[name] = aligned[name][order][:, order]
+    return aligned
 
 
-def _fold_one(model: PreTrainedModel, matrix: Matrix, planned: Plan, metric: Tensor | None) -> float:
+def _cost(matrix: Matrix) -> int:
+    """Multiply–adds of a decomposition, up to a constant."""
+    return matrix.parameter.numel() * min(matrix.out_features, matrix.in_features)
+
+
+def _solve(matrix: Matrix, planned: Plan, metric: Tensor | None) -> dict[str, Tensor]:
+    """The state of the module that replaces the matrix, and the relative error."""
     spec, method = planned.modules[matrix.name], planned.methods[matrix.name]
     weight = dense_weight(matrix.module).detach()
     try:
         factors = method.solve(weight, spec, metric)
     except SpecError as error:
         raise SpecError(f"{matrix.name}: {error}") from None
-    folded: MPOLinear | MPOEmbedding
-    if matrix.kind == "embedding":
-        folded = MPOEmbedding.from_factors(factors, spec, weight, scale_of(matrix))
-    else:
-        folded = MPOLinear.from_factors(factors, spec, weight, matrix.bias)
+    folded = solved_module(matrix, spec, factors)
+    reached = relative_error(weight, folded.to_dense(torch.float64), metric)
+    return {**folded.state_dict(), _ERROR: torch.tensor(reached, dtype=torch.float64)}
+
+
+def _unsolved(matrix: Matrix, spec: AnySpec) -> dict[str, Tensor]:
+    """Uninitialised memory for what :func:`_solve` returns."""
+    state = empty_module(matrix, spec).to_empty(device=matrix.parameter.device).state_dict()
+    return {**state, _ERROR: torch.empty((), dtype=torch.float64)}
+
+
+def _replace(model: PreTrainedModel, matrix: Matrix, spec: AnySpec, state: dict[str, Tensor]) -> None:
+    folded = empty_module(matrix, spec)
+    folded.load_state_dict(state, assign=True)
     folded.requires_grad_(matrix.parameter.requires_grad)
     swap(model, matrix, folded)
-    reached = relative_error(weight, folded.to_dense(torch.float64), metric)
-    release_file_pages(weight)
-    return reached
+    release_file_pages(dense_weight(matrix.module))

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.token_mps import AnySpec
 from tensorfold.anatomy import (
     ALREADY_FOLDED,
     Matrix,
@@ -36,7 +36,7 @@ class Plan:
 
     parameters_before: int
     parameters_after: int
-    modules: dict[str, Spec]
+    modules: dict[str, AnySpec]
     methods: dict[str, Method] = field(repr=False)
     targeted_before: int = 0
     split: dict[str, list[int]] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Plan:
         return {
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
-            "modules": {name: {**spec.to_dict(), "parameters": spec.parameters} for name, spec in self.modules.items()},
+            "modules": {name: _shape(spec) for name, spec in self.modules.items()},
             **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
 
@@ -61,6 +61,11 @@ class Plan:
         return module_table(
             self.modules, self.parameters_before, self.parameters_after, self.kept, warnings=self.warnings
         )
+
+
+def _shape(spec: AnySpec) -> dict[str, Any]:
+    shape = {"out_modes": list(spec.out_modes), "in_modes": list(spec.in_modes), "ranks": list(spec.ranks)}
+    return {**shape, **spec.to_dict(), "parameters": spec.parameters}
 
 
 def plan(
@@ -133,7 +138,7 @@ def _assign(model: PreTrainedModel, recipe: Recipe) -> tuple[dict[str, Method], 
     return methods, split
 
 
-def _warnings(specs: Mapping[str, Spec]) -> Iterator[str]:
+def _warnings(specs: Mapping[str, AnySpec]) -> Iterator[str]:
     """Shapes that cannot reach full rank whatever their values, each named once."""
     for spec in dict.fromkeys(specs.values()):
         full = min(spec.out_features, spec.in_features)
@@ -142,7 +147,12 @@ def _warnings(specs: Mapping[str, Spec]) -> Iterator[str]:
             yield f"{name}: {spec} reaches rank {spec.attainable_matrix_rank} of {full} at most"
 
 
-def _spec(matrix: Matrix, method: Method) -> Spec:
+def _spec(matrix: Matrix, method: Method) -> AnySpec:
+    if method.tables_only and matrix.kind != "embedding":
+        raise SpecError(
+            f"{matrix.name}: {method.name} folds embedding tables row by row, and this is a linear layer; use it with "
+            "targets: embedding or positions, and another method here."
+        )
     try:
         spec = method.spec(matrix.out_features, matrix.in_features)
     except SpecError as error:

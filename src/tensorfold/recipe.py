@@ -69,11 +69,12 @@ class Recipe:
 
     @classmethod
     def of(cls, recipe: Recipe | Method | Mapping[str, Any] | str | Path) -> Recipe:
-        """A recipe from whatever stands for one: a recipe, a method (for the MLP), a mapping, a name or a file."""
+        """A recipe from whatever stands for one: a recipe, a method (for the MLP, or else the embedding), a mapping, a
+        name or a file."""
         if isinstance(recipe, Recipe):
             return recipe
         if isinstance(recipe, Method):
-            return cls(fold=(Rule("mlp", recipe),))
+            return cls(fold=(Rule("embedding" if recipe.tables_only else "mlp", recipe),))
         if isinstance(recipe, Mapping):
             return cls.from_dict(dict(recipe))
         if not isinstance(recipe, str | Path):
@@ -140,7 +141,9 @@ def _rule(index: int, entry: Any) -> Rule:
     if not isinstance(entry, dict):
         raise InputError(f"{where}: got {entry!r}; needed a mapping with targets and method.")
     if not entry.get("targets"):
-        raise InputError(f"{where}: no targets; needed mlp, attention, embedding, all-linear, a list or a regex.")
+        raise InputError(
+            f"{where}: no targets; needed mlp, attention, embedding, positions, all-linear, a list or a regex."
+        )
     method = entry.get("method")
     if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"{where}: method {method!r} is unknown; {nearest(str(method), METHODS)}")

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.token_mps import AnySpec
 
 
 def module_table(
-    modules: Mapping[str, Spec],
+    modules: Mapping[str, AnySpec],
     before: int,
     after: int,
     kept: float,
@@ -23,7 +23,7 @@ def module_table(
     warnings: Sequence[str] = (),
 ) -> str:
     """Plain-text table of folded modules; equal ones of different blocks share a row, with the mean of their errors."""
-    rows: dict[tuple[str, Spec], list[str]] = {}
+    rows: dict[tuple[str, AnySpec], list[str]] = {}
     for name, spec in modules.items():
         rows.setdefault((re.sub(r"\.\d+\.", ".*.", name), spec), []).append(name)
     table = Table(box=None, pad_edge=False)

@@ -24,7 +24,7 @@ from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.healing.checkpoints import STATE, rotate, sealed
 from tensorfold.healing.data import TokenBlocks
 from tensorfold.healing.losses import HealLoss, cross_entropy
-from tensorfold.nn.linear import MPOModule
+from tensorfold.nn import FoldedModule, MPOEmbedding, TokenMPSEmbedding
 from tensorfold.settings import HealSettings
 
 _FEWEST_VALIDATED = 64
@@ -39,9 +39,10 @@ def choose_trained(model: PreTrainedModel, settings: HealSettings) -> list[nn.Pa
     Raises:
         InputError: Nothing is left to train.
     """
-    folded = [module for module in model.modules() if isinstance(module, MPOModule)]
+    folded = [module for module in model.modules() if isinstance(module, FoldedModule)]
     cores = {id(parameter) for module in folded for parameter in module.parameters()}
-    tables = [model.get_input_embeddings(), *(each for each in model.modules() if isinstance(each, nn.Embedding))]
+    kinds = nn.Embedding | MPOEmbedding | TokenMPSEmbedding
+    tables = [model.get_input_embeddings(), *(each for each in model.modules() if isinstance(each, kinds))]
     embeddings = {id(parameter) for table in tables for parameter in table.parameters()}
     scalars = {id(module.scalars) for module in folded if module.scalars is not None}
     for parameter in model.parameters():
@@ -364,7 +365,7 @@ def _tie_shown(model: PreTrainedModel | None) -> Iterator[None]:
     It would shard the two apart otherwise, which FSDP2 refuses.
     """
     ends = [model.get_input_embeddings(), model.get_output_embeddings()] if model is not None else []
-    shown = all(isinstance(end, MPOModule) for end in ends) and ends and ends[0].cores[0] is ends[1].cores[0]
+    shown = all(isinstance(end, FoldedModule) for end in ends) and ends and ends[0].cores[0] is ends[1].cores[0]
     try:
         if shown:
             for end in ends:

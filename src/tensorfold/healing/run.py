@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +43,9 @@ from tensorfold.healing.log import Reporter, StepLog
 from tensorfold.healing.losses import HealLoss, cross_entropy
 from tensorfold.healing.outcome import HealReport, card_of, finished, write
 from tensorfold.hf.sources import find_model
+from tensorfold.ranks import PATIENCE
 from tensorfold.settings import HealSettings
 from tensorfold.strict import check_keys
-
-# Rank 0 tokenises the text and heals the blocks while the others wait for it.
-_PATIENCE = timedelta(days=2)
 
 
 def heal(
@@ -92,7 +89,7 @@ def heal(
         raise InputError("heal: the teacher is the model itself; needed the dense model, loaded separately.")
     if settings.needs_teacher and teacher is None:
         raise InputError("heal: the settings compare with a teacher, and none was given; name the dense model.")
-    state = PartialState(cpu=uses_cpu(), timeout=_PATIENCE)
+    state = PartialState(cpu=uses_cpu(), timeout=PATIENCE)
     micro_batch(settings, state.num_processes)
     target = None if out is None else Path(out).resolve()
     if target is None and state.num_processes > 1:

@@ -18,7 +18,7 @@ from tensorfold.cache import atomic_directory
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.hf.quantizer import NAME, TensorfoldConfig
 from tensorfold.hf.swap import install
-from tensorfold.nn.linear import MPOModule
+from tensorfold.nn import FoldedModule
 from tensorfold.report import model_card
 
 CAUSAL_LM = "needed a decoder-only causal language model"
@@ -112,7 +112,7 @@ def _check_sound(path: str | Path, model: PreTrainedModel) -> None:
     transformers gives a head its own weight, against the configuration, where the files hold one that differs.
     """
     for name, module in model.named_modules():
-        if isinstance(module, MPOModule) and not all(p.is_floating_point() for p in module.parameters()):
+        if isinstance(module, FoldedModule) and not all(p.is_floating_point() for p in module.parameters()):
             raise InputError(f"{path}: {name} is stored as whole numbers; needed floating point. Write it again.")
     untied = model.get_expanded_tied_weights_keys(all_submodels=True).keys() - model.all_tied_weights_keys.keys()
     if untied:

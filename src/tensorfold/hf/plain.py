@@ -13,7 +13,7 @@ from tensorfold.anatomy import dense_weight, empty_model
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.hf.loading import reason
 from tensorfold.hf.quantizer import TensorfoldQuantizer
-from tensorfold.nn import MPOEmbedding, MPOModule, StackedLinear
+from tensorfold.nn import FoldedModule, MPOEmbedding, StackedLinear, TokenMPSEmbedding
 
 
 def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -62,7 +62,9 @@ def check_floating(model: PreTrainedModel) -> None:
 
 
 def _plain_state(model: PreTrainedModel, plain: PreTrainedModel) -> dict[str, Tensor]:
-    replaced = {name: module for name, module in model.named_modules() if isinstance(module, MPOModule | StackedLinear)}
+    replaced = {
+        name: module for name, module in model.named_modules() if isinstance(module, FoldedModule | StackedLinear)
+    }
     inside = tuple(f"{name}." for name in replaced)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
     products: dict[int, Tensor] = {}  # by first core: a tied head is multiplied out once
@@ -85,7 +87,7 @@ def _weight(module: nn.Module) -> Tensor:
     """Shape (out, in)."""
     if isinstance(module, StackedLinear):
         return torch.cat([_weight(part) for part in module])
-    if isinstance(module, MPOModule):
+    if isinstance(module, FoldedModule):
         dtype = module.cores[0].dtype
         return module.to_dense(torch.promote_types(dtype, torch.float32)).to(dtype)
     return dense_weight(module)
@@ -109,6 +111,6 @@ def _fill_buffers(plain: PreTrainedModel, model: PreTrainedModel) -> None:
         if value is None:
             # Only a replaced embedding can have taken a buffer with it, and all it had was its scale.
             embedding = model.get_submodule(owner)
-            assert isinstance(embedding, MPOEmbedding)
+            assert isinstance(embedding, MPOEmbedding | TokenMPSEmbedding)
             value = torch.full(buffer.shape, embedding.scale, dtype=buffer.dtype, device=model.device)
         setattr(plain.get_submodule(owner), attribute, value)

@@ -12,7 +12,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.token_mps import AnySpec, spec_from_dict
 from tensorfold.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,13 +46,13 @@ class TensorfoldConfig(QuantizationConfigMixin):
             )
         if not isinstance(modules, Mapping) or not isinstance(tied or {}, Mapping):
             raise InputError("checkpoint: quantization_config has no mapping of modules; the file is damaged.")
-        self.modules = {str(name): Spec.from_dict(dict(data)).to_dict() for name, data in modules.items()}
+        self.modules = {str(name): spec_from_dict(dict(data)).to_dict() for name, data in modules.items()}
         self.split = {str(name): [int(size) for size in sizes] for name, sizes in (split or {}).items()}
         self.tied = {str(name): str(head) for name, head in (tied or {}).items()}
 
     @property
-    def specs(self) -> dict[str, Spec]:
-        return {name: Spec.from_dict(data) for name, data in self.modules.items()}
+    def specs(self) -> dict[str, AnySpec]:
+        return {name: spec_from_dict(data) for name, data in self.modules.items()}
 
 
 @register_quantizer(NAME)
@@ -90,7 +90,7 @@ class TensorfoldQuantizer(HfQuantizer):
 
 
 def mark_folded(
-    model: PreTrainedModel, specs: Mapping[str, Spec], tied: Mapping[str, str], split: Mapping[str, list[int]]
+    model: PreTrainedModel, specs: Mapping[str, AnySpec], tied: Mapping[str, str], split: Mapping[str, list[int]]
 ) -> None:
     """Give a model that was folded in memory the configuration that ``from_pretrained`` would have given it."""
     config = TensorfoldConfig({name: spec.to_dict() for name, spec in specs.items()}, tied, split)

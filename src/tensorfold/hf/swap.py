@@ -4,23 +4,47 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from types import MethodType
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.solve import Factors
+from tensorfold.algebra.token_mps import AnySpec, TokenMPSSpec
 from tensorfold.anatomy import Matrix, embedding_scale, matrices
 from tensorfold.errors import InputError
-from tensorfold.nn import MPOEmbedding, MPOLinear
+from tensorfold.hf.vocabulary import resize_token_embeddings
+from tensorfold.nn import MPOEmbedding, MPOLinear, TokenMPSEmbedding
 from tensorfold.surgery import split_linear
 
+Folded = MPOLinear | MPOEmbedding | TokenMPSEmbedding
 
-def empty_module(matrix: Matrix, spec: Spec) -> MPOLinear | MPOEmbedding:
-    """A folded module of this spec on the meta device, with the bias or scale of the one it replaces."""
+
+def empty_module(matrix: Matrix, spec: AnySpec) -> Folded:
+    """A folded module of this spec on the meta device, with the bias or scale of the one it replaces.
+
+    Raises:
+        InputError: The spec is not one of a matrix of this kind.
+    """
     dtype = matrix.parameter.dtype
-    if matrix.kind == "linear":
-        return MPOLinear(spec, matrix.bias is not None, device="meta", dtype=dtype)
-    return MPOEmbedding(spec, scale_of(matrix), device="meta", dtype=dtype)
+    if matrix.kind == "embedding":
+        if isinstance(spec, TokenMPSSpec):
+            return TokenMPSEmbedding(spec, scale_of(matrix), device="meta", dtype=dtype)
+        return MPOEmbedding(spec, scale_of(matrix), device="meta", dtype=dtype)
+    if isinstance(spec, TokenMPSSpec):
+        raise InputError(f"{matrix.name}: {spec} is a table's, and this is a linear layer; needed an MPO's spec.")
+    return MPOLinear(spec, matrix.bias is not None, device="meta", dtype=dtype)
+
+
+@torch.no_grad()
+def solved_module(matrix: Matrix, spec: AnySpec, factors: Factors) -> Folded:
+    """The module that a method's solution makes of the matrix, in its dtype, on its device, with its bias or scale."""
+    module = empty_module(matrix, spec).to_empty(device=matrix.parameter.device)
+    module.load_factors(factors)
+    if isinstance(module, MPOLinear) and module.bias is not None and matrix.bias is not None:
+        module.bias.copy_(matrix.bias)
+    return module
 
 
 def scale_of(matrix: Matrix) -> float:
@@ -37,12 +61,15 @@ def scale_of(matrix: Matrix) -> float:
     return scale
 
 
-def swap(model: PreTrainedModel, matrix: Matrix, module: MPOLinear | MPOEmbedding) -> None:
+def swap(model: PreTrainedModel, matrix: Matrix, module: Folded) -> None:
     """Replace the matrix's module; a tied output head is replaced by the head over the same cores, and tied again."""
+    if matrix.module is model.get_input_embeddings():
+        # transformers' own method looks for a dense weight.
+        model.resize_token_embeddings = MethodType(resize_token_embeddings, model)  # type: ignore[method-assign]
     _set(model, matrix.name, module)
     if matrix.tied_head is None:
         return
-    assert isinstance(module, MPOEmbedding)
+    assert isinstance(module, MPOEmbedding | TokenMPSEmbedding)
     old = model.get_submodule(matrix.tied_head)
     _set(model, matrix.tied_head, module.head(getattr(old, "bias", None)))
     tied = {f"{matrix.tied_head}.{name}": f"{matrix.name}.{name}" for name, _ in module.named_parameters()}
@@ -56,7 +83,7 @@ def swap(model: PreTrainedModel, matrix: Matrix, module: MPOLinear | MPOEmbeddin
 
 
 def install(
-    model: PreTrainedModel, specs: Mapping[str, Spec], tied: Mapping[str, str], split: Mapping[str, list[int]]
+    model: PreTrainedModel, specs: Mapping[str, AnySpec], tied: Mapping[str, str], split: Mapping[str, list[int]]
 ) -> None:
     """Replace modules by empty folded ones, as a saved configuration describes them.
 

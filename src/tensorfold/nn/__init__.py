@@ -1,7 +1,19 @@
-"""Modules whose weight is a matrix product operator."""
+"""Modules whose weight is a chain of small tensors."""
 
 from tensorfold.nn.embedding import MPOEmbedding
+from tensorfold.nn.folded import FoldedModule
 from tensorfold.nn.linear import MPOLinear, MPOModule
 from tensorfold.nn.stacked import StackedLinear
+from tensorfold.nn.token_mps import TokenMPSEmbedding, TokenMPSHead
 
-__all__ = ["MPOEmbedding", "MPOLinear", "MPOModule", "StackedLinear"]
+FoldedModule.register(MPOModule)
+
+__all__ = [
+    "FoldedModule",
+    "MPOEmbedding",
+    "MPOLinear",
+    "MPOModule",
+    "StackedLinear",
+    "TokenMPSEmbedding",
+    "TokenMPSHead",
+]

@@ -1,0 +1,110 @@
+"""New tokens for a model whose embedding is folded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tensorfold.anatomy import is_plain_linear
+from tensorfold.errors import InputError
+from tensorfold.nn import TokenMPSEmbedding, TokenMPSHead
+
+
+@torch.no_grad()
+def append_tokens(model: PreTrainedModel, vectors: Tensor, head_vectors: Tensor | None = None) -> None:
+    """Add tokens to a model whose input embedding is a ``TokenMPSEmbedding``, in place, without any training.
+
+    The new rows are decomposed by themselves; all others stay as they are, bit for bit. A tied head shares the rows; an
+    untied dense one gets ``head_vectors``. New entries of a head's bias are its mean. The configuration follows, so
+    that the model can be saved. Grow the tokenizer yourself, and make optimizers anew.
+
+    Args:
+        vectors: Shape (new tokens, width), as the dense table would hold them (before the scale of a scaled one).
+        head_vectors: Shape (new tokens, width), for an untied head; the mean of its rows by default.
+
+    Raises:
+        InputError: The embedding, or the head of an untied model, cannot grow, or a shape does not fit. Found before
+            anything is changed.
+    """
+    table, head = _growing(model), model.get_output_embeddings()
+    tied = isinstance(head, TokenMPSHead)
+    if not (tied or head is None or (isinstance(head, nn.Linear) and is_plain_linear(head))):
+        raise InputError(
+            f"append_tokens: the output head is a {type(head).__name__} that is not tied to the embedding, and its "
+            "rows share factors; leave it dense, or call resize_token_embeddings of the dense model and fold it again."
+        )
+    if head_vectors is not None and (tied or head_vectors.shape != vectors.shape):
+        raise InputError(
+            f"append_tokens: got head_vectors of shape {tuple(head_vectors.shape)}; needed "
+            + ("none, because the head is tied." if tied else f"{tuple(vectors.shape)}, as vectors.")
+        )
+    table.append(vectors)
+    if isinstance(head, nn.Linear):
+        new = head.weight.mean(0).expand(len(vectors), -1) if head_vectors is None else head_vectors
+        head.weight = _grown(head.weight, new)
+        head.out_features = head.weight.shape[0]
+    if isinstance(head, nn.Linear | TokenMPSHead) and head.bias is not None:
+        head.bias = _grown(head.bias, head.bias.mean().expand(len(vectors)))
+    _describe(model, table)
+
+
+def _growing(model: PreTrainedModel) -> TokenMPSEmbedding:
+    """The input embedding, if tokens can be added to it."""
+    table = model.get_input_embeddings()
+    if not isinstance(table, TokenMPSEmbedding):
+        raise InputError(
+            f"new tokens: the input embedding is a {type(table).__name__}; needed a TokenMPSEmbedding, whose tokens "
+            "share nothing. Call resize_token_embeddings of the dense model, and fold it again."
+        )
+    return table
+
+
+def _grown(parameter: Tensor, new: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.cat([parameter, new.to(parameter)]), parameter.requires_grad)
+
+
+def _describe(model: PreTrainedModel, table: TokenMPSEmbedding) -> None:
+    """Let the configuration say how large the table is."""
+    model.config.get_text_config().vocab_size = table.num_embeddings
+    model.vocab_size = table.num_embeddings  # type: ignore[assignment]
+    name = next(name for name, module in model.named_modules() if module is table)
+    model.config.quantization_config.modules[name] = table.spec.to_dict()
+
+
+@torch.no_grad()
+def resize_token_embeddings(
+    model: PreTrainedModel,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    mean_resizing: bool = True,
+) -> nn.Module:
+    """transformers' method of this name for a folded embedding: new tokens start as the mean of all rows.
+
+    To start them as anything else, call :func:`append_tokens`.
+
+    Args:
+        new_num_tokens: Tokens after the call; None for as many as there are.
+        pad_to_multiple_of: Round that number up.
+        mean_resizing: Has to be true.
+
+    Returns:
+        The input embedding.
+
+    Raises:
+        InputError: There would be fewer tokens than before, or the embedding cannot grow (see :func:`append_tokens`).
+    """
+    table = model.get_input_embeddings()
+    before = table.num_embeddings
+    after = before if new_num_tokens is None else new_num_tokens
+    if pad_to_multiple_of is not None:
+        after = -(-after // pad_to_multiple_of) * pad_to_multiple_of
+    if after < before or not mean_resizing:
+        raise InputError(
+            f"resize_token_embeddings: got {after} tokens and mean_resizing={mean_resizing} for a folded table of "
+            f"{before}; needed at least as many, and mean_resizing=True. tensorfold.append_tokens takes other vectors."
+        )
+    if after > before:
+        mean = _growing(model).to_dense(torch.float32).mean(0)
+        append_tokens(model, mean.expand(after - before, -1))
+    return table
