@@ -10,12 +10,12 @@ PACKAGE = Path(tensorfold.__file__).parent
 # Lowest first. A module may import from its own layer and from those before it.
 LAYERS = [
     ["errors"],
-    ["strict", "cache", "memory"],
+    ["strict", "cache", "memory", "ranks"],
     ["settings"],
     ["algebra"],
     ["nn"],
     ["methods"],
-    ["anatomy"],
+    ["anatomy", "picogpt"],
     ["surgery"],
     ["recipe", "report"],
     ["shapes"],
@@ -28,7 +28,7 @@ LAYERS = [
     ["export"],
     ["healing"],
     ["demo"],
-    ["cli_export", "cli_heal"],
+    ["cli_export", "cli_heal", "cli_sample"],
     ["cli"],
     ["__main__"],
 ]

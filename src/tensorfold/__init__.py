@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from tensorfold.folding import fold
     from tensorfold.healing.run import heal
     from tensorfold.hf.loading import load
-    from tensorfold.methods import MPO, Kronecker, LowRank
+    from tensorfold.hf.vocabulary import append_tokens
+    from tensorfold.methods import MPO, Kronecker, LowRank, TokenMPS
     from tensorfold.planning import plan
     from tensorfold.recipe import Recipe, Rule
 
@@ -35,6 +36,8 @@ _HOME = {
     "Spec": "algebra.spec",
     "SpecError": "errors",
     "TensorfoldError": "errors",
+    "TokenMPS": "methods",
+    "append_tokens": "hf.vocabulary",
     "evaluate": "evaluation",
     "fold": "folding",
     "heal": "healing.run",
@@ -52,6 +55,8 @@ __all__ = [
     "Spec",
     "SpecError",
     "TensorfoldError",
+    "TokenMPS",
+    "append_tokens",
     "evaluate",
     "fold",
     "heal",
@@ -79,3 +84,9 @@ def __dir__() -> list[str]:
 def _register(_: Any) -> None:
     """Register the quantizer once transformers' loading code is imported, and not before: that takes seconds."""
     importlib.import_module("tensorfold.hf.quantizer")
+
+
+@wrapt.when_imported("transformers.models.auto.configuration_auto")
+def _register_picogpt(_: Any) -> None:
+    """Register PicoGPT's configuration as soon as there is anything to register it with."""
+    importlib.import_module("tensorfold.picogpt.configuration")

@@ -18,6 +18,7 @@ import typer
 import tensorfold
 from tensorfold.cli_export import export
 from tensorfold.cli_heal import heal
+from tensorfold.cli_sample import sample
 from tensorfold.errors import InputError, TensorfoldError
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ Keep = Annotated[
 ]
 TargetsOption = Annotated[
     str | None,
-    typer.Option("--targets", help="With --keep: mlp, attention, embedding, all-linear, or suffixes, comma-separated."),
+    typer.Option(
+        "--targets", help="With --keep: mlp, attention, embedding, positions, all-linear, or suffixes, comma-separated."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 
@@ -94,10 +97,11 @@ def fold(
     tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="How many tokens of it.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Fold a model and write the smaller one."""
+    """Fold a model and write the smaller one. Under torchrun, its processes divide the matrices among themselves."""
     from tensorfold.cache import check_target
     from tensorfold.folding import fold as fold_model
     from tensorfold.hf.loading import save
+    from tensorfold.ranks import Ranks
     from tensorfold.texts import describe, load_text
 
     check_target(out)
@@ -105,15 +109,22 @@ def fold(
     if calibrate == "none":
         chosen, calibrate = dataclasses.replace(chosen, calibrate=None), None
     text = calibrate or (chosen.calibrate.text if chosen.calibrate else None)
-    documents = load_text(text, split="validation") if text else None
-    source = _source(model, chosen)
-    loaded, tokenizer = source.model(), source.tokenizer()
-    report = fold_model(loaded, chosen, tokenizer, documents, calibration_tokens=tokens, progress=sys.stderr.isatty())
-    label = f"{report.calibration_tokens} tokens of {describe(text, 'validation')}" if text else None
-    result = report.to_dict()
-    card = {"base_model": source.name, "recipe": _label(recipe, keep, targets), "calibration": label, **result}
-    save(loaded, tokenizer, out, {**card, "tensorfold": tensorfold.__version__})
-    _emit(as_json, {**result, "out": str(out)}, lambda: f"{report}\nwritten to {out} in {report.seconds:.0f} s")
+    ranks = Ranks.find(cpu=True)
+    with ranks.together():
+        documents = load_text(text, split="validation") if text else None
+        source = _source(model, chosen)
+        loaded, tokenizer = source.model(), source.tokenizer()
+        bar = sys.stderr.isatty()
+        report = fold_model(loaded, chosen, tokenizer, documents, calibration_tokens=tokens, progress=bar)
+        result = report.to_dict()
+        if ranks.is_first:
+            label = f"{report.calibration_tokens} tokens of {describe(text, 'validation')}" if text else None
+            card = {"base_model": source.name, "recipe": _label(recipe, keep, targets), "calibration": label, **result}
+            # Without what differs from one run to the next: equal folds give equal files.
+            del card["seconds"]
+            save(loaded, tokenizer, out, {**card, "tensorfold": tensorfold.__version__})
+    if ranks.is_first:
+        _emit(as_json, {**result, "out": str(out)}, lambda: f"{report}\nwritten to {out} in {report.seconds:.0f} s")
 
 
 @app.command("eval")
@@ -141,6 +152,7 @@ def evaluate(
 
 app.command()(heal)
 app.command()(export)
+app.command()(sample)
 
 
 @app.command()
