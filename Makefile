@@ -1,6 +1,7 @@
 # make install   build .venv with everything the demo and the tests need
 # make demo      fold the real SmolLM2-135M and show what it gained and what it cost
 # make test      lint, types and tests
+# make study-picogpt   the MPO study on Tiny Shakespeare, about eight hours on two cores; goes on where it was
 # Texts for tests and studies are read from TENSORFOLD_DATA; tests that need them are skipped without it.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test lint format clean study-picogpt
 
 install: $(STAMP)
 
@@ -27,6 +28,12 @@ demo: install
 
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+WORK ?= work/picogpt
+study-picogpt: install
+	$(BIN)/python studies/picogpt/tune.py --work $(WORK)
+	$(BIN)/python studies/picogpt/run.py --work $(WORK) --jobs 2
+	$(BIN)/python studies/picogpt/table.py
 
 lint: install
 	$(BIN)/ruff check .
