@@ -187,3 +187,18 @@ def test_bad_inputs_name_what_was_needed() -> None:
         weighted_als(weight, spec, start[:1], metric)
     with pytest.raises(InputError, match="always"):
         weighted_als(weight.T, spec, start, metric)
+
+
+def test_a_metric_that_rounding_made_indefinite_does_not_run_away():
+    """LayerNorm's outputs have no mean, so their second moment is singular, and in fp32 a hair below."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 32, generator=generator).double()
+    x = x - x.mean(1, keepdim=True)
+    nothing = torch.ones(32, dtype=torch.float64) / 32**0.5
+    metric = x.T @ x / 300 - 6e-9 * nothing[:, None] * nothing
+    assert torch.linalg.eigvalsh(metric)[0] < -5e-9
+    weight = torch.randn(128, 32, generator=generator)
+    spec = Spec((64, 2), (1, 32), (16,))
+    fit = weighted_als(weight, spec, tt_svd(weight, spec), metric, sweeps=60)
+    assert 0.3 < fit.error < 1
+    assert to_dense(fit.cores, spec).norm() < 2 * weight.norm()

@@ -30,6 +30,7 @@ from tensorfold.errors import SpecError
 DIRECT_UNKNOWNS = 2048
 _CG_ITERATIONS = 20
 _PATIENCE = 3  # sweeps: a start often rests on a plateau for one or two
+_ROUNDING = 1e-5  # of the trace; second moments may have been summed in bf16's or fp32's precision
 _INDEFINITE = "metric is not positive semidefinite; needed a second moment, the mean of x xᵀ over the inputs x."
 _CHUNK = 2**24  # elements of an intermediate of the normal matrix
 
@@ -77,7 +78,7 @@ def weighted_als(
             semidefinite.
     """
     w = check_weight(weight, spec).double()
-    c = None if metric is None else check_metric(metric, spec).to(w)
+    c = None if metric is None else _definite(check_metric(metric, spec).to(w))
     chain = [core.to(w) for core in _check_cores(cores, spec)]
     target = w if c is None else w @ c
     padding = math.prod(spec.in_modes) - spec.in_features
@@ -108,6 +109,23 @@ def weighted_als(
             break
     result = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return Fit([core.to(result).contiguous() for core in balance(chain)], tuple(errors))
+
+
+def _definite(metric: Tensor) -> Tensor:
+    """``metric`` plus the multiple of the identity that outweighs the rounding of its own entries.
+
+    A second moment summed in fp32 can have eigenvalues a little below zero. Along them the error falls for ever, and
+    the leaps of the search would follow it to infinity.
+
+    Raises:
+        SpecError: An eigenvalue is further below zero than rounding explains.
+    """
+    lowest, trace = float(torch.linalg.eigvalsh(metric)[0]), float(metric.trace())
+    if lowest < -_ROUNDING * trace:
+        raise SpecError(_INDEFINITE)
+    out = metric.clone()
+    out.diagonal().add_(max(0.0, -2 * lowest))
+    return out
 
 
 def _padded_target(target: Tensor, chain: list[Tensor], spec: Spec, metric: Tensor | None) -> Tensor:
