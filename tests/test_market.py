@@ -1,13 +1,16 @@
 """One market of structures; every module contract is tested on every one of them. A new method adds a row."""
 
 import copy
+import math
 
 import pytest
 import torch
 
-from tensorfold.algebra.contract import cheapest_order
+from tensorfold.algebra.contract import apply, cheapest_order
+from tensorfold.algebra.cost import Machine, default_machine
 from tensorfold.algebra.solve import relative_error
 from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.ways import Order, choose
 from tensorfold.methods import MPO, Kronecker, LowRank
 from tensorfold.nn import MPOEmbedding, MPOLinear
 
@@ -28,6 +31,9 @@ MARKET = {
     "mpo-prime": MPO(bond=7, sites=2).spec(53, 31),
     "mpo-modes": MPO(bond=8, out_modes=(5, 13), in_modes=(8, 16)).spec(65, 128),
     "mpo-rank-full": Spec.from_modes((4, 6), (3, 5), 12),
+    "small-factor-first": Spec((3, 16), (1, 16), (1,)),
+    "turned-factor": Spec((4, 8), (16, 1), (4,)),
+    "reordered": Spec.kronecker(24, 20, (6, 4), 2, reordered=("out", "in")),
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -66,13 +72,77 @@ def test_parameters_are_the_specs(spec, bias):
 
 
 def test_multiply_adds_are_the_specs(spec):
-    """Counted by torch itself on one token, in the order the layer uses."""
+    """Counted by torch itself on one token, in the order of fewest; a product with one number a row is a ``mul``."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    way = choose(spec, 1, force="chain")
+    outer = {torch.ops.aten.mul: lambda *shapes, out_shape, **_: 2 * math.prod(out_shape)}
     layer = MPOLinear(spec, bias=False)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        layer(torch.randn(1, spec.in_features))
-    assert counter.get_total_flops() == 2 * spec.macs == 2 * cheapest_order(spec).macs
+    factors = layer.factors()
+    with FlopCounterMode(display=False, custom_mapping=outer) as counter, torch.no_grad():
+        apply(torch.randn(1, spec.in_features), factors, spec, way=way)
+    assert counter.get_total_flops() == 2 * way.macs == 2 * spec.macs == 2 * cheapest_order(spec).macs
+
+
+# Machines on which little but one thing matters, so that between them every kind of step is somewhere the best.
+MACHINES = {
+    "processor": Machine(),
+    "accelerator": default_machine("cuda"),
+    "no-copies": Machine(permuted=1.0),
+    "few-calls": Machine(call=1.0),
+    "no-batches": Machine(rows=1e6, columns=1e6, permuted=1e12),
+    "free-batches": Machine(rows=0.0, columns=0.0, depth=0.0, call=0.0),
+}
+
+
+def orders(sites):
+    """Every order of contracting that many sites one at a time."""
+    for start in range(sites):
+        for pattern in range(2 ** (sites - 1)):
+            moves = "".join("LR"[pattern >> k & 1] for k in range(sites - 1))
+            if moves.count("L") == start:
+                yield Order(start, moves, 0)
+
+
+def ways_of(spec):
+    forced = [None, "materialise", *orders(spec.sites)]
+    return {
+        (way.steps, way.order): way
+        for machine in MACHINES.values()
+        for tokens in (1, 7, 600)
+        for training in (False, True)
+        for force in forced
+        for way in [choose(spec, tokens, training, machine, force)]
+    }.values()
+
+
+def test_every_way_is_the_matrix(spec, bias):
+    """In both directions: outputs, and the gradients of inputs, cores and bias."""
+    torch.manual_seed(8)
+    layer = MPOLinear(spec, bias, dtype=torch.float64)
+    x = torch.randn(2, 3, spec.in_features, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 3, spec.out_features, dtype=torch.float64)
+    sources = [x, *layer.parameters()]
+    y = torch.nn.functional.linear(x, layer.to_dense(), layer.bias)
+    expected = torch.autograd.grad((y * weights).sum(), sources)
+    ways = ways_of(spec)
+    assert len(ways) >= spec.sites
+    for way in ways:
+        got = apply(x, layer.factors(), spec, layer.bias, way)
+        torch.testing.assert_close(got, y)
+        torch.testing.assert_close(torch.autograd.grad((got * weights).sum(), sources), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(apply(x, layer.factors(), spec, layer.bias, way), y)
+
+
+def test_the_market_has_every_kind_of_step():
+    steps = [step for spec in MARKET.values() for way in ways_of(spec) for step in way.steps]
+    assert {step.form for step in steps} == {"rows", "left", "right", "front", "outer"}
+    assert any(step.order for step in steps)
+    assert any(step.turned for step in steps)
+    assert any(step.more_d for step in steps)
+    assert any(isinstance(step.tree, tuple) and len(way.steps) > 1 for spec in MARKET.values() for way in ways_of(spec)
+               for step in way.steps)  # fmt: skip
 
 
 def test_from_dense_inverts_to_dense(spec, bias):

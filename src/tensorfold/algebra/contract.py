@@ -1,121 +1,113 @@
-"""Applying a matrix product operator to vectors without building the matrix, and building it.
+"""Applying a matrix product operator to vectors, building its matrix, and reading its rows.
 
-A vector index ``(j1 … jL)`` is contracted one site at a time. The sites done so far are always an interval; the state
-between two steps has layout ``(tokens, j<, r, i…, r', j>)`` with ``j<`` and ``j>`` the inputs not yet read. Each step
-is one matrix product, so an order of sites is a start and a sequence of moves left or right.
+:mod:`tensorfold.algebra.ways` chooses the way; here it is carried out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tensorfold.algebra.cost import Machine, blocking, merging
 from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.ways import Order, Step, Way, cheapest_order, choose
+
+__all__ = ["Order", "Way", "apply", "cheapest_order", "rows", "to_dense"]
 
 
-@dataclass(frozen=True)
-class Order:
-    """A contraction order: the first site, then ``"L"`` or ``"R"`` for each further one; its multiply–adds a token."""
-
-    start: int
-    moves: str
-    macs: int
-
-
-@lru_cache(maxsize=4096)
-def cheapest_order(spec: Spec) -> Order:
-    """The order with the fewest multiply–adds a token, by dynamic programming over intervals of sites, O(L²)."""
-    m, n, bonds = spec.out_modes, spec.in_modes, (1, *spec.ranks, 1)
-    sites = spec.sites
-    before = [math.prod(n[:k]) for k in range(sites + 1)]
-    after = [math.prod(n[k:]) for k in range(sites + 1)]
-
-    best = {
-        (k, k + 1): Order(k, "", before[k] * bonds[k] * m[k] * n[k] * bonds[k + 1] * after[k + 1]) for k in range(sites)
-    }
-    for width in range(2, sites + 1):
-        for a in range(sites - width + 1):
-            b = a + width
-            outputs = math.prod(m[a:b])
-            # The last site added is either the rightmost (move R) or the leftmost (move L) of the interval [a, b).
-            last_right = before[a] * bonds[a] * outputs * bonds[b - 1] * n[b - 1] * bonds[b] * after[b]
-            last_left = before[a] * bonds[a] * n[a] * bonds[a + 1] * outputs * bonds[b] * after[b]
-            best[a, b] = min(
-                Order(best[a, b - 1].start, best[a, b - 1].moves + "R", best[a, b - 1].macs + last_right),
-                Order(best[a + 1, b].start, best[a + 1, b].moves + "L", best[a + 1, b].macs + last_left),
-                key=lambda order: order.macs,
-            )
-    return best[0, sites]
-
-
-def apply(
-    x: Tensor, cores: Sequence[Tensor], spec: Spec, bias: Tensor | None = None, order: Order | None = None
-) -> Tensor:
+def apply(x: Tensor, cores: Sequence[Tensor], spec: Spec, bias: Tensor | None = None, way: Way | None = None) -> Tensor:
     """``x @ W.T + bias`` for the matrix W that ``cores`` stand for.
 
     Args:
         x: Shape (..., in_features).
         cores: One tensor a site, shapes ``spec.core_shapes``.
         bias: Shape (out_features,) or None.
-        order: The order of the sites; :func:`cheapest_order` if not given.
+        way: What :func:`tensorfold.algebra.ways.choose` gave for ``spec``; the chain of fewest multiply–adds if None.
 
     Returns:
         Shape (..., out_features).
     """
-    order = order or cheapest_order(spec)
-    m, n, bonds = spec.out_modes, spec.in_modes, (1, *spec.ranks, 1)
-    padding = math.prod(n) - spec.in_features
-    state = F.pad(x, (0, padding)) if padding else x
+    if way is None:
+        way = choose(spec, 1, force="chain")
     lead = x.shape[:-1]
     tokens = math.prod(lead)
-
-    a, b = order.start, order.start + 1
-    left, right = math.prod(n[:a]), math.prod(n[b:])
-    core = cores[a]  # (r, m, n, r')
-    state = _step(
-        state.reshape(tokens * left, n[a], right), core.permute(0, 1, 3, 2).reshape(-1, n[a])
-    )  # (tokens·j<, r·i·r', j>)
-    outputs = m[a]
-    for move in order.moves:
-        if move == "R":
-            right //= n[b]
-            core = cores[b].permute(1, 3, 0, 2).reshape(-1, bonds[b] * n[b])  # (i·r', r·j)
-            state = _step(state.reshape(tokens * left * bonds[a] * outputs, bonds[b] * n[b], right), core)
-            outputs *= m[b]
-            b += 1
-        else:
-            a -= 1
-            left //= n[a]
-            core = cores[a].reshape(-1, n[a] * bonds[a + 1])  # (r·i, j·r')
-            state = _step(state.reshape(tokens * left, n[a] * bonds[a + 1], outputs * bonds[b] * right), core)
-            outputs *= m[a]
-    y = state.reshape(*lead, math.prod(m))
-    if y.shape[-1] != spec.out_features:
+    last = way.steps[-1]
+    if len(way.steps) == 1:
+        return F.linear(x, _matrix(merge(cores, last.tree), spec), bias)
+    outputs = math.prod(spec.out_modes)
+    padding = math.prod(spec.in_modes) - spec.in_features
+    # A product that makes all outputs of a token at once takes the bias along.
+    fused = bias is not None and outputs == spec.out_features == last.d and last.form == "rows" and way.order is None
+    state = F.pad(x, (0, padding)) if padding else x
+    for step in way.steps[:-1]:
+        state = _product(state, cores, step, tokens)
+    state = _product(state, cores, last, tokens, bias if fused else None)
+    if way.order is not None:
+        state = state.reshape(tokens, *way.outputs).permute(0, *(1 + k for k in way.order))
+    y = state.reshape(*lead, outputs)
+    if outputs != spec.out_features:
         y = y[..., : spec.out_features]
-    return y if bias is None else y + bias
+    return y if bias is None or fused else add_bias(y, bias)
 
 
-def _step(state: Tensor, core: Tensor) -> Tensor:
-    """Contract the middle axis: ``state`` (B, c, N) with ``core`` (d, c) gives (B, d, N)."""
-    if state.shape[-1] == 1:
-        return F.linear(state.squeeze(-1), core).unsqueeze(-1)
-    return torch.matmul(core, state)
+def add_bias(y: Tensor, bias: Tensor) -> Tensor:
+    """``y + bias`` in the dtype of ``y``; in place, where no gradient is asked for.
+
+    ``y`` must belong to the caller alone. In a backward graph, writing into a view would cost a copy of its own.
+    """
+    bias = bias.to(y.dtype)
+    return y + bias if torch.is_grad_enabled() else y.add_(bias)
+
+
+def _product(state: Tensor, cores: Sequence[Tensor], step: Step, tokens: int, bias: Tensor | None = None) -> Tensor:
+    """One step; the axes of the result in memory are as :class:`Step` says, its shape is any that views them."""
+    core = merge(cores, step.tree).permute(step.core)
+    core = core.reshape(step.c, step.d).T if step.turned else core.reshape(step.d, step.c)
+    if step.more_d or step.more_c:
+        core = F.pad(core, (0, step.more_c, 0, step.more_d))
+    if step.form == "rows":
+        if step.order is not None:
+            state = state.reshape(tokens, *step.state).permute(0, *(1 + k for k in step.order))
+        return F.linear(state.reshape(tokens * step.left, step.c + step.more_c), core, bias)
+    if step.form == "front":
+        return torch.matmul(core, state.reshape(tokens, step.left, step.c).mT)
+    state = state.reshape(tokens * step.left, step.c, step.right)
+    if step.form == "outer":
+        return state * core.to(state.dtype)
+    return torch.matmul(core, state) if step.form == "left" else torch.matmul(state.mT, core.T)
+
+
+def merge(cores: Sequence[Tensor], tree: Any) -> Tensor:
+    """The sites of a tree of pairs as one core, shape (left bond, outputs, inputs, right bond)."""
+    if isinstance(tree, int):
+        return cores[tree]
+    left, right = merge(cores, tree[0]), merge(cores, tree[1])
+    r, m1, n1, bond = left.shape
+    _, m2, n2, t = right.shape
+    if bond == 1:
+        product = left.reshape(r, m1, 1, n1, 1, 1) * right.reshape(1, 1, m2, 1, n2, t)
+    else:
+        k = blocking(tuple(left.shape), tuple(right.shape))
+        if k > 1:  # right ⊗ I_k, (k·bond, m2·k·n2·t)
+            eye = torch.eye(k, dtype=right.dtype, device=right.device).reshape(k, 1, 1, k, 1, 1)
+            right = eye * right.reshape(1, bond, m2, 1, n2, t)
+        product = left.reshape(r * m1 * n1 // k, k * bond) @ right.reshape(k * bond, m2 * k * n2 * t)
+        product = product.reshape(r, m1, n1 // k, m2, k * n2, t).transpose(2, 3)
+    return product.reshape(r, m1 * m2, n1 * n2, t)
+
+
+def _matrix(core: Tensor, spec: Spec) -> Tensor:
+    return core.squeeze(-1).squeeze(0)[: spec.out_features, : spec.in_features]
 
 
 def to_dense(cores: Sequence[Tensor], spec: Spec) -> Tensor:
     """The matrix itself, shape (out_features, in_features), padding cut off."""
-    dense = cores[0].squeeze(0)  # (I, J, r)
-    for core in cores[1:]:
-        i, j, _ = dense.shape
-        _, m, n, r = core.shape
-        dense = torch.einsum("ijr,rmns->imjns", dense, core).reshape(i * m, j * n, r)
-    return dense.squeeze(-1)[: spec.out_features, : spec.in_features]
+    return _matrix(merge(cores, merging(spec, 0, spec.sites, Machine()).tree), spec)
 
 
 def rows(index: Tensor, cores: Sequence[Tensor], spec: Spec) -> Tensor:

@@ -3,6 +3,8 @@
 from tensorfold.nn.embedding import MPOEmbedding
 from tensorfold.nn.folded import FoldedModule
 from tensorfold.nn.linear import MPOLinear, MPOModule
+from tensorfold.nn.machine import calibrate_machine
+from tensorfold.nn.matrices import cache_matrices
 from tensorfold.nn.stacked import StackedLinear
 from tensorfold.nn.token_mps import TokenMPSEmbedding, TokenMPSHead
 
@@ -16,4 +18,6 @@ __all__ = [
     "StackedLinear",
     "TokenMPSEmbedding",
     "TokenMPSHead",
+    "cache_matrices",
+    "calibrate_machine",
 ]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorfold.algebra.contract import apply, cheapest_order, to_dense
+from tensorfold.algebra.contract import add_bias, apply, to_dense
 from tensorfold.algebra.solve import Factors, fit
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.starts import core_std
+from tensorfold.algebra.ways import Order, Way
+from tensorfold.nn.machine import way_for
 
 
 class MPOModule(nn.Module):
@@ -78,20 +83,31 @@ def _order(order: Tensor | None, size: int) -> Tensor:
 
 
 class MPOLinear(MPOModule):
-    """``y = x Wᵀ + b`` with W an MPO, contracted site by site and never built.
+    """``y = x Wᵀ + b`` with W an MPO, contracted in the way that is fastest for the number of tokens.
 
     ``spec.parameters`` numbers and ``spec.macs`` multiply–adds a token (plus the bias). Kronecker products, their sums,
     low rank and tensor-train layers (Novikov et al., arXiv 1509.06569) are all this module with different specs.
+
+    Few tokens are taken through the sites one after the other; for many, where that is more work than the matrix, the
+    matrix is multiplied out in the forward and applied as a dense layer's (see :mod:`tensorfold.algebra.ways`). In a
+    traced graph with a free number of tokens there is one way, that for 1024.
+
+    Attributes:
+        way: None to choose by cost, or ``"materialise"``, ``"chain"`` (fewest multiply–adds) or an ``Order`` of sites.
+        holds_matrix: Whether the matrix is kept between forwards, see :func:`tensorfold.nn.cache_matrices`.
 
     Args:
         spec: Modes and bonds. Only shapes are needed, so the module can be built on the meta device.
         bias: Whether there is a bias of shape (out_features,).
     """
 
+    way: Order | str | None = None
+    holds_matrix = False
+    _matrix: tuple[tuple[object, ...], Tensor] | None = None
+
     def __init__(self, spec: Spec, bias: bool = True, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(spec, device, dtype)
         self.in_features, self.out_features = spec.in_features, spec.out_features
-        self.order = cheapest_order(spec)
         self.bias = nn.Parameter(torch.empty(spec.out_features, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
@@ -127,13 +143,53 @@ class MPOLinear(MPOModule):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape ``(..., in_features)`` → ``(..., out_features)``."""
+        """Shape ``(..., in_features)`` → ``(..., out_features)``.
+
+        Raises:
+            InputError: ``way`` is none of those that there are.
+        """
+        factors, tokens = self.factors(), math.prod(x.shape[:-1])
+        training = torch.is_grad_enabled() and (x.requires_grad or any(core.requires_grad for core in factors))
+        way = way_for(self.spec, tokens, training, x.device, x.dtype, self.way)
+        holds = self.holds_matrix and self.way is None and not training and not torch.compiler.is_compiling()
+        if holds and way.dense < way.seconds:
+            return F.linear(x, self._held_matrix(), self.bias)
         if self.in_order is not None:
             x = x[..., self.in_order]
         if self.out_position is None:
-            return apply(x, self.factors(), self.spec, self.bias, self.order)
-        y = apply(x, self.factors(), self.spec, None, self.order)[..., self.out_position]
-        return y if self.bias is None else y + self.bias
+            return apply(x, factors, self.spec, self.bias, way)
+        y = apply(x, factors, self.spec, None, way)[..., self.out_position]
+        return y if self.bias is None else add_bias(y, self.bias)
+
+    def chosen(self, tokens: int, training: bool = False) -> Way:
+        """The way that ``tokens`` vectors take through this layer on its own device; ``str`` names it."""
+        core = self.cores[0]
+        return way_for(self.spec, tokens, training, core.device, core.dtype, self.way)
+
+    def hold_matrix(self, hold: bool) -> None:
+        """Keep the matrix between forwards without gradients, or drop it and keep none."""
+        self.holds_matrix, self._matrix = hold, None
+
+    @torch.no_grad()
+    def _held_matrix(self) -> Tensor:
+        """The matrix as of the parameters' present values; assignments to ``.data`` go unseen."""
+        sources = (*self.cores, self.scalars, self.out_position, self.in_order)
+        now = tuple((t.data_ptr(), t._version) for t in sources if t is not None)
+        if self._matrix is None or self._matrix[0] != now:
+            self._matrix = None  # not two of them at a time
+            self._matrix = now, self.to_dense()
+        return self._matrix[1]
+
+    def train(self, mode: bool = True) -> Self:
+        self._matrix = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._matrix = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_matrix": None}
 
     def extra_repr(self) -> str:
         return f"{self.spec}, in={self.in_features}, out={self.out_features}, bias={self.bias is not None}"

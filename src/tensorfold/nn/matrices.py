@@ -1,0 +1,50 @@
+"""Keeping the multiplied-out matrices of folded layers for inference, within a limit of memory."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tensorfold.errors import InputError
+from tensorfold.nn.linear import MPOLinear
+
+# What a layer is judged by: generating one token, and reading a prompt.
+_TOKENS = (1, 256)
+
+
+def cache_matrices(model: nn.Module, megabytes: float) -> dict[str, int]:
+    """Let layers that are faster as a dense matrix keep it between forwards, ``megabytes`` (10⁶ bytes) in all.
+
+    Layers are taken by the time they save for each byte, at 1 and at 256 tokens; those that are faster as cores, at any
+    number of tokens, keep computing with the cores. A matrix is made in the first forward without gradients that uses
+    it, made again when a parameter has changed, and dropped by ``train()`` and when the module moves. Values assigned
+    through ``.data`` are not noticed: call this again after it.
+
+    Args:
+        model: Any module; its ``MPOLinear`` layers are looked at.
+        megabytes: The limit; 0, as models come, drops every matrix.
+
+    Returns:
+        The bytes that each chosen layer will keep, by its name.
+
+    Raises:
+        InputError: ``megabytes`` is negative.
+    """
+    if not megabytes >= 0:
+        raise InputError(f"cache_matrices: megabytes={megabytes}; needed 0 or more.")
+    gains: list[tuple[float, int, str, MPOLinear]] = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, MPOLinear):
+            continue
+        layer.hold_matrix(False)
+        size = layer.spec.dense_parameters * layer.cores[0].element_size()
+        ways = [layer.chosen(tokens) for tokens in _TOKENS]
+        gain = sum(max(way.seconds - way.dense, 0.0) for way in ways)
+        if gain and layer.way is None:
+            gains.append((gain / size, size, name, layer))
+    left, kept = megabytes * 1e6, {}
+    for _, size, name, layer in sorted(gains, key=lambda entry: (-entry[0], entry[2])):
+        if size <= left:
+            layer.hold_matrix(True)
+            left -= size
+            kept[name] = size
+    return kept
