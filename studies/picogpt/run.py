@@ -106,13 +106,17 @@ def at_most(model: Any, method: Any, parameters: int) -> Any:
     def with_keep(thousandths: int) -> Any:
         return Recipe(fold=(Rule(["all-linear", "lm_head"], method(keep=thousandths / 1000)),))
 
-    for thousandths in range(999, 0, -1):
+    def fits(thousandths: int) -> bool:
         try:
-            if tensorfold.plan(model, with_keep(thousandths)).parameters_after <= parameters:
-                return with_keep(thousandths)
-        except tensorfold.SpecError:
-            break
-    raise SystemExit(f"{method.__name__} cannot make a model of {parameters} parameters")
+            return tensorfold.plan(model, with_keep(thousandths)).parameters_after <= parameters
+        except tensorfold.SpecError:  # less than the smallest that a matrix can have
+            return True
+
+    low, high = 1, 999
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return with_keep(low)
 
 
 def scores(model: Any, text: Path, tokenizer: Any) -> dict[str, float]:
@@ -145,11 +149,12 @@ def scores(model: Any, text: Path, tokenizer: Any) -> dict[str, float]:
 
 def errors(model: Any, dense: Any) -> dict[str, float]:
     """‖W − Ŵ‖ / ‖W‖ of every folded matrix against the dense model's."""
+    from tensorfold.algebra.solve import relative_error
     from tensorfold.nn import MPOLinear
 
     weights = {name: module.weight for name, module in dense.named_modules() if hasattr(module, "weight")}
     return {
-        name: float((module.to_dense() - weights[name]).norm() / weights[name].norm())
+        name: relative_error(weights[name].detach(), module.to_dense().detach())
         for name, module in model.named_modules()
         if isinstance(module, MPOLinear)
     }
@@ -239,7 +244,7 @@ def main() -> None:
     runs = [run for run in planned() if any(fnmatch.fnmatch(run.name, pattern) for pattern in arguments.only)]
     if arguments.quick:
         runs_file, logs, amount = arguments.work / "runs.jsonl", arguments.work / "logs", (6, 3, 60_000)
-        tried = [("dense", 0), ("mpo", 16), ("mpo3", 16), ("low-rank", CHI[16]), ("kronecker", CHI[16]), ("layers", 2)]
+        tried = [("dense", 0), ("mpo", 16), ("low-rank", CHI[16]), ("kronecker", CHI[16])]
         runs = [
             run for run in planned() if run.schedule == "tuned" and not run.seed and (run.system, run.size) in tried
         ]

@@ -1,0 +1,34 @@
+"""The studies run: a few steps of each kind, on the real text."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STUDIES = Path(__file__).parents[1] / "studies"
+DATA = os.environ.get("TENSORFOLD_DATA")
+
+
+@pytest.mark.skipif(not DATA, reason="needs TENSORFOLD_DATA")
+def test_the_picogpt_study(tmp_path):
+    """Dense, folded and healed, from random cores, and the rivals; a second call finds nothing left to do."""
+    command = [sys.executable, STUDIES / "picogpt/run.py", "--work", tmp_path, "--quick", "--jobs", "1"]
+    subprocess.run(command, check=True, timeout=600)
+    runs = {run["run"]: run for run in map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())}
+    sizes = {name.removeprefix("tuned-"): run["parameters"] for name, run in runs.items()}
+    assert sizes["dense-0-random-0"] == 808_448
+    assert sizes["mpo-16-fold-0"] == sizes["mpo-16-random-0"] == 177_408
+    assert all(0.9 * 177_408 < sizes[f"{rival}-177408-fold-0"] <= 177_408 for rival in ("low-rank", "kronecker"))
+    for name, run in runs.items():
+        assert run["after"]["loss"] < run["before"]["loss"], name
+        log = [json.loads(line) for line in (tmp_path / "logs" / f"{name}.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in log] == [0, run["steps"]], name
+    errors = runs["tuned-mpo-16-fold-0"]["errors_before"]
+    assert len(errors) == 25
+    assert all(0 < error < 1 for error in errors.values())
+    before = (tmp_path / "runs.jsonl").read_bytes()
+    subprocess.run(command, check=True, timeout=120)
+    assert (tmp_path / "runs.jsonl").read_bytes() == before
