@@ -132,11 +132,11 @@ def refuses(matrix_rank, failure):
     def patched(rank, arguments):
         solve, calls = LowRank.solve, []
 
-        def failing(self, weight, spec, metric=None):
+        def failing(self, weight, spec, *data):
             calls.append(spec)
             if len(calls) > 1:
                 raise failure
-            return solve(self, weight, spec, metric)
+            return solve(self, weight, spec, *data)
 
         if rank == matrix_rank:
             LowRank.solve = failing

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tensorfold.algebra.token_mps import TokenMPSSpec, powers_of_two, rows, spec_from_dict, token_mps_svd
+from tensorfold.algebra.any_spec import spec_from_dict
+from tensorfold.algebra.token_mps import TokenMPSSpec, powers_of_two, rows, token_mps_svd
 from tensorfold.errors import SpecError
 from tensorfold.methods import LowRank, TokenMPS
 from tensorfold.nn import FoldedModule, MPOLinear, TokenMPSEmbedding, TokenMPSHead

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tensorfold.healing.run import heal
     from tensorfold.hf.loading import load
     from tensorfold.hf.vocabulary import append_tokens
-    from tensorfold.methods import MPO, Kronecker, LowRank, TokenMPS
+    from tensorfold.methods import MPO, Graded, Kronecker, LowRank, TokenMPS
     from tensorfold.planning import plan
     from tensorfold.recipe import Recipe, Rule
 
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it. No module has the name of a function, so neither hides the other.
 _HOME = {
+    "Graded": "methods",
     "InputError": "errors",
     "Kronecker": "methods",
     "LowRank": "methods",
@@ -47,6 +48,7 @@ _HOME = {
 
 __all__ = [
     "MPO",
+    "Graded",
     "InputError",
     "Kronecker",
     "LowRank",

@@ -46,6 +46,29 @@ def calibration_windows(
     return torch.tensor(ids[: tokens // count * count]).reshape(count, -1)
 
 
+def token_counts(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], vocabulary: int) -> Tensor:
+    """How often the text uses each token; int64, shape (vocabulary,).
+
+    Special tokens count as often as the most frequent one: chats and documents are built of them, and text has none.
+
+    Raises:
+        InputError: The tokenizer gives a token that the vocabulary lacks.
+    """
+    counts = torch.zeros(vocabulary, dtype=torch.int64)
+    encoder = Encoder(tokenizer)
+    for document in documents:
+        ids = torch.tensor(encoder(document), dtype=torch.int64)
+        if len(ids) and int(ids.max()) >= vocabulary:
+            raise InputError(
+                f"calibration: the tokenizer gives token {int(ids.max())}, but the table has {vocabulary} rows; "
+                "use the model's own tokenizer."
+            )
+        counts += ids.bincount(minlength=vocabulary)
+    special = [index for index in tokenizer.all_special_ids if index < vocabulary]
+    counts[special] = counts.max()
+    return counts
+
+
 class BlockStream:
     """Hidden states of the calibration windows at the entrance of the next transformer block.
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tensorfold.algebra.any_spec import AnySpec
 from tensorfold.algebra.permutation import search_row_order
 from tensorfold.algebra.solve import relative_error
 from tensorfold.algebra.spec import Spec
-from tensorfold.algebra.token_mps import AnySpec
 from tensorfold.anatomy import Matrix, blocks, check_foldable, dense_weight, matrices
-from tensorfold.calibrate import BlockStream, calibrating, calibration_windows
+from tensorfold.calibrate import BlockStream, calibrating, calibration_windows, second_moments, token_counts
 from tensorfold.errors import InputError, SpecError
 from tensorfold.hf.quantizer import mark_folded
 from tensorfold.hf.swap import empty_module, scale_of, solved_module, swap
@@ -100,7 +100,8 @@ def fold(
 
     Without calibration text each matrix is approximated in the Frobenius norm. With it, the blocks are taken in order;
     each is measured on the text as the blocks folded before it pass it on, and fitted in the metric of its inputs.
-    Embeddings are approximated in the Frobenius norm.
+    Embeddings are approximated in the Frobenius norm, but by methods that weigh tokens (``graded``): those count the
+    tokens of all the text, and measure on the calibration windows what a tied head reads, before anything is folded.
 
     Under ``torchrun`` every rank has to call this with the same model, recipe and text, and is left with the same
     folded model. Each matrix is solved by one rank; activations are computed by all of them. On equal machines with
@@ -125,42 +126,55 @@ def fold(
     ranks = Ranks.find(cpu=model.device.type in ("cpu", "meta"))
     with ranks.together():
         recipe = Recipe.of(recipe)
-        windows = _windows(model, recipe, tokenizer, calibration, calibration_tokens)
+        documents = _documents(recipe, tokenizer, calibration)
+        windows = _windows(model, recipe, tokenizer, documents, calibration_tokens)
         _check(model, recipe, calibrated=windows is not None)
-        _check_same(ranks, model, recipe, windows)
+        counts = _counts(model, recipe, tokenizer, documents)
+        _check_same(ranks, model, recipe, windows, counts)
         planned, chosen = prepare(model, recipe)
-        errors = _fold_all(ranks, model, planned, chosen, windows, progress and ranks.is_first)
+        errors = _fold_all(ranks, model, planned, chosen, windows, counts, progress and ranks.is_first)
         if chosen:
             tied = {matrix.name: matrix.tied_head for matrix in chosen.values() if matrix.tied_head is not None}
             mark_folded(model, planned.modules, tied, planned.split)
-    calibrated = windows is not None
+
+    def measured(matrix: Matrix) -> bool:
+        reads = matrix.tied_head is not None and planned.methods[matrix.name].weighs_tokens
+        return windows is not None and (matrix.kind == "linear" or reads)
+
     return FoldReport(
         planned,
         errors={name: errors[name] for name in planned.modules},
-        metrics={n: "activation" if calibrated and m.kind == "linear" else "weight" for n, m in chosen.items()},
+        metrics={name: "activation" if measured(matrix) else "weight" for name, matrix in chosen.items()},
         calibration_tokens=windows.numel() if windows is not None else 0,
         seconds=time.monotonic() - started,
     )
 
 
-def _windows(
-    model: PreTrainedModel, recipe: Recipe, tokenizer: Any, calibration: Iterable[str] | None, tokens: int | None
-) -> Tensor | None:
-    """Calibration windows from the text given, else from the text that the recipe names."""
-    settings = recipe.calibrate or CalibrateSettings()
+def _documents(recipe: Recipe, tokenizer: Any, calibration: Iterable[str] | None) -> list[str] | None:
+    """The text given, else the text that the recipe names."""
     if calibration is None and recipe.calibrate is not None:
         if tokenizer is None:
             warnings.warn(
-                f"the recipe calibrates on {settings.text!r}, but fold got no tokenizer: folding without calibration.",
+                f"the recipe calibrates on {recipe.calibrate.text!r}, but fold got no tokenizer: "
+                "folding without calibration.",
                 stacklevel=3,
             )
         else:
-            calibration = load_text(settings.text, split="validation")
+            calibration = load_text(recipe.calibrate.text, split="validation")
     if calibration is None:
         return None
     if tokenizer is None:
         raise InputError("fold: got calibration text without a tokenizer; needed the model's tokenizer.")
-    documents = [calibration] if isinstance(calibration, str) else calibration
+    return [calibration] if isinstance(calibration, str) else list(calibration)
+
+
+def _windows(
+    model: PreTrainedModel, recipe: Recipe, tokenizer: Any, documents: list[str] | None, tokens: int | None
+) -> Tensor | None:
+    """Calibration windows, shape (windows, length)."""
+    if documents is None:
+        return None
+    settings = recipe.calibrate or CalibrateSettings()
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return calibration_windows(tokenizer, documents, tokens or settings.tokens, limit)
 
@@ -185,13 +199,25 @@ def _check(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> None:
             scale_of(matrix)
 
 
-def _check_same(ranks: Ranks, model: PreTrainedModel, recipe: Recipe, windows: Tensor | None) -> None:
+def _counts(model: PreTrainedModel, recipe: Recipe, tokenizer: Any, documents: list[str] | None) -> Tensor | None:
+    """How often the text uses each token, shape (vocabulary,), where a method asks for it."""
+    if documents is None or not any(rule.method.weighs_tokens for rule in recipe.fold):
+        return None
+    return token_counts(tokenizer, documents, model.get_input_embeddings().weight.shape[0])
+
+
+def _check_same(
+    ranks: Ranks, model: PreTrainedModel, recipe: Recipe, windows: Tensor | None, counts: Tensor | None
+) -> None:
     """Find out before the model is touched if the ranks would fold different models into one."""
     if ranks.count == 1:
         return
     given: dict[str, object] = {
         "recipe": repr((recipe.fold, recipe.layers)),
-        "calibration text": None if windows is None else hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "calibration text": [
+            None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest()
+            for given in (windows, counts)
+        ],
     }
     for name, parameter in model.named_parameters():
         given[name] = parameter.shape if parameter.is_meta else torch.hash_tensor(parameter).item()
@@ -211,6 +237,7 @@ def _fold_all(
     planned: Plan,
     chosen: Mapping[str, Matrix],
     windows: Tensor | None,
+    counts: Tensor | None,
     progress: bool,
 ) -> dict[str, float]:
     """Solve and replace every chosen matrix; the relative error of each."""
@@ -223,12 +250,12 @@ def _fold_all(
         log.debug("rank %d of %d: %s", ranks.index, ranks.count, what)
 
     with bar, calibrating(model):
-        for batch, metrics in _batches(model, chosen, windows):
+        for batch, metrics in _batches(model, chosen, planned, windows):
             metrics = _align_hidden_units(ranks, model, batch, planned, metrics, works_on)
 
             def solve(matrix: Matrix, metrics: dict[str, Tensor] = metrics) -> dict[str, Tensor]:
                 works_on(matrix.name)
-                return _solve(matrix, planned, metrics.get(matrix.name))
+                return _solve(matrix, planned, metrics.get(matrix.name), counts)
 
             def unsolved(matrix: Matrix) -> dict[str, Tensor]:
                 return _unsolved(matrix, planned.modules[matrix.name])
@@ -242,7 +269,7 @@ def _fold_all(
 
 
 def _batches(
-    model: PreTrainedModel, chosen: Mapping[str, Matrix], windows: Tensor | None
+    model: PreTrainedModel, chosen: Mapping[str, Matrix], planned: Plan, windows: Tensor | None
 ) -> Iterator[tuple[list[Matrix], dict[str, Tensor]]]:
     """Matrices that do not depend on each other, with their metrics: all of them where there is nothing to measure.
 
@@ -255,7 +282,7 @@ def _batches(
     embeddings = [matrix for matrix in chosen.values() if matrix.kind == "embedding"]
     linears = {name: matrix for name, matrix in chosen.items() if matrix.kind == "linear"}
     if embeddings:
-        yield embeddings, {}
+        yield embeddings, _read_by_heads(model, embeddings, planned, windows)
     if not linears:
         return
     prefix = blocks(model)[0] + "."
@@ -275,6 +302,23 @@ def _batches(
     if outside:
         modules = {name: matrix.module for name, matrix in outside.items()}
         yield list(outside.values()), stream.outside(modules)
+
+
+def _read_by_heads(
+    model: PreTrainedModel, embeddings: list[Matrix], planned: Plan, windows: Tensor
+) -> dict[str, Tensor]:
+    """For tables whose method weighs tokens: second moments of what the head tied to them reads."""
+    heads = {
+        matrix.name: model.get_submodule(matrix.tied_head)
+        for matrix in embeddings
+        if matrix.tied_head is not None and planned.methods[matrix.name].weighs_tokens
+    }
+
+    def forward() -> None:
+        for window in windows.to(embeddings[0].parameter.device).split(1):
+            model(window, use_cache=False)
+
+    return second_moments(forward, heads) if heads else {}
 
 
 def _align_hidden_units(
@@ -326,12 +370,13 @@ def _cost(matrix: Matrix) -> int:
     return matrix.parameter.numel() * min(matrix.out_features, matrix.in_features)
 
 
-def _solve(matrix: Matrix, planned: Plan, metric: Tensor | None) -> dict[str, Tensor]:
+def _solve(matrix: Matrix, planned: Plan, metric: Tensor | None, counts: Tensor | None) -> dict[str, Tensor]:
     """The state of the module that replaces the matrix, and the relative error."""
     spec, method = planned.modules[matrix.name], planned.methods[matrix.name]
     weight = dense_weight(matrix.module).detach()
     try:
-        factors = method.solve(weight, spec, metric)
+        used = counts if method.weighs_tokens and matrix.group == "embedding" else None
+        factors = method.solve(weight, spec, metric, used)
     except SpecError as error:
         raise SpecError(f"{matrix.name}: {error}") from None
     folded = solved_module(matrix, spec, factors)

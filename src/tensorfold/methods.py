@@ -14,13 +14,15 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
+from tensorfold.algebra.any_spec import AnySpec
 from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.graded import GradedSpec, graded_low_rank
 from tensorfold.algebra.modes import balanced_modes, divisors
 from tensorfold.algebra.permutation import search_permutations
 from tensorfold.algebra.solve import Factors, fit, norm_ratio
 from tensorfold.algebra.spec import Spec, attainable_ranks
 from tensorfold.algebra.starts import check_prunable, pruned, random_cores
-from tensorfold.algebra.token_mps import AnySpec, TokenMPSSpec, powers_of_two, token_mps_svd
+from tensorfold.algebra.token_mps import TokenMPSSpec, powers_of_two, token_mps_svd
 from tensorfold.algebra.ttsvd import tt_svd
 from tensorfold.errors import InputError, SpecError
 from tensorfold.strict import strict
@@ -38,6 +40,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     tables_only: ClassVar[bool] = False  # whether it folds embeddings and no linear layers
+    weighs_tokens: ClassVar[bool] = False  # whether it asks how often each token is used, and what a tied head reads
 
     def __init_subclass__(cls) -> None:
         if "name" in cls.__dict__:
@@ -54,8 +57,13 @@ class Method(ABC):
     def check(self, spec: OwnSpec, calibrated: bool) -> None:  # noqa: B027  (most methods can fill any spec of theirs)
         """Raise :class:`InputError` if :meth:`solve` could not fill this spec, with a metric where ``calibrated``."""
 
-    def solve(self, weight: Tensor, spec: OwnSpec, metric: Tensor | None = None) -> Factors:
+    def solve(
+        self, weight: Tensor, spec: OwnSpec, metric: Tensor | None = None, counts: Tensor | None = None
+    ) -> Factors:
         """Fill ``spec`` for ``weight`` (out, in), in the metric of the inputs where one is given.
+
+        ``counts``, shape (out,), says of a table how often the calibration text uses each token; it is given to methods
+        that weigh tokens.
 
         Raises:
             InputError: The method needs a metric and there is none, or the spec is not one of its own.
@@ -207,7 +215,7 @@ class Kronecker(Method):
         if self.init == "prune":
             check_prunable(spec)
 
-    def solve(self, weight: Tensor, spec: Spec, metric: Tensor | None = None) -> Factors:
+    def solve(self, weight: Tensor, spec: Spec, metric: Tensor | None = None, counts: Tensor | None = None) -> Factors:
         self.check(spec, metric is not None)
         out_order = in_order = None
         if spec.reordered:
@@ -293,7 +301,7 @@ class MPO(Method):
             low, high = (middle, high) if with_bond(middle).parameters <= budget else (low, middle - 1)
         return with_bond(low)
 
-    def solve(self, weight: Tensor, spec: Spec, metric: Tensor | None = None) -> Factors:
+    def solve(self, weight: Tensor, spec: Spec, metric: Tensor | None = None, counts: Tensor | None = None) -> Factors:
         if self.init == "random":
             return Factors(random_cores(weight, spec, self.seed))
         return Factors(fit(weight, spec, metric if self.init is None else None))
@@ -330,5 +338,46 @@ class TokenMPS(Method):
         assert self.rank is not None
         return TokenMPSSpec(out_features, in_features, modes, self.rank)
 
-    def solve(self, weight: Tensor, spec: TokenMPSSpec, metric: Tensor | None = None) -> Factors:
+    def solve(
+        self, weight: Tensor, spec: TokenMPSSpec, metric: Tensor | None = None, counts: Tensor | None = None
+    ) -> Factors:
         return Factors(token_mps_svd(weight, spec))
+
+
+@strict
+class Graded(Method):
+    """Low rank that falls from frequent tokens to rare ones, for embedding tables; the most frequent stay exact.
+
+    With calibration text, tokens are ordered by how often all of it uses them, their errors weigh ``count^exponent``,
+    and the error of a tied table is that of its logits. Without, tokens are taken to come in the order of Zipf's law,
+    as byte-pair vocabularies nearly do.
+
+    Args:
+        keep: Fraction of the parameters that stays.
+        slope: Ranks fall as ``place^(−slope)``; 0 is low rank.
+        exponent: Of the counts.
+        input_share: Weight of a row's own error, in which it enters the model, beside that of its logits.
+    """
+
+    name: ClassVar[str] = "graded"
+    tables_only: ClassVar[bool] = True
+    weighs_tokens: ClassVar[bool] = True
+
+    keep: Keep
+    slope: Annotated[float, Ge(0)] = 1.1
+    exponent: Annotated[float, Ge(0)] = 0.75
+    input_share: Annotated[float, Gt(0)] = 0.06
+
+    def spec(self, out_features: int, in_features: int) -> GradedSpec:
+        return GradedSpec.within(out_features, in_features, self.keep, self.slope)
+
+    def solve(
+        self, weight: Tensor, spec: GradedSpec, metric: Tensor | None = None, counts: Tensor | None = None
+    ) -> Factors:
+        if counts is None:
+            counts = spec.vocabulary / torch.arange(1.0, spec.vocabulary + 1, dtype=torch.float64)
+        if metric is not None:
+            shares = self.input_share * torch.eye(spec.width, dtype=torch.float64) / spec.width
+            metric = metric.double().cpu() / max(float(metric.trace()), torch.finfo(torch.float64).tiny) + shares
+        # One more each: what the text happens not to use still counts.
+        return graded_low_rank(weight, spec, (counts.double() + 1) ** self.exponent, metric)

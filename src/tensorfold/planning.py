@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tensorfold.algebra.token_mps import AnySpec
+from tensorfold.algebra.any_spec import AnySpec
 from tensorfold.anatomy import (
     ALREADY_FOLDED,
     Matrix,
@@ -150,7 +150,7 @@ def _warnings(specs: Mapping[str, AnySpec]) -> Iterator[str]:
 def _spec(matrix: Matrix, method: Method) -> AnySpec:
     if method.tables_only and matrix.kind != "embedding":
         raise SpecError(
-            f"{matrix.name}: {method.name} folds embedding tables row by row, and this is a linear layer; use it with "
+            f"{matrix.name}: {method.name} folds embedding tables, and this is a linear layer; use it with "
             "targets: embedding or positions, and another method here."
         )
     try:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tensorfold.algebra.token_mps import AnySpec
+from tensorfold.algebra.any_spec import AnySpec
 
 
 def module_table(

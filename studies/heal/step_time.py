@@ -33,20 +33,25 @@ LOG = Path(__file__).with_suffix(".jsonl")
 RECIPES = Path(__file__).parents[2] / "src/tensorfold/recipes"
 
 
-def dense_model(name: str | None) -> PreTrainedModel:
-    if name in (None, "gpt2"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2"))
-    return find_model(name).model().to(torch.float32)
+def dense_model(name: str, recipe: Recipe) -> PreTrainedModel:
+    """The recipe's model; of those that have none PicoGPT for its own recipes and GPT-2 for the rest."""
+    if recipe.model == "smollm2-135m":
+        return find_model(recipe.model).model().to(torch.float32)
+    kind = "picogpt" if name.startswith("picogpt") else "gpt2"
+    layers = {"num_hidden_layers": 6} if recipe.model == "distilgpt2" else {}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **layers))
 
 
-def folded_model(recipe: Recipe) -> PreTrainedModel:
-    model = dense_model(recipe.model)
+def folded_model(name: str, recipe: Recipe) -> PreTrainedModel:
+    model = dense_model(name, recipe)
     planned, chosen = prepare(model, recipe)
-    for name, spec in planned.modules.items():
-        module = empty_module(chosen[name], spec).to_empty(device="cpu")
+    for matrix, spec in planned.modules.items():
+        module = empty_module(chosen[matrix], spec).to_empty(device="cpu")
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
-        swap(model, chosen[name], module)
+        for buffer in module.buffers():
+            buffer.copy_(torch.arange(len(buffer)))
+        swap(model, chosen[matrix], module)
     return model
 
 
@@ -68,8 +73,9 @@ def stepper(model: PreTrainedModel, ids: torch.Tensor) -> Callable[[], float]:
 def measure(name: str, tokens: int, rounds: int) -> dict[str, object]:
     torch.manual_seed(0)
     recipe = Recipe.load(name)
-    dense, folded = dense_model(recipe.model), folded_model(recipe)
-    ids = torch.randint(dense.config.vocab_size, (1, tokens))
+    dense, folded = dense_model(name, recipe), folded_model(name, recipe)
+    length = min(tokens, dense.config.max_position_embeddings)
+    ids = torch.randint(dense.config.vocab_size, (tokens // length, length))
     sizes = [count_parameters(model) for model in (dense, folded)]
     steps = [stepper(model, ids) for model in (dense, folded)]
     for step in steps * 2:  # caches, thread pools, optimiser state

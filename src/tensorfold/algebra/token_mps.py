@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorfold.algebra.spec import Spec
 from tensorfold.errors import SpecError
 
 _CHUNK = 2**21  # padded numbers decomposed at a time in fp64 (16 MB)
@@ -216,18 +215,6 @@ class TokenMPSSpec:
         runs = [(mode, len(list(run))) for mode, run in itertools.groupby(self.modes)]
         modes = "·".join(f"{mode}^{count}" if count > 1 else str(mode) for mode, count in runs)
         return f"{self.vocabulary} × MPS({modes}, rank {self.rank})"
-
-
-AnySpec = Spec | TokenMPSSpec
-
-
-def spec_from_dict(data: dict[str, Any]) -> AnySpec:
-    """The spec whose ``to_dict`` gave ``data``.
-
-    Raises:
-        SpecError: It is neither kind's, or its values do not fit together.
-    """
-    return TokenMPSSpec.from_dict(data) if isinstance(data, dict) and "modes" in data else Spec.from_dict(data)
 
 
 def powers_of_two(width: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from tensorfold.anatomy import dense_weight, empty_model
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.hf.loading import reason
 from tensorfold.hf.quantizer import TensorfoldQuantizer
-from tensorfold.nn import FoldedModule, MPOEmbedding, StackedLinear, TokenMPSEmbedding
+from tensorfold.nn import FoldedModule, GradedEmbedding, MPOEmbedding, StackedLinear, TokenMPSEmbedding
 
 
 def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -111,6 +111,6 @@ def _fill_buffers(plain: PreTrainedModel, model: PreTrainedModel) -> None:
         if value is None:
             # Only a replaced embedding can have taken a buffer with it, and all it had was its scale.
             embedding = model.get_submodule(owner)
-            assert isinstance(embedding, MPOEmbedding | TokenMPSEmbedding)
+            assert isinstance(embedding, MPOEmbedding | TokenMPSEmbedding | GradedEmbedding)
             value = torch.full(buffer.shape, embedding.scale, dtype=buffer.dtype, device=model.device)
         setattr(plain.get_submodule(owner), attribute, value)

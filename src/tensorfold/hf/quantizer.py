@@ -12,7 +12,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tensorfold.algebra.token_mps import AnySpec, spec_from_dict
+from tensorfold.algebra.any_spec import AnySpec, spec_from_dict
 from tensorfold.errors import InputError
 
 if TYPE_CHECKING:

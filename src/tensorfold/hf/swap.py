@@ -10,15 +10,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from tensorfold.algebra.any_spec import AnySpec
+from tensorfold.algebra.graded import GradedSpec
 from tensorfold.algebra.solve import Factors
-from tensorfold.algebra.token_mps import AnySpec, TokenMPSSpec
+from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.token_mps import TokenMPSSpec
 from tensorfold.anatomy import Matrix, embedding_scale, matrices
 from tensorfold.errors import InputError
 from tensorfold.hf.vocabulary import resize_token_embeddings
-from tensorfold.nn import MPOEmbedding, MPOLinear, TokenMPSEmbedding
+from tensorfold.nn import GradedEmbedding, MPOEmbedding, MPOLinear, TokenMPSEmbedding
 from tensorfold.surgery import split_linear
 
-Folded = MPOLinear | MPOEmbedding | TokenMPSEmbedding
+Folded = MPOLinear | MPOEmbedding | TokenMPSEmbedding | GradedEmbedding
 
 
 def empty_module(matrix: Matrix, spec: AnySpec) -> Folded:
@@ -31,8 +34,10 @@ def empty_module(matrix: Matrix, spec: AnySpec) -> Folded:
     if matrix.kind == "embedding":
         if isinstance(spec, TokenMPSSpec):
             return TokenMPSEmbedding(spec, scale_of(matrix), device="meta", dtype=dtype)
+        if isinstance(spec, GradedSpec):
+            return GradedEmbedding(spec, scale_of(matrix), device="meta", dtype=dtype)
         return MPOEmbedding(spec, scale_of(matrix), device="meta", dtype=dtype)
-    if isinstance(spec, TokenMPSSpec):
+    if not isinstance(spec, Spec):
         raise InputError(f"{matrix.name}: {spec} is a table's, and this is a linear layer; needed an MPO's spec.")
     return MPOLinear(spec, matrix.bias is not None, device="meta", dtype=dtype)
 
@@ -69,7 +74,7 @@ def swap(model: PreTrainedModel, matrix: Matrix, module: Folded) -> None:
     _set(model, matrix.name, module)
     if matrix.tied_head is None:
         return
-    assert isinstance(module, MPOEmbedding | TokenMPSEmbedding)
+    assert isinstance(module, MPOEmbedding | TokenMPSEmbedding | GradedEmbedding)
     old = model.get_submodule(matrix.tied_head)
     _set(model, matrix.tied_head, module.head(getattr(old, "bias", None)))
     tied = {f"{matrix.tied_head}.{name}": f"{matrix.name}.{name}" for name, _ in module.named_parameters()}

@@ -2,6 +2,7 @@
 
 from tensorfold.nn.embedding import MPOEmbedding
 from tensorfold.nn.folded import FoldedModule
+from tensorfold.nn.graded import GradedEmbedding, GradedHead
 from tensorfold.nn.linear import MPOLinear, MPOModule
 from tensorfold.nn.machine import calibrate_machine
 from tensorfold.nn.matrices import cache_matrices
@@ -12,6 +13,8 @@ FoldedModule.register(MPOModule)
 
 __all__ = [
     "FoldedModule",
+    "GradedEmbedding",
+    "GradedHead",
     "MPOEmbedding",
     "MPOLinear",
     "MPOModule",
