@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tensorfold.algebra.contract import apply, to_dense
 from tensorfold.algebra.cost import Machine
@@ -55,6 +56,34 @@ def test_kronecker_products_copy_no_activations(spec, tokens, training):
     assert way.macs == spec.macs
     assert way.order is None
     assert all(step.order is None for step in way.steps)
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operators that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spec", [EXPANDING, CONTRACTING, Spec.kronecker(48, 24, (8, 4))], ids=str)
+def test_what_the_layout_does_not_copy_is_not_copied(spec):
+    """Batched products too: torch's ``matmul`` would copy the state of one whose core is a parameter."""
+    layer = MPOLinear(spec).eval()
+    forms = set()
+    for machine in (Machine(), Machine(permuted=1.0)):
+        way = choose(spec, 64, machine=machine)
+        forms |= {step.form for step in way.steps}
+        assert way.order is None
+        assert not any(step.order or step.core for step in way.steps)
+        with torch.no_grad(), Calls() as calls:
+            apply(torch.randn(64, spec.in_features), layer.factors(), spec, layer.bias, way)
+        assert not {"clone", "copy_", "contiguous", "_to_copy", "cat", "constant_pad_nd"} & set(calls.names)
+    assert forms - {"rows"}
 
 
 def test_the_number_of_tokens_decides():

@@ -32,7 +32,7 @@ RUNS, LOGS = HERE / "runs.jsonl", HERE / "logs"
 STEPS, HEALING_STEPS = 2000, 500  # a quarter
 COMMON: dict[str, Any] = {
     "batch": 32, "block": 256, "windows": "random", "validation_fraction": 0.1, "select": "last",
-    "weight_decay": 0.1, "betas": (0.9, 0.95), "clip": 1.0, "schedule": "cosine",
+    "weight_decay": 0.1, "betas": (0.9, 0.95), "clip": 1.0, "schedule": "cosine", "precision": "bf16",
 }  # fmt: skip
 # Settings of healing, and of the dense model's configuration.
 SCHEDULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

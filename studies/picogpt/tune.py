@@ -25,12 +25,9 @@ from tensorfold.picogpt import PicoGPTConfig, PicoGPTForCausalLM, character_toke
 LOG = Path(__file__).with_suffix(".jsonl")
 # name -> (steps, settings of healing, configuration)
 CANDIDATES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "lr 3e-3, token rows of size 1": (200, {"lr": 3e-3}, {"embedding_std": 1.0}),
-    "lr 3e-3": (200, {"lr": 3e-3}, {}),
-    "lr 6e-3, token rows of size 1": (200, {"lr": 6e-3}, {"embedding_std": 1.0}),
-    "lr 1e-3, token rows of size 1": (200, {"lr": 1e-3}, {"embedding_std": 1.0}),
-    "lr 1e-3": (200, {"lr": 1e-3}, {}),
-    "lr 3e-4": (200, {"lr": 3e-4}, {}),
+    f"lr {lr:g}, {rows}": (200, {"lr": lr}, {"embedding_std": size} if size != 0.02 else {})
+    for rows, size in (("token rows of size 1", 1.0), ("token rows of size .02", 0.02))
+    for lr in (3e-3, 6e-3, 1e-2, 1e-3, 3e-4)
 }
 
 

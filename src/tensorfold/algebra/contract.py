@@ -60,26 +60,33 @@ def add_bias(y: Tensor, bias: Tensor) -> Tensor:
 
     ``y`` must belong to the caller alone. In a backward graph, writing into a view would cost a copy of its own.
     """
-    bias = bias.to(y.dtype)
+    bias = bias if bias.dtype == y.dtype else bias.to(y.dtype)
     return y + bias if torch.is_grad_enabled() else y.add_(bias)
 
 
 def _product(state: Tensor, cores: Sequence[Tensor], step: Step, tokens: int, bias: Tensor | None = None) -> Tensor:
     """One step; the axes of the result in memory are as :class:`Step` says, its shape is any that views them."""
-    core = merge(cores, step.tree).permute(step.core)
+    core = merge(cores, step.tree)
+    if step.core is not None:
+        core = core.permute(step.core)
     core = core.reshape(step.c, step.d).T if step.turned else core.reshape(step.d, step.c)
     if step.more_d or step.more_c:
         core = F.pad(core, (0, step.more_c, 0, step.more_d))
     if step.form == "rows":
         if step.order is not None:
-            state = state.reshape(tokens, *step.state).permute(0, *(1 + k for k in step.order))
+            state = state.reshape(tokens, *step.state).permute(0, *(1 + k for k in step.order)).contiguous()
         return F.linear(state.reshape(tokens * step.left, step.c + step.more_c), core, bias)
+    # Not matmul, which copies the state where the core is a parameter, even when no gradient is asked for.
     if step.form == "front":
-        return torch.matmul(core, state.reshape(tokens, step.left, step.c).mT)
-    state = state.reshape(tokens * step.left, step.c, step.right)
+        state = state.reshape(tokens, step.left, step.c).mT
+        return torch.bmm(core.expand(tokens, step.d, step.c), state)
+    batch = tokens * step.left
+    state = state.reshape(batch, step.c, step.right)
     if step.form == "outer":
         return state * core.to(state.dtype)
-    return torch.matmul(core, state) if step.form == "left" else torch.matmul(state.mT, core.T)
+    if step.form == "left":
+        return torch.bmm(core.expand(batch, step.d, step.c), state)
+    return torch.bmm(state.mT, core.T.expand(batch, step.c, step.d))
 
 
 def merge(cores: Sequence[Tensor], tree: Any) -> Tensor:

@@ -29,14 +29,15 @@ class Machine:
     cached: float = 8e6
     fresh: float = 2.5e8
 
-    def product(self, rows: float, columns: float, depth: float, batch: float = 1) -> float:
-        """Seconds of ``batch`` products (rows, depth) · (depth, columns) that share one factor."""
+    def product(self, rows: float, columns: float, depth: float, batch: int = 0) -> float:
+        """Seconds of one product (rows, depth) · (depth, columns), or of a ``batch`` of them that share one factor."""
+        calls, batch = (2, batch) if batch else (1, 1)  # a batched product has more to arrange
         paid = (rows + self.rows) * (columns + self.columns) * (depth + self.depth) / self.macs
         if 1 in (rows, columns):  # a matrix and a vector: as fast as the matrix is read
             paid = rows * columns * depth / self.macs
         written = batch * rows * columns
         moved = (rows * depth * batch + depth * columns + written) / self.numbers
-        return self.call + max(batch * paid, moved) + self.pages(written)
+        return calls * self.call + max(batch * paid, moved) + self.pages(written)
 
     def copy(self, numbers: float) -> float:
         """Seconds of bringing the axes of a tensor into another order."""

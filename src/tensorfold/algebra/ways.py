@@ -76,9 +76,9 @@ class Step:
     """One product: the state, its axes in some order, with a core seen as a matrix ``(produced d, consumed c)``.
 
     ``tree`` is a site, or a pair of trees to be multiplied together first. The core's four axes in the order ``core``
-    are ``(d, c)``, or ``(c, d)`` where ``turned``. ``state`` are the sizes of the state's axes a token, ``order`` the
-    permutation that a copy brings them into before the product, None where none is needed. By ``form``, with ``left``
-    and ``right`` the numbers of the axes before and behind the consumed ones:
+    (None: their own) are ``(d, c)``, or ``(c, d)`` where ``turned``. ``state`` are the sizes of the state's axes a
+    token, ``order`` the permutation that a copy brings them into before the product, None where none is needed. By
+    ``form``, with ``left`` and ``right`` the numbers of the axes before and behind the consumed ones:
 
     - ``"rows"``: (tokens·left, c) → (tokens·left, d), one product
     - ``"left"``: (tokens·left, c, right) → (tokens·left, d, right)
@@ -92,7 +92,7 @@ class Step:
 
     form: str
     tree: Any
-    core: tuple[int, ...]
+    core: tuple[int, ...] | None
     turned: bool
     d: int
     c: int
@@ -236,12 +236,13 @@ class _Search:
         merged = merging(self.spec, p, q, self.machine)
         for eaten, made in product(permutations(consumed), permutations(produced)):
             turned = eaten + made == natural != made + eaten
+            wanted = eaten + made if turned else made + eaten
+            core = None if wanted == natural else (*(k for k in range(4) if shape[k] == 1), *wanted)
             seconds, kept = merged.seconds * (3 if self.training else 1), merged.kept
-            if natural not in (made + eaten, eaten + made):
+            if core is not None:
                 seconds, kept = seconds + self._copy(math.prod(shape)), kept + math.prod(shape)
             way = state.way
             way = replace(way, seconds=way.seconds + seconds, kept=way.kept + kept, build=way.build + merged.macs)
-            core = tuple(k for k in range(4) if shape[k] == 1) + (eaten + made if turned else made + eaten)
             d, c = math.prod(shape[k] for k in made), math.prod(shape[k] for k in eaten)
             base = Step("", merged.tree, core, turned, d, c)
             old = tuple(axis for k in eaten for axis in parts[k])

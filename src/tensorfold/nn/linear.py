@@ -50,7 +50,7 @@ class MPOModule(nn.Module):
 
     def factors(self) -> list[Tensor]:
         """The cores with the bond scalars absorbed in the smaller factor, shapes ``spec.core_shapes``."""
-        cores = list(self.cores)
+        cores: list[Tensor] = list(self.cores._parameters.values())  # type: ignore[arg-type]  # ten times its iterator
         if self.scalars is None:
             return cores
         if cores[0].numel() <= cores[1].numel():
