@@ -37,8 +37,9 @@ COMMON: dict[str, Any] = {
 # Settings of healing, and of the dense model's configuration.
 SCHEDULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "paper": ({"lr": 3e-4, "warmup": 100}, {}),
-    "tuned": ({"lr": 3e-3, "warmup": 100}, {"embedding_std": 1.0}),
+    "tuned": ({"lr": 1e-2, "warmup": 100}, {"embedding_std": 1.0}),
 }
+HEALING: dict[str, Any] = {"kl": 1.0, "warmup": 20}
 CHI = {4: 42_336, 8: 79_168, 16: 177_408, 32: 472_192}
 
 
@@ -70,19 +71,18 @@ def planned() -> Iterator[Run]:
     for size in (16, 8, 4, 32):
         for system in ("low-rank", "kronecker"):
             yield Run(system, CHI[size], "fold", "tuned", 0)
-    for layers in (3, 2, 1):
-        yield Run("layers", layers, "fold", "tuned", 0)
     for sites in (2, 3):  # at equal χ, and at equal parameters
         yield Run(f"mpo{sites}", 16, "fold", "tuned", 0)
         yield Run(f"mpo{sites}", CHI[16], "fold", "tuned", 0)
+    for layers in (3, 2, 1):
+        yield Run("layers", layers, "fold", "tuned", 0)
     for schedule in ("tuned", "paper"):
         for chi in (16, 8, 4, 32):
             yield Run("mpo", chi, "random", schedule, 0)
-    for schedule in ("tuned", "paper"):
-        for seed in (1, 2):
-            yield Run("dense", 0, "random", schedule, seed)
-            yield Run("mpo", 16, "fold", schedule, seed)
-            yield Run("mpo", 16, "random", schedule, seed)
+    for seed in (1, 2):
+        yield Run("dense", 0, "random", "tuned", seed)
+        yield Run("mpo", 16, "fold", "tuned", seed)
+        yield Run("mpo", 16, "random", "tuned", seed)
 
 
 def recipe_of(run: Run, model: Any) -> Any:
@@ -190,7 +190,7 @@ def one_run(run: Run, work: Path, text: Path, steps: int, healing_steps: int, ch
     settings = {**COMMON, **training, "steps": healing_steps if trained_dense else steps, "seed": run.seed}
     settings["evaluate_every"] = -(-settings["steps"] // 20) if characters >= len(whole) else settings["steps"]
     if trained_dense:
-        settings |= {"kl": 1.0, "warmup": 20}
+        settings |= HEALING
     settings["warmup"] = min(settings["warmup"], settings["steps"] // 10)
     result = heal(model, text, teacher, tokenizer=tokenizer, out=work / run.name, **settings)
     return {

