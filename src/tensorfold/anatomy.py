@@ -7,11 +7,12 @@ attention is attention, any other linear layer in a block is MLP.
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,15 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
                 f"{kind}: {name} has the shape {tuple(parameter.shape)}; needed positive sizes throughout."
             )
     return model
+
+
+def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model on the meta device, with the sharing of its weights, whatever the configuration says."""
+    empty: dict[int, Any] = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        meta = torch.empty_like(tensor, device="meta")
+        empty[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+    return copy.deepcopy(model, empty)
 
 
 def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

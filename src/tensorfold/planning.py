@@ -19,6 +19,7 @@ from tensorfold.anatomy import (
     empty_model,
     match,
     matrices,
+    without_weights,
 )
 from tensorfold.errors import InputError, SpecError
 from tensorfold.methods import Method
@@ -81,7 +82,7 @@ def plan(
     model = skeleton(model_or_config)
     check_foldable(model)
     if model is model_or_config and recipe.changes_modules:
-        model = skeleton(model.config)
+        model = without_weights(model)
     return prepare(model, recipe)[0]
 
 
