@@ -36,8 +36,10 @@ def recipe_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fold_arguments(dense_directory, recipe_file, text_file):
-    common = ["fold", str(dense_directory), "--recipe", str(recipe_file), "--json"]
-    return {"data-free": common, "calibrated": [*common, "--calibrate", str(text_file), "--tokens", "256"]}
+    model, text = ["fold", str(dense_directory), "--json"], ["--calibrate", str(text_file), "--tokens", "256"]
+    recipe = [*model, "--recipe", str(recipe_file)]
+    untied = [*model, "--keep", "0.5", "--targets", "embedding,lm_head,mlp", "--untie", *text]
+    return {"data-free": recipe, "calibrated": [*recipe, *text], "untied": untied}
 
 
 def free_port():
@@ -90,7 +92,7 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-@pytest.mark.parametrize("kind", ["data-free", "calibrated"])
+@pytest.mark.parametrize("kind", ["data-free", "calibrated", "untied"])
 def test_the_files_do_not_depend_on_the_number_of_ranks(kind, fold_arguments, on_ranks, command, tmp_path):
     assert command(*fold_arguments[kind], "--out", tmp_path / "plain").status == 0
     assert not torch.distributed.is_initialized()
@@ -208,18 +210,20 @@ def test_every_rank_has_the_folded_model(tiny, on_ranks, tmp_path):
         assert all(torch.equal(state[name], tensor) for name, tensor in alone.state_dict().items())
 
 
-@pytest.mark.parametrize("what", ["model.layers.1.mlp.up_proj.weight", "recipe", "calibration text"])
+@pytest.mark.parametrize("what", ["model.layers.1.mlp.up_proj.weight", "recipe", "untie", "calibration text"])
 def test_ranks_that_were_given_different_things_are_refused(what, tiny, tokenizer, prose, on_ranks, tmp_path):
     def work(rank):
-        model, text, keep = tiny("llama"), prose, 0.5
+        model, text, keep, untie = tiny("llama"), prose, 0.5, rank == 1 and what == "untie"
         if rank == 1 and what == "recipe":
             keep = 0.6
         elif rank == 1 and what == "calibration text":
             text = prose.replace("fox", "cat")
-        elif rank == 1:
+        elif rank == 1 and not untie:
             model.get_parameter(what).data[3, 4] += 1e-3
-        with pytest.raises(tensorfold.InputError, match=f"fold: {what} of rank 1 is not that of rank 0"):
-            tensorfold.fold(model, LowRank(keep=keep), tokenizer, [text], calibration_tokens=256)
+        recipe = tensorfold.Recipe((tensorfold.Rule("mlp", LowRank(keep=keep)),), untie=untie)
+        different = "recipe" if what == "untie" else what
+        with pytest.raises(tensorfold.InputError, match=f"fold: {different} of rank 1 is not that of rank 0"):
+            tensorfold.fold(model, recipe, tokenizer, [text], calibration_tokens=256)
         (tmp_path / f"refused-{rank}").touch()
 
     assert [status for status, *_ in on_ranks(2, work)] == [0, 0]

@@ -7,11 +7,12 @@ attention is attention, any other linear layer in a block is MLP.
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,15 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
+def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model on the meta device, with the sharing of its weights, whatever the configuration says."""
+    empty: dict[int, Any] = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        meta = torch.empty_like(tensor, device="meta")
+        empty[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+    return copy.deepcopy(model, empty)
+
+
 def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and list of the transformer blocks.
 
@@ -206,6 +216,7 @@ def match(targets: Targets, available: Mapping[str, Matrix]) -> list[str]:
         except re.error as error:
             raise InputError(f"targets: {targets['regex']!r} is not a regular expression: {error}.") from None
         names = [name for name in available if pattern.search(name)]
+        missed = next((head for head in _tied_heads(available) if pattern.search(head)), str(targets))
     else:
         items = [item.strip() for item in targets.split(",")] if isinstance(targets, str) else list(targets)
         chosen: set[str] = set()
@@ -214,9 +225,9 @@ def match(targets: Targets, available: Mapping[str, Matrix]) -> list[str]:
             if not hit:
                 raise InputError(f"targets: {item!r} matches nothing in this model; {_known(item, available)}")
             chosen.update(hit)
-        names = [name for name in available if name in chosen]
+        names, missed = [name for name in available if name in chosen], str(targets)
     if not names:
-        raise InputError(f"targets: {targets!r} matches nothing in this model; {_known(str(targets), available)}")
+        raise InputError(f"targets: {targets!r} matches nothing in this model; {_known(missed, available)}")
     return names
 
 
@@ -225,14 +236,26 @@ def _selects(item: str, matrix: Matrix) -> bool:
         return matrix.group in ("mlp", "attention")
     if item in GROUPS:
         return matrix.group == item
-    return bool(item) and (matrix.name == item or matrix.name.endswith(f".{item}"))
+    return _names(item, matrix.name)
 
 
-def _known(item: str, available: Iterable[str]) -> str:
+def _names(item: str, name: str) -> bool:
+    return bool(item) and (name == item or name.endswith(f".{item}"))
+
+
+def _tied_heads(available: Mapping[str, Matrix]) -> dict[str, str]:
+    """Of each head that is no matrix of its own, the table it is tied to."""
+    return {matrix.tied_head: name for name, matrix in available.items() if matrix.tied_head is not None}
+
+
+def _known(item: str, available: Mapping[str, Matrix]) -> str:
     if item == "positions":
         return (
             "needed a learned table of positions that is a plain nn.Embedding; one that shifts its index (OPT) is not."
         )
+    for head, table in _tied_heads(available).items():
+        if _names(item, head):
+            return f"{head} is tied to {table}: target embedding, or untie them first with untie: true (--untie)."
     return nearest(item, {*GROUPS, *(name.rpartition(".")[2] for name in available)})
 
 

@@ -45,6 +45,12 @@ TargetsOption = Annotated[
         "--targets", help="With --keep: mlp, attention, embedding, positions, all-linear, or suffixes, comma-separated."
     ),
 ]
+Untie = Annotated[
+    bool,
+    typer.Option(
+        "--untie", help="First give a head that is tied to the input table its own copy, so that each can be a target."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 
 
@@ -68,6 +74,7 @@ def plan(
     recipe: RecipeOption = None,
     keep: Keep = None,
     targets: TargetsOption = None,
+    untie: Untie = False,
     shapes: Annotated[
         bool, typer.Option("--shapes", help="List the Kronecker shapes that the targets (default: mlp) can have.")
     ] = False,
@@ -77,9 +84,9 @@ def plan(
     from tensorfold.planning import plan as make_plan
 
     if shapes:
-        _list_shapes(model, recipe, keep, targets, as_json)
+        _list_shapes(model, recipe, keep, targets, untie, as_json)
         return
-    chosen = _recipe(recipe, keep, targets)
+    chosen = _recipe(recipe, keep, targets, untie)
     planned = make_plan(_source(model, chosen).config(), chosen)
     _emit(as_json, planned.to_dict(), lambda: str(planned))
 
@@ -91,6 +98,7 @@ def fold(
     recipe: RecipeOption = None,
     keep: Keep = None,
     targets: TargetsOption = None,
+    untie: Untie = False,
     calibrate: Annotated[
         str | None, typer.Option("--calibrate", help=f"{TEXT_HELP} Default: the recipe's; 'none' folds data-free.")
     ] = None,
@@ -105,7 +113,7 @@ def fold(
     from tensorfold.texts import describe, load_text
 
     check_target(out)
-    chosen = _recipe(recipe, keep, targets)
+    chosen = _recipe(recipe, keep, targets, untie)
     if calibrate == "none":
         chosen, calibrate = dataclasses.replace(chosen, calibrate=None), None
     text = calibrate or (chosen.calibrate.text if chosen.calibrate else None)
@@ -119,7 +127,8 @@ def fold(
         result = report.to_dict()
         if ranks.is_first:
             label = f"{report.calibration_tokens} tokens of {describe(text, 'validation')}" if text else None
-            card = {"base_model": source.name, "recipe": _label(recipe, keep, targets), "calibration": label, **result}
+            done = _label(recipe, keep, targets, untie)
+            card = {"base_model": source.name, "recipe": done, "calibration": label, **result}
             # Without what differs from one run to the next: equal folds give equal files.
             del card["seconds"]
             save(loaded, tokenizer, out, {**card, "tensorfold": tensorfold.__version__})
@@ -192,20 +201,26 @@ def demo(
     run_demo(out)
 
 
-def _list_shapes(model: str | None, recipe: str | None, keep: float | None, targets: str | None, as_json: bool) -> None:
+def _list_shapes(
+    model: str | None, recipe: str | None, keep: float | None, targets: str | None, untie: bool, as_json: bool
+) -> None:
     from tensorfold.anatomy import match, matrices
     from tensorfold.hf.sources import find_model
     from tensorfold.planning import skeleton
     from tensorfold.shapes import shape_rows, shape_table
+    from tensorfold.surgery import untie_head
 
     if model is None or recipe is not None or keep is not None:
-        raise InputError("plan --shapes: needed a MODEL and at most --targets; leave out --recipe and --keep.")
-    available = matrices(skeleton(find_model(model).config()))
+        raise InputError("plan --shapes: needed a MODEL, at most --targets and --untie; leave out --recipe and --keep.")
+    empty = skeleton(find_model(model).config())
+    if untie:
+        untie_head(empty)
+    available = matrices(empty)
     rows = shape_rows([available[name] for name in match(targets or "mlp", available)])
     _emit(as_json, {"shapes": rows}, lambda: shape_table(rows))
 
 
-def _recipe(recipe: str | None, keep: float | None, targets: str | None) -> Recipe:
+def _recipe(recipe: str | None, keep: float | None, targets: str | None, untie: bool) -> Recipe:
     from tensorfold.recipe import Recipe
 
     if (recipe is None) == (keep is None):
@@ -213,9 +228,11 @@ def _recipe(recipe: str | None, keep: float | None, targets: str | None) -> Reci
     if recipe is not None:
         if targets is not None:
             raise InputError("got --targets with --recipe; the recipe names its own targets. Use --keep, or edit it.")
-        return Recipe.load(recipe)
-    assert keep is not None
-    return Recipe.keep(keep, "mlp" if targets is None else targets)
+        chosen = Recipe.load(recipe)
+    else:
+        assert keep is not None
+        chosen = Recipe.keep(keep, "mlp" if targets is None else targets)
+    return dataclasses.replace(chosen, untie=chosen.untie or untie)
 
 
 def _source(model: str | None, recipe: Recipe) -> Source:
@@ -227,8 +244,9 @@ def _source(model: str | None, recipe: Recipe) -> Source:
     return find_model(name)
 
 
-def _label(recipe: str | None, keep: float | None, targets: str | None) -> str:
-    return recipe if recipe is not None else f"--keep {keep} --targets {'mlp' if targets is None else targets}"
+def _label(recipe: str | None, keep: float | None, targets: str | None, untie: bool) -> str:
+    given = recipe if recipe is not None else f"--keep {keep} --targets {'mlp' if targets is None else targets}"
+    return f"{given} --untie" if untie else given
 
 
 def _emit(as_json: bool, data: dict[str, Any], text: Callable[[], str]) -> None:

@@ -213,7 +213,7 @@ def _check_same(
     if ranks.count == 1:
         return
     given: dict[str, object] = {
-        "recipe": repr((recipe.fold, recipe.layers)),
+        "recipe": repr((recipe.fold, recipe.layers, recipe.untie)),
         "calibration text": [
             None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest()
             for given in (windows, counts)

@@ -19,19 +19,21 @@ from tensorfold.anatomy import (
     empty_model,
     match,
     matrices,
+    without_weights,
 )
 from tensorfold.errors import InputError, SpecError
 from tensorfold.methods import Method
 from tensorfold.recipe import Recipe
 from tensorfold.report import module_table
-from tensorfold.surgery import keep_layers, split_linear
+from tensorfold.surgery import keep_layers, split_linear, untie_head
 
 
 @dataclass(frozen=True)
 class Plan:
     """Parameter counts of the whole model (a tied head once) and the spec of every folded module.
 
-    ``str(plan)`` is the table people read.
+    ``parameters_before`` is of the model as given, ``parameters_after`` of what is there afterwards: a head that the
+    recipe unties is counted once before and by itself after. ``str(plan)`` is the table people read.
     """
 
     parameters_before: int
@@ -81,7 +83,7 @@ def plan(
     model = skeleton(model_or_config)
     check_foldable(model)
     if model is model_or_config and recipe.changes_modules:
-        model = skeleton(model.config)
+        model = without_weights(model)
     return prepare(model, recipe)[0]
 
 
@@ -98,13 +100,15 @@ def skeleton(model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrainedM
 
 
 def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[Plan, dict[str, Matrix]]:
-    """The plan and the matrices it is about, after dropping layers and splitting fused matrices in place.
+    """The plan and the matrices it is about, after untying, dropping layers and splitting fused matrices in place.
 
     Raises:
         InputError, SpecError: As :func:`plan`.
     """
     check_foldable(model)
     before = count_parameters(model)
+    untied = untie_head(model) if recipe.untie else None
+    added = count_parameters(model) - before
     if recipe.layers is not None:
         keep_layers(model, recipe.layers)
     methods, split = _assign(model, recipe)
@@ -115,7 +119,8 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[Plan, dict[str, Mat
     specs = {name: _spec(matrix, methods[name]) for name, matrix in chosen.items()}
     targeted = sum(matrix.parameter.numel() for matrix in chosen.values())
     after = count_parameters(model) - targeted + sum(spec.parameters for spec in specs.values())
-    return Plan(before, after, specs, methods, targeted, split, tuple(_warnings(specs))), chosen
+    warnings = (*_untying(untied, added, after - before), *_warnings(specs))
+    return Plan(before, after, specs, methods, targeted, split, warnings), chosen
 
 
 def _assign(model: PreTrainedModel, recipe: Recipe) -> tuple[dict[str, Method], dict[str, list[int]]]:
@@ -136,6 +141,13 @@ def _assign(model: PreTrainedModel, recipe: Recipe) -> tuple[dict[str, Method], 
                 methods.update(dict.fromkeys(parts, rule.method))
                 split[name] = [model.get_submodule(part).weight.shape[0] for part in parts]  # type: ignore[union-attr]
     return methods, split
+
+
+def _untying(untied: Matrix | None, added: int, growth: int) -> Iterator[str]:
+    """What untying cost, and whether folding made up for it."""
+    if untied is not None and added:
+        end = f"and the model is {growth:,} larger than before" if growth > 0 else "no more than folding took away"
+        yield f"untying {untied.tied_head} from {untied.name} added {added:,} parameters, {end}"
 
 
 def _warnings(specs: Mapping[str, AnySpec]) -> Iterator[str]:

@@ -41,7 +41,11 @@ class Recipe:
     """Rules in order (the first whose targets match a matrix wins) and optional settings for the other commands.
 
     ``heal`` is one stage or, as Krony-PT trains, several one after another. ``layers`` keeps only those blocks before
-    anything is folded, as DistilGPT2 does; with it there may be no rules.
+    anything is folded, as DistilGPT2 does; with it there may be no rules. ``untie`` first gives a head that is tied to
+    the input table a copy of the weight, so that the two are targets of their own; in an untied model they are already.
+
+    Raises:
+        InputError: There is nothing to do, or a value of the wrong type.
     """
 
     fold: tuple[Rule, ...]
@@ -51,16 +55,19 @@ class Recipe:
     eval: EvalSettings | None = None
     layers: tuple[int, ...] | None = None
     name: str | None = None
+    untie: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fold", tuple(self.fold))
         if not (self.fold or self.layers) or not all(isinstance(rule, Rule) for rule in self.fold):
             raise InputError(f"recipe: fold={list(self.fold)!r}; needed at least one entry with targets and a method.")
+        if not isinstance(self.untie, bool):
+            raise InputError(f"recipe: untie={self.untie!r}; needed true or false.")
 
     @property
     def changes_modules(self) -> bool:
-        """Whether planning has to drop layers or split matrices, and so cannot look at a model without touching it."""
-        return self.layers is not None or any(rule.split is not None for rule in self.fold)
+        """Whether planning unties the head, drops layers or splits matrices, and so has to look at a copy."""
+        return self.untie or self.layers is not None or any(rule.split is not None for rule in self.fold)
 
     @classmethod
     def keep(cls, keep: float, targets: Targets = "mlp") -> Recipe:
@@ -102,7 +109,7 @@ class Recipe:
         Raises:
             InputError: An unknown key (the nearest known one is named) or a value of the wrong type or range.
         """
-        check_keys("recipe", data, ("model", "layers", "fold", "calibrate", "heal", "eval"))
+        check_keys("recipe", data, ("model", "untie", "layers", "fold", "calibrate", "heal", "eval"))
         layers = data.get("layers")
         if layers is not None and not (isinstance(layers, list) and all(type(index) is int for index in layers)):
             raise InputError(f"recipe: layers={layers!r}; needed a list of block indices.")
@@ -119,6 +126,7 @@ class Recipe:
             calibrate=_settings("calibrate", CalibrateSettings, data),
             heal=_stages(data.get("heal")),
             eval=_settings("eval", EvalSettings, data),
+            untie=data.get("untie", False),
         )
 
 

@@ -1,6 +1,7 @@
-"""Changes to a dense model before it is folded: dropping layers, splitting fused matrices, reordering hidden units.
+"""Changes to a dense model before it is folded: untying the head, dropping layers, splitting fused matrices, reordering
+hidden units.
 
-The last two leave the model's function as it is.
+All but the second leave the model's function as it is.
 """
 
 from __future__ import annotations
@@ -15,11 +16,41 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tensorfold.anatomy import Matrix, blocks, dense_weight, is_plain_linear
+from tensorfold.anatomy import Matrix, blocks, dense_weight, is_plain_linear, matrices
 from tensorfold.errors import InputError
 from tensorfold.nn import StackedLinear
 
 _LAYER_INDEX = re.compile(r"layer_?(idx|id|index|number)$")
+
+
+@torch.no_grad()
+def untie_head(model: PreTrainedModel) -> Matrix | None:
+    """Give an output head that is tied to the input table its own copy of the weight, (vocabulary, width), in place.
+
+    An untied model stays as it is: a recipe that asks for this must do for all models of a family, which tie their
+    heads at one size and not at another. ``tie_word_embeddings`` also governs lesser ties, such as that of the bias in
+    BERT's head; transformers would not make those again on loading, so they go with it.
+
+    Returns:
+        The table that was tied, with the head's name as its ``tied_head``; None if there was nothing to untie.
+    """
+    table = next((matrix for matrix in matrices(model).values() if matrix.tied_head is not None), None)
+    if table is None:
+        return None
+    # A head that was tied by assignment alone is in no list of transformers'.
+    for target in {*model.all_tied_weights_keys, f"{table.tied_head}.weight"}:
+        shared = model.get_parameter_or_buffer(target)
+        own = shared.detach().clone()
+        owner, _, attribute = target.rpartition(".")
+        value = nn.Parameter(own, shared.requires_grad) if isinstance(shared, nn.Parameter) else own
+        setattr(model.get_submodule(owner), attribute, value)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            for config in (module.config, module.config.get_text_config()):
+                if getattr(config, "tie_word_embeddings", False):
+                    config.tie_word_embeddings = False
+            module._tied_weights_keys, module.all_tied_weights_keys = {}, {}
+    return table
 
 
 def fewer_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
