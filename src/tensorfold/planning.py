@@ -154,10 +154,6 @@ def _spec(matrix: Matrix, method: Method) -> AnySpec:
             "targets: embedding or positions, and another method here."
         )
     try:
-        spec = method.spec(matrix.out_features, matrix.in_features)
+        return method.spec(matrix.out_features, matrix.in_features)
     except SpecError as error:
         raise SpecError(f"{matrix.name}: {error}") from None
-    if spec.reordered and matrix.tied_head is not None:
-        # transformers ties parameters only, so the head would lose the order when it is loaded.
-        raise SpecError(f"{matrix.name}: a table tied to {matrix.tied_head} cannot be reordered; use permute: none.")
-    return spec
