@@ -153,6 +153,11 @@ def _spec(matrix: Matrix, method: Method) -> AnySpec:
             f"{matrix.name}: {method.name} folds embedding tables, and this is a linear layer; use it with "
             "targets: embedding or positions, and another method here."
         )
+    if method.token_order != "own" and matrix.kind != "embedding":
+        raise SpecError(
+            f"{matrix.name}: order: {method.token_order} sorts the tokens of embedding tables, and this is a linear "
+            "layer; use it with targets: embedding or positions, and order: own here."
+        )
     try:
         return method.spec(matrix.out_features, matrix.in_features)
     except SpecError as error:
