@@ -14,6 +14,7 @@ LAYERS = [
     ["settings"],
     ["algebra"],
     ["nn"],
+    ["method"],
     ["methods"],
     ["anatomy", "picogpt"],
     ["surgery"],

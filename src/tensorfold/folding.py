@@ -102,6 +102,7 @@ def fold(
     each is measured on the text as the blocks folded before it pass it on, and fitted in the metric of its inputs.
     Embeddings are approximated in the Frobenius norm, but by methods that weigh tokens (``graded``): those count the
     tokens of all the text, and measure on the calibration windows what a tied head reads, before anything is folded.
+    ``order: frequency`` takes the same counts.
 
     Under ``torchrun`` every rank has to call this with the same model, recipe and text, and is left with the same
     folded model. Each matrix is solved by one rank; activations are computed by all of them. On equal machines with
@@ -185,8 +186,9 @@ def _check(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> None:
     available = matrices(model)
     for name, method in planned.methods.items():
         embedding = name in available and available[name].kind == "embedding"
+        counted = calibrated and name in available and available[name].group == "embedding"
         try:
-            method.check(planned.modules[name], calibrated and not embedding)
+            method.check(planned.modules[name], calibrated and not embedding, counted)
         except InputError as error:
             raise type(error)(f"{name}: {error}") from None
     chosen = available if recipe.changes_modules else {name: available[name] for name in planned.modules}
@@ -201,7 +203,7 @@ def _check(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> None:
 
 def _counts(model: PreTrainedModel, recipe: Recipe, tokenizer: Any, documents: list[str] | None) -> Tensor | None:
     """How often the text uses each token, shape (vocabulary,), where a method asks for it."""
-    if documents is None or not any(rule.method.weighs_tokens for rule in recipe.fold):
+    if documents is None or not any(rule.method.counts_tokens for rule in recipe.fold):
         return None
     return token_counts(tokenizer, documents, model.get_input_embeddings().weight.shape[0])
 
@@ -375,7 +377,7 @@ def _solve(matrix: Matrix, planned: Plan, metric: Tensor | None, counts: Tensor 
     spec, method = planned.modules[matrix.name], planned.methods[matrix.name]
     weight = dense_weight(matrix.module).detach()
     try:
-        used = counts if method.weighs_tokens and matrix.group == "embedding" else None
+        used = counts if method.counts_tokens and matrix.group == "embedding" else None
         factors = method.solve(weight, spec, metric, used)
     except SpecError as error:
         raise SpecError(f"{matrix.name}: {error}") from None

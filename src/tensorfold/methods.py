@@ -1,20 +1,15 @@
-"""Methods: each turns the shape of a matrix, and a budget, into a :class:`Spec`, and says which solver fills it.
-
-A method is a frozen dataclass; a subclass of :class:`Method` with a ``name`` is thereby known to recipes.
-"""
+"""Methods: each turns the shape of a matrix, and a budget, into a :class:`Spec`, and says which solver fills it."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt
 from torch import Tensor
 
-from tensorfold.algebra.any_spec import AnySpec
 from tensorfold.algebra.contract import to_dense
 from tensorfold.algebra.graded import GradedSpec, graded_low_rank
 from tensorfold.algebra.modes import balanced_modes, divisors
@@ -23,73 +18,13 @@ from tensorfold.algebra.solve import Factors, fit, norm_ratio
 from tensorfold.algebra.spec import Spec, attainable_ranks
 from tensorfold.algebra.starts import check_prunable, pruned, random_cores
 from tensorfold.algebra.token_mps import TokenMPSSpec, powers_of_two, token_mps_svd
+from tensorfold.algebra.token_order import TokenOrder, token_order
 from tensorfold.algebra.ttsvd import tt_svd
 from tensorfold.errors import InputError, SpecError
+from tensorfold.method import METHODS, Keep, Method, Positive, exactly_one, largest_bond
 from tensorfold.strict import strict
 
-METHODS: dict[str, type[Method]] = {}
-
-Keep = Annotated[float, Gt(0), Lt(1)]
-Positive = Annotated[int, Ge(1)]
-OwnSpec = Any  # the kind of spec that the method itself makes
-
-
-@dataclass(frozen=True)
-class Method(ABC):
-    """Base of all methods. ``keep`` is the fraction of the dense parameters that stays; explicit shapes go without."""
-
-    name: ClassVar[str]
-    tables_only: ClassVar[bool] = False  # whether it folds embeddings and no linear layers
-    weighs_tokens: ClassVar[bool] = False  # whether it asks how often each token is used, and what a tied head reads
-
-    def __init_subclass__(cls) -> None:
-        if "name" in cls.__dict__:
-            METHODS[cls.name] = cls
-
-    @abstractmethod
-    def spec(self, out_features: int, in_features: int) -> AnySpec:
-        """The spec for a matrix of this shape; never above ``keep``, and less than one bond step below it.
-
-        Raises:
-            SpecError: The shape cannot be met; the message names the nearest that can.
-        """
-
-    def check(self, spec: OwnSpec, calibrated: bool) -> None:  # noqa: B027  (most methods can fill any spec of theirs)
-        """Raise :class:`InputError` if :meth:`solve` could not fill this spec, with a metric where ``calibrated``."""
-
-    def solve(
-        self, weight: Tensor, spec: OwnSpec, metric: Tensor | None = None, counts: Tensor | None = None
-    ) -> Factors:
-        """Fill ``spec`` for ``weight`` (out, in), in the metric of the inputs where one is given.
-
-        ``counts``, shape (out,), says of a table how often the calibration text uses each token; it is given to methods
-        that weigh tokens.
-
-        Raises:
-            InputError: The method needs a metric and there is none, or the spec is not one of its own.
-        """
-        return Factors(fit(weight, spec, metric))
-
-
-def _exactly_one(method: str, **given: object) -> None:
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        raise InputError(f"{method}: got {' and '.join(named) or 'nothing'}; needed exactly one of {', '.join(given)}.")
-
-
-def _largest_bond(method: str, keep: float, dense: int, step: int) -> int:
-    """How many bond steps of ``step`` parameters fit in ``keep`` of ``dense`` ones.
-
-    Raises:
-        SpecError: Not even one fits.
-    """
-    bond = math.floor(keep * dense / step)
-    if bond < 1:
-        raise SpecError(
-            f"{method}: keep={keep} leaves {math.floor(keep * dense)} of {dense} parameters, but the smallest bond "
-            f"already takes {step}; keep at least {math.ceil(step / dense * 1e4) / 1e4:.4f}, or exclude this module."
-        )
-    return bond
+__all__ = ["METHODS", "MPO", "Graded", "Kronecker", "LowRank", "Method", "TokenMPS"]
 
 
 @strict
@@ -107,12 +42,12 @@ class LowRank(Method):
     rank: Positive | None = None
 
     def __post_init__(self) -> None:
-        _exactly_one("low-rank", keep=self.keep, rank=self.rank)
+        exactly_one("low-rank", keep=self.keep, rank=self.rank)
 
     def spec(self, out_features: int, in_features: int) -> Spec:
         rank = self.rank
         if self.keep is not None:
-            rank = _largest_bond("low-rank", self.keep, out_features * in_features, out_features + in_features)
+            rank = largest_bond("low-rank", self.keep, out_features * in_features, out_features + in_features)
         assert rank is not None
         return Spec.low_rank(out_features, in_features, rank)
 
@@ -144,6 +79,10 @@ class Kronecker(Method):
         scalars: One trainable number per term: true to start at 1 (α where normalised), or the number to start at.
         permute: Reorder indices to lower the error (TQCompressor, arXiv 2401.16367): ``hidden`` the MLP's hidden units,
             absorbed by the neighbours; ``all`` also the residual side, whose order is stored and applied at run time.
+        pad: Let ``factor`` leave the last block of rows or columns unfilled (zero padding) where it does not divide the
+            matrix, as a vocabulary of 50257 = 29 · 1733; without it that is an error.
+        order: Of an embedding table's tokens, stored with the weights: their ``own``, by falling ``frequency`` in the
+            calibration text, or ``cluster``, similar rows next to each other; see ``algebra.token_order``.
         seed: Of ``random``.
     """
 
@@ -157,6 +96,8 @@ class Kronecker(Method):
     epsilon: float = 0.0
     scalars: bool | float = False
     permute: Literal["none", "hidden", "all"] = "none"
+    pad: bool = False
+    order: TokenOrder = "own"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -166,6 +107,15 @@ class Kronecker(Method):
             raise InputError("kronecker: got neither factor nor keep; needed factor=(m1, n1) or keep.")
         if self.epsilon and self.init != "prune":
             raise InputError(f"kronecker: epsilon={self.epsilon} is for init: prune, got init: {self.init}.")
+        if self.pad and self.factor is None:
+            raise InputError("kronecker: pad=True without factor; keep alone chooses factors that divide. Drop pad.")
+        if self.permute != "none" and (self.pad or self.order != "own"):
+            other = "pad=True" if self.pad else f"order: {self.order}"
+            raise InputError(f"kronecker: got permute: {self.permute} and {other}; needed one of the two.")
+
+    @property
+    def token_order(self) -> TokenOrder:
+        return self.order
 
     def spec(self, out_features: int, in_features: int) -> Spec:
         expanding = out_features >= in_features
@@ -179,9 +129,11 @@ class Kronecker(Method):
 
     def _spec(self, out_features: int, in_features: int, factor: tuple[int, int], terms: int) -> Spec:
         side = ("in",) if out_features >= in_features else ("out",)
-        reordered = side if self.permute == "all" else ()
+        reordered = ("out",) if self.order != "own" else side if self.permute == "all" else ()
         scalars = self.scalars is not False
-        return Spec.kronecker(out_features, in_features, factor, terms, scalars=scalars, reordered=reordered)
+        return Spec.kronecker(
+            out_features, in_features, factor, terms, scalars=scalars, reordered=reordered, pad=self.pad
+        )
 
     def _within_budget(self, out_features: int, in_features: int, shapes: list[tuple[int, int]]) -> Spec:
         assert self.keep is not None
@@ -202,11 +154,12 @@ class Kronecker(Method):
             candidates.append(((narrow, waste > 0.02 * budget, terms, waste, -m1), spec))
         if not candidates:
             smallest = min(self._spec(out_features, in_features, shape, 1).parameters for shape in shapes)
-            _largest_bond("kronecker", self.keep, dense, smallest)
+            largest_bond("kronecker", self.keep, dense, smallest)
             raise SpecError(f"kronecker: no shape of a {out_features}×{in_features} matrix meets keep={self.keep}.")
         return min(candidates, key=lambda c: c[0])[1]
 
-    def check(self, spec: Spec, calibrated: bool) -> None:
+    def check(self, spec: Spec, calibrated: bool, counted: bool = False) -> None:
+        super().check(spec, calibrated, counted)
         if not calibrated and (self.refine or self.init == "data-aware"):
             raise InputError(
                 "kronecker: init: data-aware and refine need calibration text, and an embedding has none; give some, "
@@ -216,9 +169,11 @@ class Kronecker(Method):
             check_prunable(spec)
 
     def solve(self, weight: Tensor, spec: Spec, metric: Tensor | None = None, counts: Tensor | None = None) -> Factors:
-        self.check(spec, metric is not None)
-        out_order = in_order = None
-        if spec.reordered:
+        self.check(spec, metric is not None, counts is not None)
+        out_order, in_order = token_order(self.order, weight, counts), None
+        if out_order is not None:
+            weight = weight[out_order]
+        elif spec.reordered:
             found = search_permutations(weight, spec, rows="out" in spec.reordered, columns="in" in spec.reordered)
             out_order, in_order = found.row_order, found.column_order
             weight = weight[out_order.to(weight.device)][:, in_order.to(weight.device)]
@@ -260,6 +215,8 @@ class MPO(Method):
             - ``tt-svd``: the TT-SVD alone.
             - ``random``: normal cores whose product has the root mean square of W, so a freshly made layer keeps the
               variance of its output; for training from scratch.
+        order: Of an embedding table's tokens, stored with the weights: their ``own``, by falling ``frequency`` in the
+            calibration text, or ``cluster``, similar rows next to each other; see ``algebra.token_order``.
         seed: Of ``random``.
     """
 
@@ -271,14 +228,19 @@ class MPO(Method):
     out_modes: tuple[Positive, ...] | None = None
     in_modes: tuple[Positive, ...] | None = None
     init: Literal["tt-svd", "random"] | None = None
+    order: TokenOrder = "own"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _exactly_one("mpo", bond=self.bond, keep=self.keep)
+        exactly_one("mpo", bond=self.bond, keep=self.keep)
         if (self.out_modes is None) != (self.in_modes is None):
             raise InputError("mpo: got one of out_modes and in_modes; needed both, or sites.")
         if self.out_modes is not None and self.sites is not None:
             raise InputError("mpo: got both sites and modes; needed one of the two.")
+
+    @property
+    def token_order(self) -> TokenOrder:
+        return self.order
 
     def spec(self, out_features: int, in_features: int) -> Spec:
         if self.out_modes is not None and self.in_modes is not None:
@@ -287,7 +249,8 @@ class MPO(Method):
             out_modes, in_modes = (balanced_modes(size, self.sites or 2) for size in (out_features, in_features))
 
         def with_bond(bond: int) -> Spec:
-            return Spec.from_modes(out_modes, in_modes, bond, out_features, in_features)
+            spec = Spec.from_modes(out_modes, in_modes, bond, out_features, in_features)
+            return spec if self.order == "own" else replace(spec, reordered=("out",))
 
         if self.bond is not None:
             return with_bond(self.bond)
@@ -295,16 +258,20 @@ class MPO(Method):
         budget = math.floor(self.keep * out_features * in_features)
         low, high = 1, max(attainable_ranks(out_modes, in_modes), default=1)
         if with_bond(low).parameters > budget:
-            _largest_bond("mpo", self.keep, out_features * in_features, with_bond(1).parameters)
+            largest_bond("mpo", self.keep, out_features * in_features, with_bond(1).parameters)
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if with_bond(middle).parameters <= budget else (low, middle - 1)
         return with_bond(low)
 
     def solve(self, weight: Tensor, spec: Spec, metric: Tensor | None = None, counts: Tensor | None = None) -> Factors:
+        out_order = token_order(self.order, weight, counts)
+        weight = weight if out_order is None else weight[out_order]
         if self.init == "random":
-            return Factors(random_cores(weight, spec, self.seed))
-        return Factors(fit(weight, spec, metric if self.init is None else None))
+            cores = random_cores(weight, spec, self.seed)
+        else:
+            cores = fit(weight, spec, metric if self.init is None else None)
+        return Factors(cores, out_order=out_order)
 
 
 @strict
@@ -329,7 +296,7 @@ class TokenMPS(Method):
     keep: Keep | None = None
 
     def __post_init__(self) -> None:
-        _exactly_one("token-mps", rank=self.rank, keep=self.keep)
+        exactly_one("token-mps", rank=self.rank, keep=self.keep)
 
     def spec(self, out_features: int, in_features: int) -> TokenMPSSpec:
         modes = self.modes or powers_of_two(in_features)

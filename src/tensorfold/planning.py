@@ -165,11 +165,12 @@ def _spec(matrix: Matrix, method: Method) -> AnySpec:
             f"{matrix.name}: {method.name} folds embedding tables, and this is a linear layer; use it with "
             "targets: embedding or positions, and another method here."
         )
+    if method.token_order != "own" and matrix.kind != "embedding":
+        raise SpecError(
+            f"{matrix.name}: order: {method.token_order} sorts the tokens of embedding tables, and this is a linear "
+            "layer; use it with targets: embedding or positions, and order: own here."
+        )
     try:
-        spec = method.spec(matrix.out_features, matrix.in_features)
+        return method.spec(matrix.out_features, matrix.in_features)
     except SpecError as error:
         raise SpecError(f"{matrix.name}: {error}") from None
-    if spec.reordered and matrix.tied_head is not None:
-        # transformers ties parameters only, so the head would lose the order when it is loaded.
-        raise SpecError(f"{matrix.name}: a table tied to {matrix.tied_head} cannot be reordered; use permute: none.")
-    return spec

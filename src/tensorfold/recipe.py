@@ -81,7 +81,8 @@ class Recipe:
         if isinstance(recipe, Recipe):
             return recipe
         if isinstance(recipe, Method):
-            return cls(fold=(Rule("embedding" if recipe.tables_only else "mlp", recipe),))
+            table = recipe.tables_only or recipe.token_order != "own"
+            return cls(fold=(Rule("embedding" if table else "mlp", recipe),))
         if isinstance(recipe, Mapping):
             return cls.from_dict(dict(recipe))
         if not isinstance(recipe, str | Path):

@@ -116,22 +116,26 @@ class Spec:
         *,
         scalars: bool = False,
         reordered: Sequence[str] = (),
+        pad: bool = False,
     ) -> Spec:
         """``Σ_k A_k ⊗ B_k`` with ``A_k`` of shape ``factor`` = (m1, n1) and ``terms`` summands.
 
+        Where ``factor`` does not divide the matrix, ``pad`` rounds ``B_k`` up.
+
         Raises:
-            SpecError: ``factor`` does not divide the matrix, or more terms than the rearranged matrix has rank.
+            SpecError: ``factor`` does not divide the matrix without ``pad``, or is larger than it; or more terms than
+                the rearranged matrix has rank.
         """
         m1, n1 = _positive_integers("factor", factor)
         for name, features, part in (("out_features", out_features, m1), ("in_features", in_features, n1)):
-            if features % part:
+            if features % part and not (pad and part < features):
+                remedy = "pass pad=True" if part < features else f"needed at most {features}"
                 raise SpecError(
                     f"Spec.kronecker: {name}={features} is not divisible by {part}; nearest divisors are "
-                    f"{' and '.join(map(str, nearest_divisors(features, part)))}."
+                    f"{' and '.join(map(str, nearest_divisors(features, part)))}; {remedy}."
                 )
-        return cls(
-            (m1, out_features // m1), (n1, in_features // n1), (terms,), scalars=scalars, reordered=tuple(reordered)
-        )
+        m2, n2 = -(-out_features // m1), -(-in_features // n1)
+        return cls((m1, m2), (n1, n2), (terms,), out_features, in_features, scalars, tuple(reordered))
 
     @classmethod
     def low_rank(cls, out_features: int, in_features: int, rank: int) -> Spec:

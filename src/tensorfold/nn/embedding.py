@@ -54,12 +54,16 @@ class MPOEmbedding(MPOModule):
         return out if self.scale == 1.0 else out * torch.tensor(self.scale, dtype=out.dtype, device=out.device)
 
     def head(self, bias: Tensor | None = None) -> MPOLinear:
-        """The tied output head ``h ↦ h Eᵀ + bias``: a linear layer over these very parameters, not copies."""
+        """The tied output head ``h ↦ h Eᵀ + bias``: a linear layer over these very parameters, not copies.
+
+        Index orders are copied: transformers ties parameters only, so a checkpoint holds them for both.
+        """
         head = MPOLinear(self.spec, bias is not None, device="meta")
         for k, core in enumerate(self.cores):
             head.cores[k] = core
         head.scalars = self.scalars
-        head.out_position, head.in_order = self.out_position, self.in_order
+        for name, order in self.named_buffers(recurse=False):
+            setattr(head, name, order.clone())
         if bias is not None:
             head.bias = bias if isinstance(bias, torch.nn.Parameter) else torch.nn.Parameter(bias)
         return head

@@ -1,0 +1,101 @@
+"""What every method is: a frozen dataclass that makes a spec of a shape and a budget, and fills it.
+
+A subclass of :class:`Method` with a ``name`` is thereby known to recipes.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor
+
+from tensorfold.algebra.any_spec import AnySpec
+from tensorfold.algebra.solve import Factors, fit
+from tensorfold.algebra.token_order import TokenOrder
+from tensorfold.errors import InputError, SpecError
+
+METHODS: dict[str, type[Method]] = {}
+
+Keep = Annotated[float, Gt(0), Lt(1)]
+Positive = Annotated[int, Ge(1)]
+OwnSpec = Any  # the kind of spec that the method itself makes
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Base of all methods. ``keep`` is the fraction of the dense parameters that stays; explicit shapes go without."""
+
+    name: ClassVar[str]
+    tables_only: ClassVar[bool] = False  # whether it folds embeddings and no linear layers
+    weighs_tokens: ClassVar[bool] = False  # whether it asks how often each token is used, and what a tied head reads
+
+    def __init_subclass__(cls) -> None:
+        if "name" in cls.__dict__:
+            METHODS[cls.name] = cls
+
+    @abstractmethod
+    def spec(self, out_features: int, in_features: int) -> AnySpec:
+        """The spec for a matrix of this shape; never above ``keep``, and less than one bond step below it.
+
+        Raises:
+            SpecError: The shape cannot be met; the message names the nearest that can.
+        """
+
+    @property
+    def token_order(self) -> TokenOrder:
+        """How the rows are sorted before the fit; anything but ``own`` is for tables only, and ``frequency`` counts."""
+        return "own"
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether it asks how often each token is used."""
+        return self.weighs_tokens or self.token_order == "frequency"
+
+    def check(self, spec: OwnSpec, calibrated: bool, counted: bool = False) -> None:
+        """Raise :class:`InputError` if :meth:`solve` could not fill this spec.
+
+        ``calibrated``: it is given a metric. ``counted``: it is given counts of the tokens, if it asks for them.
+        """
+        if self.token_order == "frequency" and not counted:
+            raise InputError(
+                f"{self.name}: order: frequency counts the tokens of calibration text, and only for the embedding; "
+                "give some, or use order: cluster, which needs none."
+            )
+
+    def solve(
+        self, weight: Tensor, spec: OwnSpec, metric: Tensor | None = None, counts: Tensor | None = None
+    ) -> Factors:
+        """Fill ``spec`` for ``weight`` (out, in), in the metric of the inputs where one is given.
+
+        ``counts``, shape (out,), says of a table how often the calibration text uses each token; it is given to methods
+        that weigh tokens, or sort them by frequency.
+
+        Raises:
+            InputError: The method needs a metric and there is none, or the spec is not one of its own.
+        """
+        return Factors(fit(weight, spec, metric))
+
+
+def exactly_one(method: str, **given: object) -> None:
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise InputError(f"{method}: got {' and '.join(named) or 'nothing'}; needed exactly one of {', '.join(given)}.")
+
+
+def largest_bond(method: str, keep: float, dense: int, step: int) -> int:
+    """How many bond steps of ``step`` parameters fit in ``keep`` of ``dense`` ones.
+
+    Raises:
+        SpecError: Not even one fits.
+    """
+    bond = math.floor(keep * dense / step)
+    if bond < 1:
+        raise SpecError(
+            f"{method}: keep={keep} leaves {math.floor(keep * dense)} of {dense} parameters, but the smallest bond "
+            f"already takes {step}; keep at least {math.ceil(step / dense * 1e4) / 1e4:.4f}, or exclude this module."
+        )
+    return bond
