@@ -27,9 +27,9 @@ LAYERS = [
     ["folding"],
     ["onnx_graph"],
     ["export"],
-    ["healing"],
+    ["healing", "benchmark"],
     ["demo"],
-    ["cli_export", "cli_heal", "cli_sample"],
+    ["cli_bench", "cli_export", "cli_heal", "cli_sample"],
     ["cli"],
     ["__main__"],
 ]

@@ -13,6 +13,7 @@ import wrapt
 if TYPE_CHECKING:
     from tensorfold import nn
     from tensorfold.algebra.spec import Spec
+    from tensorfold.benchmark.run import bench
     from tensorfold.errors import InputError, SpecError, TensorfoldError
     from tensorfold.evaluation import evaluate
     from tensorfold.folding import fold
@@ -39,6 +40,7 @@ _HOME = {
     "TensorfoldError": "errors",
     "TokenMPS": "methods",
     "append_tokens": "hf.vocabulary",
+    "bench": "benchmark.run",
     "evaluate": "evaluation",
     "fold": "folding",
     "heal": "healing.run",
@@ -59,6 +61,7 @@ __all__ = [
     "TensorfoldError",
     "TokenMPS",
     "append_tokens",
+    "bench",
     "evaluate",
     "fold",
     "heal",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import tensorfold
+from tensorfold.cli_bench import bench
 from tensorfold.cli_export import export
 from tensorfold.cli_heal import heal
 from tensorfold.cli_sample import sample
@@ -160,6 +161,7 @@ def evaluate(
 
 
 app.command()(heal)
+app.command()(bench)
 app.command()(export)
 app.command()(sample)
 
@@ -301,6 +303,7 @@ def _quieten() -> None:
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     logging.captureWarnings(True)

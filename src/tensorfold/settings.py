@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MinLen
 
 from tensorfold.errors import InputError
 from tensorfold.strict import strict
@@ -28,6 +28,35 @@ class EvalSettings:
     text: str = "wikitext-2"
     protocol: str = "hf-1024"
     max_tokens: Count | None = None
+
+
+@strict
+class BenchSettings:
+    """What ``bench`` measures.
+
+    Args:
+        tokens: Numbers of tokens at which single layers are timed.
+        prefill: Tokens of the prompt that whole models read; if None, 512 or what the context has room for.
+        decode: Tokens generated after it, one at a time.
+        rounds: Samples of everything, one of each in turn.
+        way: ``chain`` (fewest multiply–adds) or ``materialise`` for all folded layers; if None, what each chooses.
+        threads: torch's; as many as it has if None.
+        dtype: Of the weights; as stored if None.
+        memory: Whether peak memory is measured too.
+    """
+
+    tokens: Annotated[tuple[Count, ...], MinLen(1)] = (1, 16, 128, 1024, 4096)
+    prefill: Count | None = None
+    decode: Count = 32
+    rounds: Count = 7
+    way: Literal["chain", "materialise"] | None = None
+    threads: Count | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    memory: bool = True
+
+    def __post_init__(self) -> None:
+        if len(set(self.tokens)) != len(self.tokens):
+            raise InputError(f"bench: tokens={self.tokens}; needed different numbers.")
 
 
 @strict

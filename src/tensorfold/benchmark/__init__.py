@@ -1,0 +1,1 @@
+"""Speed and memory of folded models, beside what they could be instead."""

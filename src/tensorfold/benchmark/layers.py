@@ -1,0 +1,240 @@
+"""Single folded layers: timed at several numbers of tokens, in turn with what could stand in their place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensorfold.algebra.any_spec import AnySpec
+from tensorfold.anatomy import dense_weight, is_plain_linear
+from tensorfold.benchmark.memory import peak_of_call
+from tensorfold.benchmark.rivals import Rival, competitor
+from tensorfold.benchmark.timing import Clock, Timing, interleave, waiting_for
+from tensorfold.benchmark.whole import holds, macs, size
+from tensorfold.nn import FoldedModule, GradedEmbedding, MPOEmbedding, MPOLinear, TokenMPSEmbedding
+
+_TABLES = (MPOEmbedding, TokenMPSEmbedding, GradedEmbedding)
+
+# Outputs of a forward that is still timed: 1 GB in float32, of which several are held.
+_MOST_OUTPUTS = 2**28
+
+
+@dataclass(frozen=True)
+class Point:
+    """A layer at one number of tokens.
+
+    Args:
+        way: How the layer is applied: its order of sites, ``materialise``, ``held matrix``, or ``own`` where a kind of
+            layer has one way only.
+        timing: Of one forward.
+        peak_bytes: The most a forward allocates at once, outputs included (see :func:`memory.peak_of_call`); None
+            if not measured.
+    """
+
+    way: str
+    timing: Timing
+    peak_bytes: dict[str, int] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"way": self.way, **self.timing.to_dict(), "peak_bytes": self.peak_bytes}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What was measured of all layers of one spec.
+
+    Args:
+        names: Of every such layer; the first was timed.
+        kind: Its class.
+        spec: Its shape.
+        bias: Whether it has one.
+        dense: What it was compared with as the dense layer.
+        bytes: Of ``model`` and ``dense``, parameters and buffers of one such layer.
+        points: In the order asked for.
+    """
+
+    names: list[str]
+    kind: str
+    spec: AnySpec
+    bias: bool
+    dense: str
+    bytes: dict[str, int]
+    points: list[Point]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "names": self.names,
+            "count": len(self.names),
+            "kind": self.kind,
+            "spec": str(self.spec),
+            **self.spec.to_dict(),
+            "bias": self.bias,
+            "parameters": self.spec.parameters,
+            "dense": self.dense,
+            "bytes": self.bytes,
+            "tokens": [point.to_dict() for point in self.points],
+        }
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of one kind and spec, and the module of the dense model in their place, if there is one."""
+
+    names: list[str]
+    module: FoldedModule
+    beside: nn.Module | None
+
+
+def groups(model: nn.Module, against: nn.Module | None) -> list[Group]:
+    """The folded layers of ``model``, those that take equally long together."""
+    found: dict[object, Group] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, FoldedModule):
+            continue
+        beside = None if against is None else _beside(name, module, against)
+        place = (type(beside), _spec(beside) if isinstance(beside, FoldedModule) else None)
+        key = (type(module), _spec(module), _bias(module) is None, module.cores[0].dtype, place)
+        found.setdefault(key, Group([], module, beside)).names.append(name)
+    return list(found.values())
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    return getattr(module, "bias", None)
+
+
+def _beside(name: str, module: FoldedModule, against: nn.Module) -> nn.Module | None:
+    """The module of that name in ``against``, if it does the same with a matrix of the same shape."""
+    try:
+        other = against.get_submodule(name)
+    except AttributeError:
+        return None
+    table = isinstance(module, _TABLES)
+    if isinstance(other, FoldedModule):
+        return other if _shape(other) == _shape(module) and isinstance(other, _TABLES) == table else None
+    if not (isinstance(other, nn.Embedding) if table else is_plain_linear(other)):
+        return None
+    return other if tuple(dense_weight(other).shape) == _shape(module) else None
+
+
+def _shape(module: FoldedModule) -> tuple[int, int]:
+    """(out, in), for a table (vocabulary, width)."""
+    spec = _spec(module)
+    return (spec.out_features, spec.in_features)
+
+
+def _spec(module: FoldedModule) -> AnySpec:
+    spec: Any = module.spec
+    return spec  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _dense(module: FoldedModule) -> nn.Module:
+    """The plain layer of its shape, holding its matrix."""
+    rows, columns = _shape(module)
+    if isinstance(module, _TABLES):
+        table = nn.Embedding(rows, columns, device="meta")
+        table.weight = nn.Parameter(module.to_dense() * module.scale)
+        return table
+    bias = _bias(module)
+    linear = nn.Linear(columns, rows, bias is not None, device="meta")
+    linear.weight = nn.Parameter(module.to_dense())
+    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
+    return linear
+
+
+def _inputs(module: FoldedModule, tokens: int) -> Tensor:
+    """Token ids for a table, else hidden states; the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = _shape(module)
+    core = module.cores[0]
+    if isinstance(module, _TABLES):
+        return torch.randint(rows, (tokens,), generator=generator).to(core.device)
+    return torch.randn(tokens, columns, generator=generator).to(core.device, core.dtype)
+
+
+@torch.inference_mode()
+def bench_layer(
+    group: Group,
+    tokens: Sequence[int],
+    rounds: int,
+    clock: Clock,
+    rivals: Sequence[Rival],
+    memory: bool,
+    advance: Callable[[], None],
+) -> tuple[Layer, list[str]]:
+    """Time one layer of the group; also lines about what was left out, and why.
+
+    Args:
+        advance: Called after every number of tokens.
+    """
+    module, name = group.module, group.names[0]
+    dense = _dense(module) if group.beside is None else group.beside
+    calls: dict[str, Callable[[Tensor], Any]] = {"model": module, "dense": dense}
+    notes: list[str] = []
+    built = None
+    if isinstance(module, MPOLinear):
+        built = copy.copy(module)  # over the same parameters
+        built.way = "materialise"
+        calls["materialised"] = built
+        for rival in rivals:
+            found = competitor(rival, module, _inputs(module, 3))
+            if isinstance(found, str):
+                notes.append(f"{rival.name} {found}: left out for {name} ({module.spec})")
+            else:
+                calls[rival.name] = found
+    points = []
+    for count in tokens:
+        if count * _shape(module)[0] > _MOST_OUTPUTS and not isinstance(module, _TABLES):
+            notes.append(f"{name} at {count} tokens has {count * _shape(module)[0]:,} outputs: left out")
+        else:
+            points.append(_point(module, dense, built, calls, count, rounds, clock, memory))
+        advance()
+    label = "nn.Embedding" if isinstance(module, _TABLES) else "nn.Linear"
+    if group.beside is not None:
+        label = f"{type(group.beside).__name__} of the dense model"
+    bytes_ = {"model": size(module), "dense": size(dense)}
+    has_bias = _bias(module) is not None
+    return Layer(group.names, type(module).__name__, _spec(module), has_bias, label, bytes_, points), notes
+
+
+def _point(
+    module: FoldedModule,
+    dense: nn.Module,
+    built: MPOLinear | None,
+    calls: dict[str, Callable[[Tensor], Any]],
+    tokens: int,
+    rounds: int,
+    clock: Clock,
+    memory: bool,
+) -> Point:
+    x = _inputs(module, tokens)
+    device = module.cores[0].device
+    bound = {name: _bind(call, x) for name, call in calls.items()}
+    samples = interleave(bound, rounds, clock, waiting_for(device))
+    counted = {"model": macs(module, tokens), "dense": macs(dense, tokens)}
+    if built is not None:
+        counted["materialised"] = macs(built, tokens)
+    peaks = {name: peak_of_call(call, device) for name, call in bound.items()} if memory else {}
+    return Point(
+        way_of(module, tokens),
+        Timing(tokens, samples, counted),
+        {name: peak for name, peak in peaks.items() if peak is not None} or None,
+    )
+
+
+def _bind(call: Callable[[Tensor], Any], x: Tensor) -> Callable[[], Any]:
+    return lambda: call(x)
+
+
+def way_of(module: FoldedModule, tokens: int) -> str:
+    """How the layer applies itself to so many tokens."""
+    if not isinstance(module, MPOLinear):
+        return "own"
+    return "held matrix" if holds(module, tokens) else str(module.chosen(tokens))

@@ -1,0 +1,214 @@
+"""``tensorfold.bench``: speed and memory of a folded model, layer by layer and as a whole, beside its rivals."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tensorfold.anatomy import count_parameters
+from tensorfold.benchmark.layers import bench_layer, groups
+from tensorfold.benchmark.memory import peak_of_prefill
+from tensorfold.benchmark.report import BenchReport, processor
+from tensorfold.benchmark.rivals import installed
+from tensorfold.benchmark.timing import Clock
+from tensorfold.benchmark.whole import bench_models, is_folded, prompt_length, size, ways_kept
+from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.hf.plain import plain_model
+from tensorfold.hf.sources import Source, find_model
+from tensorfold.nn import MPOLinear
+from tensorfold.report import progress_bar
+from tensorfold.settings import BenchSettings
+from tensorfold.strict import check_keys
+
+
+def bench(
+    model: PreTrainedModel | str | Path,
+    against: PreTrainedModel | str | Path | None = None,
+    *,
+    settings: BenchSettings | None = None,
+    progress: bool = False,
+    clock: Clock = time.perf_counter,
+    **overrides: Any,
+) -> BenchReport:
+    """Measure speed and memory of a model, usually a folded one, in turn with what it could be instead.
+
+    Every folded layer is timed at several numbers of tokens, those of equal spec once, against the layer of the same
+    name in the dense model, or an ``nn.Linear`` of its shape holding its matrix; against the matrix built in every
+    forward; and against tensorly-torch and pyfastkron where these are installed and apply. Whole models are timed
+    reading a prompt (all logits, into a KV cache) and generating after it, one sequence. Ratios are of samples taken in
+    turn, reported as medians and quartiles.
+
+    Args:
+        model: A transformers model, or a name that ``MODEL`` can have. It stays as it is.
+        against: The dense model, likewise; the model itself with its matrices multiplied out if None.
+        settings: All of them; ``overrides`` replaces single ones.
+        progress: Show a progress bar on standard error.
+        clock: Seconds since any moment.
+
+    Raises:
+        InputError: Models or settings cannot be used together, or a model cannot be found.
+    """
+    settings = settings or BenchSettings()
+    check_keys("bench", overrides, [field.name for field in dataclasses.fields(BenchSettings)])
+    settings = dataclasses.replace(settings, **overrides)
+    if against is model and isinstance(model, PreTrainedModel):
+        raise InputError("bench: the model is compared with itself; needed the dense model, loaded separately.")
+    with _threads(settings.threads):
+        loaded, source, name = _load(model, settings.dtype)
+        other, other_source, other_name = (None, None, None) if against is None else _load(against, settings.dtype)
+        if other is not None:
+            _check_alike(loaded, other)
+        training = {m: m.training for m in (loaded, other) if m is not None}
+        try:
+            for each in training:
+                each.eval()
+            with ways_kept(loaded, settings.way):
+                return _bench(loaded, source, name, other, other_source, other_name, settings, progress, clock)
+        finally:
+            for each, mode in training.items():
+                each.train(mode)
+
+
+def _bench(
+    model: PreTrainedModel,
+    source: Source | None,
+    name: str,
+    against: PreTrainedModel | None,
+    against_source: Source | None,
+    against_name: str | None,
+    settings: BenchSettings,
+    progress: bool,
+    clock: Clock,
+) -> BenchReport:
+    models, ways = {"model": model}, {}
+    if against is not None:
+        models["dense"] = against
+    elif is_folded(model):
+        models["dense"] = plain_model(model)
+    if any(isinstance(module, MPOLinear) for module in model.modules()):
+        models["materialised"] = model
+        ways["materialised"] = "materialise"
+    prefill = prompt_length(list(models.values()), settings.prefill, settings.decode)
+    rivals, notes = installed() if ways else ([], [])
+    found = groups(model, against)
+    bar = progress_bar("bench", progress)
+    steps = len(found) * len(settings.tokens) + settings.rounds * len(models)
+    task = bar.add_task("", total=steps + (len(models) if settings.memory else 0))
+
+    def advance() -> None:
+        bar.advance(task)
+
+    with bar:
+        layers = []
+        for group in found:
+            bar.update(task, description=group.names[0])
+            layer, lines = bench_layer(group, settings.tokens, settings.rounds, clock, rivals, settings.memory, advance)
+            layers.append(layer)
+            notes += lines
+        bar.update(task, description="whole model")
+        timings = bench_models(models, ways, prefill, settings.decode, settings.rounds, clock, advance)
+        if timings[1] is None:
+            notes.append("decode: a model gives no KV cache to go on from: left out")
+        peaks: dict[str, int] | None = None
+        if settings.memory:
+            bar.update(task, description="peak memory")
+            # What is compared may not fit into memory a second time.
+            peaks = _peaks(list(models), source, against_source, against is None, prefill, settings, notes, advance)
+    own = {key: value for key, value in models.items() if key != "materialised"}
+    return BenchReport(
+        model=name,
+        against=against_name,
+        machine={
+            "machine": processor(),
+            "cores": os.cpu_count(),
+            "device": str(model.device),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "dtype": _dtype(model),
+        },
+        settings=settings,
+        layers=layers,
+        prefill=timings[0],
+        decode=timings[1],
+        parameters={key: count_parameters(value) for key, value in own.items()},
+        bytes={key: size(value) for key, value in own.items()},
+        peak_bytes=peaks,
+        notes=notes,
+    )
+
+
+def _peaks(
+    names: list[str],
+    source: Source | None,
+    against: Source | None,
+    own_dense: bool,
+    prefill: int,
+    settings: BenchSettings,
+    notes: list[str],
+    advance: Callable[[], None],
+) -> dict[str, int] | None:
+    """Peak bytes of a prefill of each form; what cannot be measured is noted."""
+    peaks = {}
+    for name in names:
+        path, form = (source, name) if name != "dense" or own_dense else (against, "model")
+        if path is None:
+            notes.append(f"peak memory of {name}: measured of models on disk only; give a directory, or its name")
+        else:
+            way = settings.way if path is source and form == "model" else None
+            try:
+                peaks[name], with_loading = peak_of_prefill(
+                    path.path, form, tokens=prefill, dtype=settings.dtype, way=way
+                )
+                if with_loading:
+                    notes.append(f"peak memory of {name}: includes loading, which this system cannot leave out")
+            except TensorfoldError as error:
+                notes.append(str(error))
+        advance()
+    return peaks or None
+
+
+def _load(model: PreTrainedModel | str | Path, dtype: str | None) -> tuple[PreTrainedModel, Source | None, str]:
+    """The model, where it was found, and its name."""
+    if isinstance(model, str | Path):
+        source = find_model(str(model))
+        return source.model(dtype), source, source.name
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"bench: got {type(model).__name__}; needed a transformers model, or the name of one.")
+    if dtype is not None and _dtype(model) != dtype:
+        raise InputError(f"bench: dtype={dtype}, and the model is in {_dtype(model)}; convert it with .to first.")
+    return model, None, model.name_or_path or type(model).__name__
+
+
+def _check_alike(model: PreTrainedModel, against: PreTrainedModel) -> None:
+    """Raise :class:`InputError` if times of the two would differ by more than what was folded."""
+    for what, own, other in (
+        ("dtype", _dtype(model), _dtype(against)),
+        ("device", str(model.device), str(against.device)),
+    ):
+        if own != other:
+            raise InputError(
+                f"bench: the model has {what} {own}, what it is compared with has {other}; needed the same. "
+                + ("Give --dtype." if what == "dtype" else "Move one of them.")
+            )
+
+
+def _dtype(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

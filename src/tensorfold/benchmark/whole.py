@@ -1,0 +1,186 @@
+"""Whole models reading a prompt (prefill) and generating after it (decode), in turn with their rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tensorfold.anatomy import is_plain_linear
+from tensorfold.benchmark.timing import Clock, Timing, in_turn, waiting_for
+from tensorfold.errors import InputError
+from tensorfold.nn import (
+    FoldedModule,
+    GradedEmbedding,
+    GradedHead,
+    MPOEmbedding,
+    MPOLinear,
+    TokenMPSEmbedding,
+    TokenMPSHead,
+)
+
+PREFILL = 512
+
+
+def set_ways(model: nn.Module, way: str | None) -> None:
+    """Set ``way`` of every ``MPOLinear`` in the model."""
+    for module in model.modules():
+        if isinstance(module, MPOLinear):
+            module.way = way
+
+
+@contextmanager
+def ways_kept(model: nn.Module, way: str | None) -> Iterator[None]:
+    """Inside, every ``MPOLinear`` has this way, or its own where None; afterwards its own again."""
+    before = {module: module.way for module in model.modules() if isinstance(module, MPOLinear)}
+    if way is not None:
+        set_ways(model, way)
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            module.way = own
+
+
+def holds(layer: MPOLinear, tokens: int) -> bool:
+    """Whether the layer applies a matrix that it keeps between forwards, see :func:`tensorfold.nn.cache_matrices`."""
+    way = layer.chosen(tokens)
+    return layer.holds_matrix and layer.way is None and way.dense < way.seconds
+
+
+def macs(module: nn.Module, tokens: int) -> float:
+    """Multiply–adds a token of one layer applied to ``tokens`` of them; what is built once a forward is shared.
+
+    A layer that is neither folded nor a plain linear layer has none.
+    """
+    match module:
+        case MPOLinear():
+            if holds(module, tokens):
+                return module.spec.dense_parameters
+            way = module.chosen(tokens)
+            return way.macs + way.build / tokens
+        case TokenMPSHead():
+            return module.spec.vocabulary * (module.spec.row_macs / tokens + module.spec.width)
+        case GradedHead():
+            return module.spec.macs
+        case MPOEmbedding():
+            total, read = 0, module.spec.in_modes[0]
+            for left, _, columns, right in module.spec.core_shapes[1:]:
+                total += read * left * columns * right
+                read *= columns
+            return total
+        case TokenMPSEmbedding():
+            return module.spec.row_macs
+        case GradedEmbedding():
+            return module.spec.basis * module.spec.width
+        case _ if is_plain_linear(module):
+            assert isinstance(module.weight, Tensor)
+            return module.weight.numel()
+    return 0
+
+
+def model_macs(model: nn.Module, tokens: int) -> float:
+    """Multiply–adds a token of all its linear and folded layers; attention over other tokens is not counted."""
+    return sum(macs(module, tokens) for module in model.modules())
+
+
+def size(module: nn.Module) -> int:
+    """Bytes of parameters and buffers, shared ones once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+
+
+def is_folded(model: nn.Module) -> bool:
+    return any(isinstance(module, FoldedModule) for module in model.modules())
+
+
+def prompt(models: Sequence[PreTrainedModel], tokens: int) -> Tensor:
+    """Random token ids that all of the models know, shape (1, tokens), the same at every call."""
+    known = min(model.config.get_text_config().vocab_size for model in models)
+    return torch.randint(known, (1, tokens), generator=torch.Generator().manual_seed(0)).to(models[0].device)
+
+
+def prompt_length(models: Sequence[PreTrainedModel], prefill: int | None, decode: int) -> int:
+    """``prefill``, by default 512 or what the models' contexts leave room for.
+
+    Raises:
+        InputError: Prompt and decoded tokens are more than a context.
+    """
+    contexts = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
+    context = min((context for context in contexts if context is not None), default=None)
+    if context is None:
+        return prefill or PREFILL
+    room = context - decode
+    if room < (prefill or 1):
+        raise InputError(
+            f"bench: a prompt of {prefill or 1} tokens and {decode} decoded ones; the context has {context} positions. "
+            + (f"Ask for a prefill of at most {room}." if room > 0 else f"Decode fewer than {context} tokens.")
+        )
+    return prefill or min(PREFILL, room)
+
+
+@torch.inference_mode()
+def bench_models(
+    models: Mapping[str, PreTrainedModel],
+    ways: Mapping[str, str],
+    prefill: int,
+    decode: int,
+    rounds: int,
+    clock: Clock,
+    advance: Callable[[], None],
+) -> tuple[Timing, Timing | None]:
+    """Times of prefill and decode, the models taken in turn.
+
+    Prefill computes the logits of every position of a prompt and fills the KV cache; decode then feeds one token after
+    the other. Everything has batch size 1.
+
+    Args:
+        models: What is compared; the first is called ``model``, and one model may have several names.
+        ways: For some of the names, the way that every folded layer takes.
+        advance: Called after every round of one model.
+
+    Returns:
+        Timings of the two; the second is None if a model has no KV cache to go on from.
+    """
+    ids = prompt(list(models.values()), prefill + decode)
+    finish = waiting_for(ids.device)
+
+    def once(name: str, count: int) -> tuple[float, float | None]:
+        model = models[name]
+        with ways_kept(model, ways.get(name)):
+            finish()
+            start = clock()
+            out = model(input_ids=ids[:, :prefill], use_cache=True)
+            finish()
+            between = clock()
+            cache = getattr(out, "past_key_values", None)
+            if cache is None:
+                return between - start, None
+            for position in range(prefill, prefill + count):
+                out = model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+            finish()
+            return between - start, clock() - between
+
+    def counted(tokens: int) -> dict[str, float]:
+        result = {}
+        for name, model in models.items():
+            with ways_kept(model, ways.get(name)):
+                result[name] = model_macs(model, tokens)
+        return result
+
+    for name in models:
+        once(name, 1)
+    prefills: dict[str, list[float]] = {name: [] for name in models}
+    decodes: dict[str, list[float | None]] = {name: [] for name in models}
+    for name in in_turn(models, rounds):
+        first, second = once(name, decode)
+        prefills[name].append(first)
+        decodes[name].append(second)
+        advance()
+    whole = {name: [value for value in values if value is not None] for name, values in decodes.items()}
+    if not all(whole.values()):
+        return Timing(prefill, prefills, counted(prefill)), None
+    return Timing(prefill, prefills, counted(prefill)), Timing(decode, whole, counted(1))
