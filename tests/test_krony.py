@@ -10,6 +10,7 @@ import tensorfold
 from tensorfold import InputError, Kronecker, LowRank, Recipe, Rule, Spec, SpecError
 from tensorfold.algebra.contract import to_dense
 from tensorfold.algebra.solve import relative_error
+from tensorfold.algebra.statistics import Statistics
 from tensorfold.algebra.ttsvd import tt_svd
 from tensorfold.anatomy import count_parameters
 from tensorfold.planning import skeleton
@@ -157,7 +158,7 @@ def weight(request):
 
 def solved(method, weight, metric=None):
     spec = method.spec(*weight.shape)
-    layer = tensorfold.nn.MPOLinear.from_factors(method.solve(weight, spec, metric), spec, weight)
+    layer = tensorfold.nn.MPOLinear.from_factors(method.solve(weight, spec, Statistics(metric)), spec, weight)
     return layer, layer.to_dense().detach()
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tensorfold
+from tensorfold.algebra.statistics import Statistics
 from tensorfold.anatomy import count_parameters, matrices
 from tensorfold.errors import InputError
 from tensorfold.evaluation import evaluate
@@ -284,7 +285,7 @@ def test_mpo_starts_are_told_apart():
     metric = torch.diag(torch.linspace(0.01, 4, 24))
 
     def product(method, given=None):
-        return MPOLinear.from_factors(method.solve(weight, spec, given), spec, weight).to_dense()
+        return MPOLinear.from_factors(method.solve(weight, spec, Statistics(given)), spec, weight).to_dense()
 
     assert torch.equal(product(MPO(bond=3, init="tt-svd"), metric), product(MPO(bond=3)))
     assert not torch.allclose(product(MPO(bond=3), metric), product(MPO(bond=3)))

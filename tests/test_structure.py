@@ -24,6 +24,7 @@ LAYERS = [
     ["texts", "tokens"],
     ["hf"],
     ["calibrate", "evaluation"],
+    ["batches"],
     ["folding"],
     ["onnx_graph"],
     ["export"],

@@ -13,6 +13,7 @@ from tensorfold import MPO, InputError, Kronecker, Recipe, Rule, Spec, SpecError
 from tensorfold.algebra import token_order as orders
 from tensorfold.algebra.contract import to_dense
 from tensorfold.algebra.solve import relative_error
+from tensorfold.algebra.statistics import Statistics
 from tensorfold.algebra.token_order import cluster_order, token_order
 from tensorfold.anatomy import count_parameters
 from tensorfold.calibrate import token_counts
@@ -48,7 +49,7 @@ def logits(model):
 def folded_table(method, weight, counts=None):
     """The embedding that a method makes of a table."""
     spec = method.spec(*weight.shape)
-    return MPOEmbedding.from_factors(method.solve(weight, spec, None, counts), spec, weight)
+    return MPOEmbedding.from_factors(method.solve(weight, spec, Statistics(counts=counts)), spec, weight)
 
 
 @pytest.mark.parametrize("width", [1, 5, 24])
@@ -136,7 +137,7 @@ def test_clustering_finds_the_order_that_a_fit_can_share(method):
 @pytest.mark.parametrize("name", METHODS)
 def test_an_order_that_is_the_tokens_own_changes_nothing(name):
     table, falling = make(300, 32), torch.arange(300, 0, -1)
-    own, frequent = folded_table(METHODS[name]("own"), table), folded_table(METHODS[name]("frequency"), table, falling)
+    own, frequent = (folded_table(METHODS[name](order), table, falling) for order in ("own", "frequency"))
     assert own.out_position is None
     assert torch.equal(frequent.out_position, torch.arange(300))
     assert all(torch.equal(a, b) for a, b in zip(own.parameters(), frequent.parameters(), strict=True))
@@ -252,7 +253,7 @@ def test_tokens_come_by_how_often_the_text_uses_them(fold, tokenizer, prose):
     model, report = fold("llama", MPO(keep=0.4, order="frequency"))
     order = token_counts(tokenizer, [prose], 300).argsort(descending=True, stable=True)
     assert torch.equal(model.get_input_embeddings().out_position[order], torch.arange(300))
-    assert report.metrics == {"model.embed_tokens": "weight"}
+    assert report.metrics == {"model.embed_tokens": "activation"}
 
 
 def test_clusters_need_no_text(tiny):

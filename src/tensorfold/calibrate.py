@@ -230,6 +230,27 @@ def second_moments(forward: Callable[[], None], modules: Mapping[str, nn.Module]
     return {name: averages[leader[name]] for name in modules}
 
 
+def inputs_of(forward: Callable[[], None], module: nn.Module) -> Tensor:
+    """Run ``forward`` and return the vectors that ``module`` was applied to, fp32, shape (vectors, in_features).
+
+    Raises:
+        InputError: It saw NaN or infinity, or was never called.
+    """
+    seen: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
+
+    with _removing(module.register_forward_pre_hook(hook)), torch.no_grad():
+        forward()
+    if not seen or not all(bool(part.isfinite().all()) for part in seen):
+        raise InputError(
+            f"{type(module).__name__}: never called on the calibration text, or its inputs hold NaN or infinity; check "
+            "the model."
+        )
+    return torch.cat(seen)
+
+
 @contextmanager
 def calibrating(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, no gradients, and the model's own mode back afterwards."""

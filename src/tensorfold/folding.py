@@ -6,8 +6,8 @@ import hashlib
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ from tensorfold.algebra.any_spec import AnySpec
 from tensorfold.algebra.permutation import search_row_order
 from tensorfold.algebra.solve import relative_error
 from tensorfold.algebra.spec import Spec
-from tensorfold.anatomy import Matrix, blocks, check_foldable, dense_weight, matrices
-from tensorfold.calibrate import BlockStream, calibrating, calibration_windows, second_moments, token_counts
+from tensorfold.algebra.statistics import Statistics
+from tensorfold.anatomy import Matrix, check_foldable, dense_weight, matrices
+from tensorfold.batches import Text, batches
+from tensorfold.calibrate import calibrating, calibration_windows, token_counts
 from tensorfold.errors import InputError, SpecError
 from tensorfold.hf.quantizer import mark_folded
 from tensorfold.hf.swap import empty_module, scale_of, solved_module, swap
 from tensorfold.memory import release_file_pages
+from tensorfold.method import NOTHING
 from tensorfold.methods import Method
 from tensorfold.planning import Plan, plan, prepare
 from tensorfold.ranks import Ranks
@@ -100,9 +103,8 @@ def fold(
 
     Without calibration text each matrix is approximated in the Frobenius norm. With it, the blocks are taken in order;
     each is measured on the text as the blocks folded before it pass it on, and fitted in the metric of its inputs.
-    Embeddings are approximated in the Frobenius norm, but by methods that weigh tokens (``graded``): those count the
-    tokens of all the text, and measure on the calibration windows what a tied head reads, before anything is folded.
-    ``order: frequency`` takes the same counts.
+    The rows of the input table weigh by how often all of the text uses their tokens, and a tied one is fitted to what
+    its head reads of the calibration windows, before anything is folded; ``token-mps`` looks at neither.
 
     Under ``torchrun`` every rank has to call this with the same model, recipe and text, and is left with the same
     folded model. Each matrix is solved by one rank; activations are computed by all of them. On equal machines with
@@ -130,16 +132,16 @@ def fold(
         documents = _documents(recipe, tokenizer, calibration)
         windows = _windows(model, recipe, tokenizer, documents, calibration_tokens)
         _check(model, recipe, calibrated=windows is not None)
-        counts = _counts(model, recipe, tokenizer, documents)
+        counts = _counts(model, plan(model, recipe), tokenizer, documents)
         _check_same(ranks, model, recipe, windows, counts)
         planned, chosen = prepare(model, recipe)
-        errors = _fold_all(ranks, model, planned, chosen, windows, counts, progress and ranks.is_first)
+        errors = _fold_all(ranks, model, planned, chosen, Text(windows, counts), progress and ranks.is_first)
         if chosen:
             tied = {matrix.name: matrix.tied_head for matrix in chosen.values() if matrix.tied_head is not None}
             mark_folded(model, planned.modules, tied, planned.split)
 
     def measured(matrix: Matrix) -> bool:
-        reads = matrix.tied_head is not None and planned.methods[matrix.name].weighs_tokens
+        reads = matrix.tied_head is not None and planned.methods[matrix.name].fits_text
         return windows is not None and (matrix.kind == "linear" or reads)
 
     return FoldReport(
@@ -185,10 +187,10 @@ def _check(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> None:
     planned = plan(model, recipe)
     available = matrices(model)
     for name, method in planned.methods.items():
-        embedding = name in available and available[name].kind == "embedding"
-        counted = calibrated and name in available and available[name].group == "embedding"
+        # Of tables, text knows the one that it goes in by, and none of positions.
+        known = name not in available or available[name].kind == "linear" or available[name].group == "embedding"
         try:
-            method.check(planned.modules[name], calibrated and not embedding, counted)
+            method.check(planned.modules[name], calibrated and known)
         except InputError as error:
             raise type(error)(f"{name}: {error}") from None
     chosen = available if recipe.changes_modules else {name: available[name] for name in planned.modules}
@@ -201,11 +203,13 @@ def _check(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> None:
             scale_of(matrix)
 
 
-def _counts(model: PreTrainedModel, recipe: Recipe, tokenizer: Any, documents: list[str] | None) -> Tensor | None:
+def _counts(model: PreTrainedModel, planned: Plan, tokenizer: Any, documents: list[str] | None) -> Tensor | None:
     """How often the text uses each token, shape (vocabulary,), where a method asks for it."""
-    if documents is None or not any(rule.method.counts_tokens for rule in recipe.fold):
+    table = next((name for name, matrix in matrices(model).items() if matrix.group == "embedding"), None)
+    method = planned.methods.get(table or "")
+    if documents is None or method is None or not (method.fits_text or method.token_order == "frequency"):
         return None
-    return token_counts(tokenizer, documents, model.get_input_embeddings().weight.shape[0])
+    return token_counts(tokenizer, documents, planned.modules[table or ""].out_features)
 
 
 def _check_same(
@@ -238,8 +242,7 @@ def _fold_all(
     model: PreTrainedModel,
     planned: Plan,
     chosen: Mapping[str, Matrix],
-    windows: Tensor | None,
-    counts: Tensor | None,
+    text: Text,
     progress: bool,
 ) -> dict[str, float]:
     """Solve and replace every chosen matrix; the relative error of each."""
@@ -252,12 +255,12 @@ def _fold_all(
         log.debug("rank %d of %d: %s", ranks.index, ranks.count, what)
 
     with bar, calibrating(model):
-        for batch, metrics in _batches(model, chosen, planned, windows):
-            metrics = _align_hidden_units(ranks, model, batch, planned, metrics, works_on)
+        for batch, known in batches(model, chosen, planned, text):
+            known = _align_hidden_units(ranks, model, batch, planned, known, works_on)
 
-            def solve(matrix: Matrix, metrics: dict[str, Tensor] = metrics) -> dict[str, Tensor]:
+            def solve(matrix: Matrix, known: dict[str, Statistics] = known) -> dict[str, Tensor]:
                 works_on(matrix.name)
-                return _solve(matrix, planned, metrics.get(matrix.name), counts)
+                return _solve(matrix, planned, known.get(matrix.name, NOTHING))
 
             def unsolved(matrix: Matrix) -> dict[str, Tensor]:
                 return _unsolved(matrix, planned.modules[matrix.name])
@@ -265,62 +268,9 @@ def _fold_all(
             for matrix, solution in ranks.share(batch, _cost, solve, unsolved):
                 errors[matrix.name] = solution.pop(_ERROR).item()
                 _replace(model, matrix, planned.modules[matrix.name], solution)
-                metrics.pop(matrix.name, None)
+                known.pop(matrix.name, None)
                 bar.advance(task)
     return errors
-
-
-def _batches(
-    model: PreTrainedModel, chosen: Mapping[str, Matrix], planned: Plan, windows: Tensor | None
-) -> Iterator[tuple[list[Matrix], dict[str, Tensor]]]:
-    """Matrices that do not depend on each other, with their metrics: all of them where there is nothing to measure.
-
-    Else embeddings and then block by block; the caller folds each batch before the next one is asked for, so that a
-    block is measured on what the folded blocks before it pass on.
-    """
-    if windows is None:
-        yield list(chosen.values()), {}
-        return
-    embeddings = [matrix for matrix in chosen.values() if matrix.kind == "embedding"]
-    linears = {name: matrix for name, matrix in chosen.items() if matrix.kind == "linear"}
-    if embeddings:
-        yield embeddings, _read_by_heads(model, embeddings, planned, windows)
-    if not linears:
-        return
-    prefix = blocks(model)[0] + "."
-    inside: dict[int, dict[str, Matrix]] = {}
-    for name, matrix in linears.items():
-        if name.startswith(prefix):
-            inside.setdefault(int(name.removeprefix(prefix).partition(".")[0]), {})[name] = matrix
-    outside = {name: matrix for name, matrix in linears.items() if not name.startswith(prefix)}
-    stream = BlockStream(model, windows)
-    for index in range(max(inside, default=-1) + 1):
-        batch = inside.get(index, {})
-        if batch:
-            modules = {name: matrix.module for name, matrix in batch.items()}
-            yield list(batch.values()), stream.moments(index, modules)
-        if index < max(inside):
-            stream.advance(index)
-    if outside:
-        modules = {name: matrix.module for name, matrix in outside.items()}
-        yield list(outside.values()), stream.outside(modules)
-
-
-def _read_by_heads(
-    model: PreTrainedModel, embeddings: list[Matrix], planned: Plan, windows: Tensor
-) -> dict[str, Tensor]:
-    """For tables whose method weighs tokens: second moments of what the head tied to them reads."""
-    heads = {
-        matrix.name: model.get_submodule(matrix.tied_head)
-        for matrix in embeddings
-        if matrix.tied_head is not None and planned.methods[matrix.name].weighs_tokens
-    }
-
-    def forward() -> None:
-        for window in windows.to(embeddings[0].parameter.device).split(1):
-            model(window, use_cache=False)
-
-    return second_moments(forward, heads) if heads else {}
 
 
 def _align_hidden_units(
@@ -328,16 +278,16 @@ def _align_hidden_units(
     model: PreTrainedModel,
     batch: list[Matrix],
     planned: Plan,
-    metrics: dict[str, Tensor],
+    known: dict[str, Statistics],
     works_on: Callable[[str], None],
-) -> dict[str, Tensor]:
-    """Reorder the hidden units of MLPs whose method asks for it; the metrics follow their inputs."""
+) -> dict[str, Statistics]:
+    """Reorder the hidden units of MLPs whose method asks for it; the statistics follow them."""
 
     def wanted(matrix: Matrix) -> bool:
         return getattr(planned.methods.get(matrix.name), "permute", "none") != "none"
 
     if not any(wanted(matrix) for matrix in batch):
-        return metrics
+        return known
     names = {matrix.name for matrix in batch}
 
     def members(units: HiddenUnits) -> list[Matrix]:
@@ -349,21 +299,23 @@ def _align_hidden_units(
         for matrix in members(units):
             weight, spec = dense_weight(matrix.module).detach(), planned.modules[matrix.name]
             assert isinstance(spec, Spec)  # of an MLP's linear layer
-            if matrix.name in metrics:
-                weight = weight * metrics[matrix.name].diagonal().sqrt()  # the metric's scale of every input
+            inputs = known.get(matrix.name, NOTHING).inputs
+            if inputs is not None:
+                weight = weight * inputs.diagonal().sqrt()  # the metric's scale of every input
             views.append((weight.T, spec.transposed) if matrix.name == units.down.name else (weight, spec))
         return {"order": search_row_order(views)[0]}
 
     def unknown(units: HiddenUnits) -> dict[str, Tensor]:
         return {"order": torch.empty(units.down.in_features, dtype=torch.int64)}
 
-    aligned = dict(metrics)
+    aligned = dict(known)
     families = [units for units in hidden_units(model, matrices(model)) if members(units)]
     for units, found in ranks.share(families, lambda units: units.down.in_features**3, search, unknown):
         order, name = found["order"], units.down.name
         reorder_hidden(units, order.to(units.down.parameter.device))
-        if name in aligned:
-            aligned[name] = aligned[name][order][:, order]
+        inputs = aligned.get(name, NOTHING).inputs
+        if inputs is not None:
+            aligned[name] = replace(aligned[name], inputs=inputs[order][:, order])
     return aligned
 
 
@@ -372,17 +324,16 @@ def _cost(matrix: Matrix) -> int:
     return matrix.parameter.numel() * min(matrix.out_features, matrix.in_features)
 
 
-def _solve(matrix: Matrix, planned: Plan, metric: Tensor | None, counts: Tensor | None) -> dict[str, Tensor]:
+def _solve(matrix: Matrix, planned: Plan, known: Statistics) -> dict[str, Tensor]:
     """The state of the module that replaces the matrix, and the relative error."""
     spec, method = planned.modules[matrix.name], planned.methods[matrix.name]
     weight = dense_weight(matrix.module).detach()
     try:
-        used = counts if method.counts_tokens and matrix.group == "embedding" else None
-        factors = method.solve(weight, spec, metric, used)
+        factors = method.solve(weight, spec, known)
     except SpecError as error:
         raise SpecError(f"{matrix.name}: {error}") from None
     folded = solved_module(matrix, spec, factors)
-    reached = relative_error(weight, folded.to_dense(torch.float64), metric)
+    reached = relative_error(weight, folded.to_dense(torch.float64), known.inputs)
     return {**folded.state_dict(), _ERROR: torch.tensor(reached, dtype=torch.float64)}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tensorfold.algebra.any_spec import AnySpec
 from tensorfold.algebra.solve import Factors, fit
+from tensorfold.algebra.statistics import Statistics
 from tensorfold.algebra.token_order import TokenOrder
 from tensorfold.errors import InputError, SpecError
 
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method]] = {}
 Keep = Annotated[float, Gt(0), Lt(1)]
 Positive = Annotated[int, Ge(1)]
 OwnSpec = Any  # the kind of spec that the method itself makes
+NOTHING = Statistics()
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,6 @@ class Method(ABC):
 
     name: ClassVar[str]
     tables_only: ClassVar[bool] = False  # whether it folds embeddings and no linear layers
-    weighs_tokens: ClassVar[bool] = False  # whether it asks how often each token is used, and what a tied head reads
 
     def __init_subclass__(cls) -> None:
         if "name" in cls.__dict__:
@@ -51,33 +52,26 @@ class Method(ABC):
         return "own"
 
     @property
-    def counts_tokens(self) -> bool:
-        """Whether it asks how often each token is used."""
-        return self.weighs_tokens or self.token_order == "frequency"
+    def fits_text(self) -> bool:
+        """Whether :meth:`solve` looks at statistics where there are any."""
+        return True
 
-    def check(self, spec: OwnSpec, calibrated: bool, counted: bool = False) -> None:
-        """Raise :class:`InputError` if :meth:`solve` could not fill this spec.
-
-        ``calibrated``: it is given a metric. ``counted``: it is given counts of the tokens, if it asks for them.
-        """
-        if self.token_order == "frequency" and not counted:
+    def check(self, spec: OwnSpec, calibrated: bool) -> None:
+        """Raise :class:`InputError` if :meth:`solve` could not fill this spec, with statistics where ``calibrated``."""
+        if self.token_order == "frequency" and not calibrated:
             raise InputError(
                 f"{self.name}: order: frequency counts the tokens of calibration text, and only for the embedding; "
                 "give some, or use order: cluster, which needs none."
             )
 
-    def solve(
-        self, weight: Tensor, spec: OwnSpec, metric: Tensor | None = None, counts: Tensor | None = None
-    ) -> Factors:
-        """Fill ``spec`` for ``weight`` (out, in), in the metric of the inputs where one is given.
-
-        ``counts``, shape (out,), says of a table how often the calibration text uses each token; it is given to methods
-        that weigh tokens, or sort them by frequency.
+    def solve(self, weight: Tensor, spec: OwnSpec, known: Statistics = NOTHING) -> Factors:
+        """Fill ``spec`` for ``weight`` (out, in), in the metrics of what is known of the matrix from text.
 
         Raises:
-            InputError: The method needs a metric and there is none, or the spec is not one of its own.
+            InputError: The method needs statistics and there are none, or the spec is not one of its own.
         """
-        return Factors(fit(weight, spec, metric))
+        inputs, outputs = known.metrics()
+        return Factors(fit(weight, spec, inputs, outputs=outputs))
 
 
 def exactly_one(method: str, **given: object) -> None:

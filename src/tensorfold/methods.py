@@ -17,11 +17,12 @@ from tensorfold.algebra.permutation import search_permutations
 from tensorfold.algebra.solve import Factors, fit, norm_ratio
 from tensorfold.algebra.spec import Spec, attainable_ranks
 from tensorfold.algebra.starts import check_prunable, pruned, random_cores
+from tensorfold.algebra.statistics import COUNT_EXPONENT, INPUT_SHARE, Metrics, Statistics
 from tensorfold.algebra.token_mps import TokenMPSSpec, powers_of_two, token_mps_svd
 from tensorfold.algebra.token_order import TokenOrder, token_order
 from tensorfold.algebra.ttsvd import tt_svd
 from tensorfold.errors import InputError, SpecError
-from tensorfold.method import METHODS, Keep, Method, Positive, exactly_one, largest_bond
+from tensorfold.method import METHODS, NOTHING, Keep, Method, Positive, exactly_one, largest_bond
 from tensorfold.strict import strict
 
 __all__ = ["METHODS", "MPO", "Graded", "Kronecker", "LowRank", "Method", "TokenMPS"]
@@ -158,33 +159,33 @@ class Kronecker(Method):
             raise SpecError(f"kronecker: no shape of a {out_features}×{in_features} matrix meets keep={self.keep}.")
         return min(candidates, key=lambda c: c[0])[1]
 
-    def check(self, spec: Spec, calibrated: bool, counted: bool = False) -> None:
-        super().check(spec, calibrated, counted)
+    @property
+    def fits_text(self) -> bool:
+        return self.refine or self.init in (None, "data-aware")
+
+    def check(self, spec: Spec, calibrated: bool) -> None:
+        super().check(spec, calibrated)
         if not calibrated and (self.refine or self.init == "data-aware"):
             raise InputError(
-                "kronecker: init: data-aware and refine need calibration text, and an embedding has none; give some, "
-                "or drop them."
+                "kronecker: init: data-aware and refine need calibration text, and tables of positions have none; give "
+                "some, or drop them."
             )
         if self.init == "prune":
             check_prunable(spec)
 
-    def solve(self, weight: Tensor, spec: Spec, metric: Tensor | None = None, counts: Tensor | None = None) -> Factors:
-        self.check(spec, metric is not None, counts is not None)
-        out_order, in_order = token_order(self.order, weight, counts), None
-        if out_order is not None:
-            weight = weight[out_order]
-        elif spec.reordered:
+    def solve(self, weight: Tensor, spec: Spec, known: Statistics = NOTHING) -> Factors:
+        self.check(spec, known.known)
+        out_order, in_order = token_order(self.order, weight, known.counts), None
+        if out_order is None and spec.reordered:
             found = search_permutations(weight, spec, rows="out" in spec.reordered, columns="in" in spec.reordered)
-            out_order, in_order = found.row_order, found.column_order
-            weight = weight[out_order.to(weight.device)][:, in_order.to(weight.device)]
-            metric = metric if metric is None else metric[in_order][:, in_order]
+            out_order, in_order = (order.to(weight.device) for order in (found.row_order, found.column_order))
+        weight = weight if out_order is None else weight[out_order]
+        weight = weight if in_order is None else weight[:, in_order]
         cores = self._initial(weight, spec)
-        refined = metric is not None and (self.refine or self.init in (None, "data-aware"))
-        if refined:
-            cores = fit(weight, spec, metric, start=cores)
-        alpha = 1.0
-        if self.init == "normalized":
-            alpha = norm_ratio(weight, to_dense(cores, spec), metric if refined else None)
+        metrics = known.metrics().reordered(out_order, in_order) if self.fits_text else Metrics()
+        if known.known and self.fits_text:
+            cores = fit(weight, spec, metrics.inputs, cores, metrics.outputs)
+        alpha = norm_ratio(weight, to_dense(cores, spec), *metrics) if self.init == "normalized" else 1.0
         scalars = None
         if spec.scalars:
             value = alpha if self.scalars is True else float(self.scalars)
@@ -264,13 +265,18 @@ class MPO(Method):
             low, high = (middle, high) if with_bond(middle).parameters <= budget else (low, middle - 1)
         return with_bond(low)
 
-    def solve(self, weight: Tensor, spec: Spec, metric: Tensor | None = None, counts: Tensor | None = None) -> Factors:
-        out_order = token_order(self.order, weight, counts)
+    @property
+    def fits_text(self) -> bool:
+        return self.init is None
+
+    def solve(self, weight: Tensor, spec: Spec, known: Statistics = NOTHING) -> Factors:
+        out_order = token_order(self.order, weight, known.counts)
         weight = weight if out_order is None else weight[out_order]
         if self.init == "random":
             cores = random_cores(weight, spec, self.seed)
         else:
-            cores = fit(weight, spec, metric if self.init is None else None)
+            metrics = known.metrics().reordered(out_order, None) if self.fits_text else Metrics()
+            cores = fit(weight, spec, metrics.inputs, outputs=metrics.outputs)
         return Factors(cores, out_order=out_order)
 
 
@@ -305,9 +311,11 @@ class TokenMPS(Method):
         assert self.rank is not None
         return TokenMPSSpec(out_features, in_features, modes, self.rank)
 
-    def solve(
-        self, weight: Tensor, spec: TokenMPSSpec, metric: Tensor | None = None, counts: Tensor | None = None
-    ) -> Factors:
+    @property
+    def fits_text(self) -> bool:
+        return False
+
+    def solve(self, weight: Tensor, spec: TokenMPSSpec, known: Statistics = NOTHING) -> Factors:
         return Factors(token_mps_svd(weight, spec))
 
 
@@ -328,23 +336,17 @@ class Graded(Method):
 
     name: ClassVar[str] = "graded"
     tables_only: ClassVar[bool] = True
-    weighs_tokens: ClassVar[bool] = True
 
     keep: Keep
     slope: Annotated[float, Ge(0)] = 1.1
-    exponent: Annotated[float, Ge(0)] = 0.75
-    input_share: Annotated[float, Gt(0)] = 0.06
+    exponent: Annotated[float, Ge(0)] = COUNT_EXPONENT
+    input_share: Annotated[float, Gt(0)] = INPUT_SHARE
 
     def spec(self, out_features: int, in_features: int) -> GradedSpec:
         return GradedSpec.within(out_features, in_features, self.keep, self.slope)
 
-    def solve(
-        self, weight: Tensor, spec: GradedSpec, metric: Tensor | None = None, counts: Tensor | None = None
-    ) -> Factors:
-        if counts is None:
-            counts = spec.vocabulary / torch.arange(1.0, spec.vocabulary + 1, dtype=torch.float64)
-        if metric is not None:
-            shares = self.input_share * torch.eye(spec.width, dtype=torch.float64) / spec.width
-            metric = metric.double().cpu() / max(float(metric.trace()), torch.finfo(torch.float64).tiny) + shares
-        # One more each: what the text happens not to use still counts.
-        return graded_low_rank(weight, spec, (counts.double() + 1) ** self.exponent, metric)
+    def solve(self, weight: Tensor, spec: GradedSpec, known: Statistics = NOTHING) -> Factors:
+        inputs, weights = known.metrics(self.exponent, self.input_share)
+        if weights is None:
+            weights = torch.arange(1.0, spec.vocabulary + 1, dtype=torch.float64) ** -self.exponent
+        return graded_low_rank(weight, spec, weights, inputs)

@@ -32,7 +32,8 @@ CANDIDATES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     for lr in (3e-3, 6e-3, 1e-2, 1e-3, 3e-4)
 } | {
     # Short trials favour high rates, so the two best are compared over more steps.
-    f"lr {lr:g}, token rows of size 1, 600 steps": (600, {"lr": lr}, {"embedding_std": 1.0}) for lr in (6e-3, 1e-2)
+    f"lr {lr:g}, token rows of size 1, 600 steps": (600, {"lr": lr}, {"embedding_std": 1.0})
+    for lr in (6e-3, 1e-2)
 }
 
 

@@ -6,8 +6,11 @@ of the core has the same normal matrix. With ``L`` the cores to its left merged 
 
     H[(r j s), (r' j' s')] = Σ C[(j< j j>), (j<' j' j>')] · ΣL[i<,j<,r] L[i<,j<',r'] · ΣR[s,i>,j>] R[s',i>,j>']
 
-and the right-hand side is ``W C`` contracted with L and R. Sources: Holtz, Rohwedder & Schneider, "The Alternating
-Linear Scheme for Tensor Optimization in the Tensor Train Format" (2012); for sums of Kronecker products, ProcrustesGPT.
+and the right-hand side is ``W C`` contracted with L and R. With a metric G of the outputs as well (the second moment
+of the loss's gradient there, or the weights of a table's rows) the error is ``‖G^½ (W − Ŵ) C^½‖``, and every core is
+solved for by conjugate gradients (:mod:`tensorfold.algebra.als_cg`). Sources: Holtz, Rohwedder & Schneider, "The
+Alternating Linear Scheme for Tensor Optimization in the Tensor Train Format" (2012); for sums of Kronecker products,
+ProcrustesGPT.
 """
 
 from __future__ import annotations
@@ -20,19 +23,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tensorfold.algebra.als_cg import INDEFINITE, conjugate_gradients, project, proximal_step, weigh
 from tensorfold.algebra.contract import to_dense
 from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.statistics import Metrics
 from tensorfold.algebra.ttsvd import balance, check_weight
 from tensorfold.errors import SpecError
 
 # Up to this many unknowns an output index a normal matrix is formed (32 MB in fp64) and factored; beyond it conjugate
 # gradients apply it through the dense matrix, at about out·in² multiply–adds an iteration.
 DIRECT_UNKNOWNS = 2048
-_CG_ITERATIONS = 20
 _PATIENCE = 3  # sweeps: a start often rests on a plateau for one or two
 _ROUNDING = 1e-5  # of the trace; second moments may have been summed in bf16's or fp32's precision
-_INDEFINITE = "metric is not positive semidefinite; needed a second moment, the mean of x xᵀ over the inputs x."
 _CHUNK = 2**24  # elements of an intermediate of the normal matrix
+_TABLE = 2**23  # elements
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,12 @@ def weighted_als(
     spec: Spec,
     cores: Sequence[Tensor],
     metric: Tensor | None = None,
+    outputs: Tensor | None = None,
     *,
     sweeps: int = 20,
     tolerance: float = 1e-4,
 ) -> Fit:
-    """Improve ``cores`` by alternating least squares in the metric C; the error never rises.
+    """Improve ``cores`` by alternating least squares in the metrics C and G; the error never rises.
 
     A sweep goes through the chain and back, solving for one core at a time in fp64 with the others orthogonalised. It
     is followed by a leap along its own step where that lowers the error further (line search extrapolation, Bro 1998).
@@ -68,6 +73,8 @@ def weighted_als(
         cores: Where to start, shapes ``spec.core_shapes``; ALS finds a local optimum, so the start matters.
         metric: C, shape (in_features, in_features), symmetric positive semidefinite, may be singular; None is the
             identity. Padded columns cost nothing.
+        outputs: G, shape (out_features, out_features), symmetric positive semidefinite, or (out_features,), the
+            weight of every row; None is the identity. Padded rows cost nothing.
         sweeps: At most so many.
 
     Returns:
@@ -77,16 +84,19 @@ def weighted_als(
         SpecError: A shape does not fit the spec, an input holds NaN or infinity, or the metric is not positive
             semidefinite.
     """
-    w = check_weight(weight, spec).double()
+    # A table of rows that have weights is large and its problems small: fp32 is enough, and half the memory.
+    large = outputs is not None and outputs.dim() == 1 and weight.numel() > _TABLE
+    w = check_weight(weight, spec).to(torch.float32 if large else torch.float64)
     c = None if metric is None else _definite(check_metric(metric, spec).to(w))
+    g = None if outputs is None else check_outputs(outputs, spec).to(w)
+    g = g if g is None or g.dim() == 1 else _definite(g)
     chain = [core.to(w) for core in _check_cores(cores, spec)]
-    target = w if c is None else w @ c
-    padding = math.prod(spec.in_modes) - spec.in_features
-    padded_metric = None if c is None else F.pad(c, (0, padding, 0, padding))
-    norm = _norm(w, c) or 1.0
+    target = weigh(w, c, g)
+    metrics = _padded_metrics(c, g, spec)
+    norm = _norm(w, c, g) or 1.0
 
     def error(chain: list[Tensor]) -> float:
-        return _norm(w - to_dense(chain, spec), c) / norm
+        return _norm(w - to_dense(chain, spec), c, g) / norm
 
     chain = _right_orthogonal(chain)
     errors = [error(chain)]
@@ -94,7 +104,7 @@ def weighted_als(
     for _ in range(sweeps):
         if errors[-1] == 0.0:
             break
-        swept = _sweep(chain, _padded_target(target, chain, spec, padded_metric), padded_metric)
+        swept = _sweep(chain, _padded_target(target, chain, spec, metrics), metrics)
         after = error(swept)
         leap = _right_orthogonal([new + stride * (new - old) for new, old in zip(swept, chain, strict=True)])
         beyond = error(leap)
@@ -122,38 +132,56 @@ def _definite(metric: Tensor) -> Tensor:
     """
     lowest, trace = float(torch.linalg.eigvalsh(metric)[0]), float(metric.trace())
     if lowest < -_ROUNDING * trace:
-        raise SpecError(_INDEFINITE)
+        raise SpecError(INDEFINITE)
     out = metric.clone()
     out.diagonal().add_(max(0.0, -2 * lowest))
     return out
 
 
-def _padded_target(target: Tensor, chain: list[Tensor], spec: Spec, metric: Tensor | None) -> Tensor:
+def _padded_metrics(c: Tensor | None, g: Tensor | None, spec: Spec) -> Metrics:
+    """The metrics over the operator's own sides, where padding weighs nothing.
+
+    Beside G the identity of the inputs is written out where columns are padded: conjugate gradients need no bound as
+    :func:`_padded_target` has.
+    """
+    columns = math.prod(spec.in_modes) - spec.in_features
+    rows = math.prod(spec.out_modes) - spec.out_features
+    if g is not None:
+        g = F.pad(g, (0, rows) if g.dim() == 1 else (0, rows, 0, rows))
+        if c is None and columns:
+            c = torch.eye(spec.in_features, dtype=g.dtype, device=g.device)
+    return Metrics(None if c is None else F.pad(c, (0, columns, 0, columns)), g)
+
+
+def _padded_target(target: Tensor, chain: list[Tensor], spec: Spec, metrics: Metrics) -> Tensor:
     """``target``, W C, with what the chain gives now where padding is: rows nobody reads then cost nothing.
 
     Filling in the current values bounds the true error from above and touches it here, so a sweep that lowers the one
     lowers the other (majorisation, as in expectation–maximisation for missing data).
     """
-    if target.shape == (math.prod(spec.out_modes), math.prod(spec.in_modes)):
+    shape = (math.prod(spec.out_modes), math.prod(spec.in_modes))
+    if target.shape == shape:
         return target
+    if metrics.outputs is not None:  # padding weighs nothing on either side
+        return F.pad(target, (0, shape[1] - target.shape[1], 0, shape[0] - target.shape[0]))
     current = _merge(chain, target)[0, :, :, 0]
-    padded = current.clone() if metric is None else current @ metric
+    padded = current.clone() if metrics.inputs is None else current @ metrics.inputs
     padded[: spec.out_features, : spec.in_features] = target
     return padded
 
 
-def _sweep(cores: list[Tensor], target: Tensor, metric: Tensor | None) -> list[Tensor]:
+def _sweep(cores: list[Tensor], target: Tensor, metrics: Metrics) -> list[Tensor]:
     """Solve for every core on the way right and again on the way left, the two end cores once each."""
     chain = list(cores)
     last = len(chain) - 1
     for k in range(last):
-        chain[k] = _solve(chain, k, target, metric)
+        chain[k] = _solve(chain, k, target, metrics)
         _orthogonalise(chain, k, +1)
     for k in range(last, 0, -1):
-        chain[k] = _solve(chain, k, target, metric)
+        chain[k] = _solve(chain, k, target, metrics)
         _orthogonalise(chain, k, -1)
     if last == 0:
-        chain[0] = _solve(chain, 0, target, metric)
+        chain[0] = _solve(chain, 0, target, metrics)
     return chain
 
 
@@ -189,21 +217,24 @@ def _polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return q @ (u @ vh), (vh.T * values) @ vh
 
 
-def _solve(chain: list[Tensor], k: int, target: Tensor, metric: Tensor | None) -> Tensor:
+def _solve(chain: list[Tensor], k: int, target: Tensor, metrics: Metrics) -> Tensor:
     """The core k that minimises the error while the others, isometries by now, stay as they are."""
     core = chain[k]
     r, m, n, s = core.shape
     left = _merge(chain[:k], core)[0]  # (I<, J<, r)
     right = _merge(chain[k + 1 :], core)[..., 0]  # (s, I>, J>)
-    wanted = _project(target, left, right, m, n)
-    if metric is None:
+    wanted = project(target, left, right, m, n)
+    metric, outputs = metrics
+    if metric is None and outputs is None:
         return wanted  # the normal matrix is the identity
+    if metric is None or outputs is not None:
+        return conjugate_gradients(core, wanted, left, right, metric, outputs)
     if max(r * n * s, n * min(r * right.shape[2], left.shape[1] * s)) > DIRECT_UNKNOWNS:
-        return _conjugate_gradients(core, wanted, left, right, metric)
+        return conjugate_gradients(core, wanted, left, right, metric)
     normal = _normal_matrix(left, right, metric, n)
     start = core.transpose(0, 1).reshape(m, -1)
     residual = wanted.transpose(0, 1).reshape(m, -1) - start @ normal
-    return (start + _proximal_step(normal, residual)).reshape(m, r, n, s).transpose(0, 1)
+    return (start + proximal_step(normal, residual)).reshape(m, r, n, s).transpose(0, 1)
 
 
 def _merge(cores: list[Tensor], like: Tensor) -> Tensor:
@@ -214,25 +245,6 @@ def _merge(cores: list[Tensor], like: Tensor) -> Tensor:
         _, m, n, s = core.shape
         merged = torch.einsum("rijt,tmns->rimjns", merged, core).reshape(r, i * m, j * n, s)
     return merged
-
-
-def _project(matrix: Tensor, left: Tensor, right: Tensor, m: int, n: int) -> Tensor:
-    """A matrix (M, N) contracted with the merged cores around one site, shape (r, m, n, s)."""
-    (a, x, r), (s, b, y) = left.shape, right.shape
-    t = matrix.reshape(a, m, b, x, n, y)
-    if r * b * y <= s * a * x:  # the side that shrinks it more goes first
-        return torch.einsum("rmbny,sby->rmns", torch.einsum("axr,ambxny->rmbny", left, t), right)
-    return torch.einsum("axr,amxns->rmns", left, torch.einsum("ambxny,sby->amxns", t, right))
-
-
-def _expand(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The matrix (M, N) of a core between its merged neighbours; the transpose of :func:`_project`."""
-    (a, x, _), (_, b, y), (_, m, n, _) = left.shape, right.shape, core.shape
-    if a * x <= b * y:
-        out = torch.einsum("amxns,sby->ambxny", torch.einsum("axr,rmns->amxns", left, core), right)
-    else:
-        out = torch.einsum("axr,rmbny->ambxny", left, torch.einsum("rmns,sby->rmbny", core, right))
-    return out.reshape(a * m * b, x * n * y)
 
 
 def _normal_matrix(left: Tensor, right: Tensor, metric: Tensor, n: int) -> Tensor:
@@ -266,71 +278,9 @@ def _sandwich(c: Tensor, factor: Tensor) -> Tensor:
     return torch.cat(chunks)
 
 
-def _proximal_step(normal: Tensor, residual: Tensor, smallest: int = -12) -> Tensor:
-    """``residual (H + λ D)^-1`` with D the diagonal of H and the first λ that factors, from ``10^smallest`` up.
-
-    Added to the current core it minimises the error plus a pull of weight λ towards that core, so it lowers the error
-    for every λ > 0; no λ has to be right, and a singular H only leaves alone what the error does not depend on.
-    """
-    scale = normal.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    scaled = normal / scale / scale[:, None]
-    for exponent in range(smallest, 1, 2):
-        ridged = scaled.clone()
-        ridged.diagonal().add_(10.0**exponent)
-        factor, failed = torch.linalg.cholesky_ex(ridged)
-        if not failed:
-            return torch.cholesky_solve((residual / scale).T, factor).T / scale
-    raise SpecError(_INDEFINITE)
-
-
-def _conjugate_gradients(core: Tensor, wanted: Tensor, left: Tensor, right: Tensor, metric: Tensor) -> Tensor:
-    """A few preconditioned conjugate-gradient steps on the same problem from the current core; each lowers the error.
-
-    The preconditioner is the Kronecker product of H's marginals on (r, n, s): exact where the core spans all inputs.
-    """
-    _, m, n, _ = core.shape
-    inverses = _marginal_inverses(left, right, metric, n)
-
-    def normal(v: Tensor) -> Tensor:
-        return _project(_expand(v, left, right) @ metric, left, right, m, n)
-
-    residual = wanted - normal(core)
-    z = torch.einsum("rmns,rR,nN,sS->RmNS", residual, *inverses)
-    direction, slope = z, (residual * z).sum()
-    first = slope
-    for _ in range(_CG_ITERATIONS):
-        if slope <= 1e-16 * first:
-            break
-        image = normal(direction)
-        curvature = (direction * image).sum()
-        if curvature <= 0:
-            break
-        core = core + (slope / curvature) * direction
-        residual = residual - (slope / curvature) * image
-        z = torch.einsum("rmns,rR,nN,sS->RmNS", residual, *inverses)
-        before, slope = slope, (residual * z).sum()
-        direction = z + (slope / before) * direction
-    return core
-
-
-def _marginal_inverses(left: Tensor, right: Tensor, metric: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    x, y = left.shape[1], right.shape[2]
-    c = metric.reshape(x, n, y, x, n, y)
-    marginals = (
-        torch.einsum("axr,xX,aXR->rR", left, torch.einsum("xnyXny->xX", c), left),
-        torch.einsum("xnyxNy->nN", c),
-        torch.einsum("sby,yY,SbY->sS", right, torch.einsum("xnyxnY->yY", c), right),
-    )
-    eyes = (torch.eye(len(h), dtype=h.dtype, device=h.device) for h in marginals)
-    r, c_k, s = (_proximal_step(h, eye, -8) for h, eye in zip(marginals, eyes, strict=True))
-    return r, c_k, s
-
-
-def _norm(matrix: Tensor, metric: Tensor | None) -> float:
-    """``‖matrix C^½‖_F``."""
-    weighted = matrix if metric is None else matrix @ metric
-    return math.sqrt(max(0.0, float((weighted * matrix).sum())))
+def _norm(matrix: Tensor, metric: Tensor | None, outputs: Tensor | None) -> float:
+    """``‖G^½ matrix C^½‖_F``."""
+    return math.sqrt(max(0.0, float((weigh(matrix, metric, outputs) * matrix).sum())))
 
 
 def check_metric(metric: Tensor, spec: Spec) -> Tensor:
@@ -344,8 +294,24 @@ def check_metric(metric: Tensor, spec: Spec) -> Tensor:
     if not torch.isfinite(metric).all():
         raise SpecError("metric holds NaN or infinity: the calibration activations of this layer are not finite.")
     if metric.diagonal().min() < 0:
-        raise SpecError(_INDEFINITE)
+        raise SpecError(INDEFINITE)
     return metric
+
+
+def check_outputs(outputs: Tensor, spec: Spec) -> Tensor:
+    """``outputs`` itself, after checking that it is a finite (out_features, out_features) or (out_features,).
+
+    Raises:
+        SpecError: It is not, or a weight on its diagonal is negative.
+    """
+    n = spec.out_features
+    if tuple(outputs.shape) not in ((n, n), (n,)):
+        raise SpecError(f"outputs: a metric of shape {tuple(outputs.shape)}; needed ({n}, {n}), or ({n},).")
+    if not torch.isfinite(outputs).all():
+        raise SpecError("outputs: the metric holds NaN or infinity: this layer's gradients or counts are not finite.")
+    if (outputs if outputs.dim() == 1 else outputs.diagonal()).min() < 0:
+        raise SpecError(f"outputs: {INDEFINITE}")
+    return outputs
 
 
 def _check_cores(cores: Sequence[Tensor], spec: Spec) -> Sequence[Tensor]:

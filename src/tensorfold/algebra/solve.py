@@ -1,4 +1,4 @@
-"""One way in to every solver: dense weight and spec to cores, in the plain or in the inputs' metric."""
+"""One way in to every solver: dense weight and spec to cores, in the plain metric or in those of inputs and outputs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tensorfold.algebra.als import check_metric, weighted_als
+from tensorfold.algebra.als import check_metric, check_outputs, weighted_als
+from tensorfold.algebra.als_cg import weigh
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import balance, check_weight, leading_eigenvectors, left_basis, tt_svd
 
 _CHUNK = 2**21  # elements worked on at a time in fp64
+_RIDGE = 1e-6  # of its mean eigenvalue, added to the outputs' metric where that is inverted
+_TABLE = 2**23  # elements; larger tables get few sweeps, each of which costs a hundred passes over the table
+_TABLE_SWEEPS = 3
 
 
 class Factors(NamedTuple):
@@ -30,17 +34,26 @@ class Factors(NamedTuple):
     in_order: Tensor | None = None
 
 
-def fit(weight: Tensor, spec: Spec, metric: Tensor | None = None, start: list[Tensor] | None = None) -> list[Tensor]:
+def fit(
+    weight: Tensor,
+    spec: Spec,
+    metric: Tensor | None = None,
+    start: list[Tensor] | None = None,
+    outputs: Tensor | None = None,
+) -> list[Tensor]:
     """Cores of ``spec`` that approximate ``weight``.
 
     Without a metric: TT-SVD, nearest in the Frobenius norm. With the second moment C of the inputs: smallest
-    ``‖(W − Ŵ) C^½‖``, the mean squared error of the layer's output; exact for low rank, by weighted alternating least
+    ``‖(W − Ŵ) C^½‖``, the mean squared error of the layer's output. With that of the loss's gradient at the outputs as
+    well, G: smallest ``‖G^½ (W − Ŵ) C^½‖``, the loss's second-order change where inputs and gradients are independent
+    (Kronecker-factored Fisher; Martens & Grosse, arXiv 1503.05671). Exact for low rank, by weighted alternating least
     squares started from the TT-SVD for every other shape.
 
     Args:
         weight: Shape (out_features, in_features), any floating dtype.
         metric: C, shape (in_features, in_features), symmetric and positive semidefinite; may be singular.
         start: Cores that weighted alternating least squares starts from, instead of the TT-SVD.
+        outputs: G, shape (out_features, out_features), or (out_features,), the weight of every row.
 
     Returns:
         Cores of shapes ``spec.core_shapes``, fp32 or ``weight``'s dtype if that is fp64.
@@ -49,53 +62,86 @@ def fit(weight: Tensor, spec: Spec, metric: Tensor | None = None, start: list[Te
         SpecError: A shape does not fit, or weight or metric hold NaN or infinity.
     """
     check_weight(weight, spec)
-    if metric is None:
+    if metric is None and outputs is None:
         return tt_svd(weight, spec)
-    check_metric(metric, spec)
+    if metric is not None:
+        check_metric(metric, spec)
+    if outputs is not None:
+        check_outputs(outputs, spec)
     if spec.is_low_rank and not spec.is_padded and start is None:
-        return whitened_low_rank(weight, metric, spec)
-    return weighted_als(weight, spec, start or tt_svd(weight, spec), metric).cores
+        return whitened_low_rank(weight, metric, spec, outputs)
+    sweeps = _TABLE_SWEEPS if outputs is not None and weight.numel() > _TABLE else 20
+    return weighted_als(weight, spec, start or tt_svd(weight, spec), metric, outputs, sweeps=sweeps).cores
 
 
-def whitened_low_rank(weight: Tensor, metric: Tensor, spec: Spec) -> list[Tensor]:
-    """The rank-r matrix with the smallest ``‖(W − Ŵ) C^½‖``: ``U (Uᵀ W)``, U the leading eigenvectors of ``W C Wᵀ``.
+def whitened_low_rank(weight: Tensor, metric: Tensor | None, spec: Spec, outputs: Tensor | None = None) -> list[Tensor]:
+    """The rank-r matrix with the smallest ``‖G^½ (W − Ŵ) C^½‖``: ``G^-½ U (Uᵀ G^½ W)``.
 
-    The optimum of SVD-LLM (arXiv 2403.07378) without its Cholesky factor or any inverse, so it holds for singular C.
-    For a tall W the same subspace comes from the smaller matrix ``C^½ Wᵀ W C^½``.
+    U holds the leading eigenvectors of ``G^½ W C Wᵀ G^½``. Without G it is the optimum of SVD-LLM (arXiv 2403.07378)
+    without its Cholesky factor or any inverse, so it holds for singular C; a singular G gets a ridge, because what it
+    does not weigh is not determined. For a tall W the same subspace comes from the smaller matrix ``C^½ Wᵀ G W C^½``.
     """
     result = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-    w, c = weight.double(), metric.double()
+    w = weight.double()
+    into, back = _output_roots(outputs, w)
+    w = weigh(w, None, into)
     rank = spec.ranks[0]
     if w.shape[0] <= w.shape[1]:
-        basis = leading_eigenvectors(w @ c @ w.T, rank)  # (out, r)
+        basis = leading_eigenvectors(weigh(w, None if metric is None else metric.double(), None) @ w.T, rank)
+    elif metric is None:
+        basis = left_basis(w, rank)
     else:
-        values, vectors = torch.linalg.eigh(c)
+        values, vectors = torch.linalg.eigh(metric.double())
         basis = left_basis(w @ (vectors * values.clamp_min(0).sqrt()), rank)
-    return [core.to(result) for core in balance([basis[None, :, None, :], (basis.T @ w)[:, None, :, None]])]
+    left, right = weigh(basis, None, back), basis.T @ w  # (out, r), (r, in)
+    return [core.to(result) for core in balance([left[None, :, None, :], right[:, None, :, None]])]
 
 
-def relative_error(weight: Tensor, approximation: Tensor, metric: Tensor | None = None) -> float:
-    """``‖(W − Ŵ) C^½‖ / ‖W C^½‖`` over the real rows and columns; C is the identity where no metric is given.
+def _output_roots(outputs: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """``G^½`` and its inverse."""
+    if outputs is None:
+        return None, None
+    g = outputs.to(like)
+    values, vectors = (g, None) if g.dim() == 1 else torch.linalg.eigh(g)
+    values = values.clamp_min(0)
+    values = values + (_RIDGE * values.mean()).clamp_min(torch.finfo(values.dtype).tiny)
+    if vectors is None:
+        return values.sqrt(), values.rsqrt()
+    return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
+
+
+def relative_error(
+    weight: Tensor, approximation: Tensor, metric: Tensor | None = None, outputs: Tensor | None = None
+) -> float:
+    """``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖`` over the real rows and columns; metrics that are not given are the identity.
 
     A weight of norm zero is matched exactly or not at all: 0.0 or infinity.
     """
     above = below = 0.0
     # In chunks of rows: four fp64 copies of an embedding table would dwarf the model.
-    chunk = max(1, _CHUNK // weight.shape[1])
-    for w, approximate in zip(weight.split(chunk), approximation.split(chunk), strict=True):
-        above += _squared_norm(w.double() - approximate.double(), metric)
-        below += _squared_norm(w.double(), metric)
+    whole = outputs is not None and outputs.dim() == 2
+    chunk = len(weight) if whole else max(1, _CHUNK // weight.shape[1])
+    for first in range(0, len(weight), chunk):
+        rows = slice(first, first + chunk)
+        weights = outputs if outputs is None or whole else outputs[rows]
+        w = weight[rows].double()
+        above += _squared_norm(w - approximation[rows].double(), metric, weights)
+        below += _squared_norm(w, metric, weights)
     if below == 0.0:
         return 0.0 if above == 0.0 else float("inf")
     return (above / below) ** 0.5
 
 
-def norm_ratio(weight: Tensor, approximation: Tensor, metric: Tensor | None = None) -> float:
-    """Krony-PT's ``α = ‖W C^½‖ / ‖Ŵ C^½‖``, by which a shrunken approximation regains its norm; 1 for a zero one."""
-    norm = _squared_norm(approximation.double(), metric)
-    return (_squared_norm(weight.double(), metric) / norm) ** 0.5 if norm else 1.0
+def norm_ratio(
+    weight: Tensor, approximation: Tensor, metric: Tensor | None = None, outputs: Tensor | None = None
+) -> float:
+    """Krony-PT's ``α = ‖G^½ W C^½‖ / ‖G^½ Ŵ C^½‖``, by which a shrunken fit regains its norm; 1 for a zero one."""
+    norm = _squared_norm(approximation.double(), metric, outputs)
+    return (_squared_norm(weight.double(), metric, outputs) / norm) ** 0.5 if norm else 1.0
 
 
-def _squared_norm(matrix: Tensor, metric: Tensor | None) -> float:
-    weighted = matrix if metric is None else matrix @ metric.double()
+def _squared_norm(matrix: Tensor, metric: Tensor | None, outputs: Tensor | None) -> float:
+    weighted = weigh(
+        matrix, None if metric is None else metric.to(matrix), None if outputs is None else outputs.to(matrix)
+    )
     return max(0.0, float((weighted * matrix).sum()))

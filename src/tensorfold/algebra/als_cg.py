@@ -1,0 +1,149 @@
+"""One core of weighted alternating least squares by conjugate gradients, in the metrics of inputs and outputs.
+
+For a core X between its merged neighbours, ``E`` the linear map from X to the matrix, the error is that of
+
+    Eᵀ(G E(X) C) = Eᵀ(G W C)
+
+with C the metric of the inputs and G that of the outputs. The normal matrix is never formed: it has as many rows as the
+core has numbers, and with a G that is no multiple of the identity it no longer splits over the output index.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tensorfold.errors import SpecError
+
+INDEFINITE = "metric is not positive semidefinite; needed a second moment, the mean of x xᵀ over the vectors x."
+_ITERATIONS = 20
+
+
+def project(matrix: Tensor, left: Tensor, right: Tensor, m: int, n: int) -> Tensor:
+    """A matrix (M, N) contracted with the merged cores around one site, shape (r, m, n, s)."""
+    (a, x, r), (s, b, y) = left.shape, right.shape
+    t = matrix.reshape(a, m, b, x, n, y)
+    if r * b * y <= s * a * x:  # the side that shrinks it more goes first
+        return torch.einsum("rmbny,sby->rmns", torch.einsum("axr,ambxny->rmbny", left, t), right)
+    return torch.einsum("axr,amxns->rmns", left, torch.einsum("ambxny,sby->amxns", t, right))
+
+
+def expand(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The matrix (M, N) of a core between its merged neighbours; the transpose of :func:`project`."""
+    (a, x, _), (_, b, y), (_, m, n, _) = left.shape, right.shape, core.shape
+    if a * x <= b * y:
+        out = torch.einsum("amxns,sby->ambxny", torch.einsum("axr,rmns->amxns", left, core), right)
+    else:
+        out = torch.einsum("axr,rmbny->ambxny", left, torch.einsum("rmns,sby->rmbny", core, right))
+    return out.reshape(a * m * b, x * n * y)
+
+
+def weigh(matrix: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Tensor:
+    """``G M C`` for M of shape (out, in); G is a matrix, or the vector of a diagonal one; None is the identity."""
+    if inputs is not None:
+        matrix = matrix @ inputs
+    if outputs is None:
+        return matrix
+    return outputs[:, None] * matrix if outputs.dim() == 1 else outputs @ matrix
+
+
+def conjugate_gradients(
+    core: Tensor, wanted: Tensor, left: Tensor, right: Tensor, inputs: Tensor | None, outputs: Tensor | None = None
+) -> Tensor:
+    """A few preconditioned conjugate-gradient steps from the current core; each lowers the error.
+
+    The preconditioner is the Kronecker product of the normal matrix's marginals on the core's four axes: exact where
+    the core spans all inputs and outputs.
+
+    Args:
+        core: Shape (r, m, n, s).
+        wanted: Right-hand side, the same shape.
+        left, right: Merged neighbours, (a, x, r) and (s, b, y).
+        inputs: C, (x n y, x n y), the identity if None.
+        outputs: G, (a m b, a m b), or (a m b,) for a diagonal one; the identity if None.
+    """
+    _, m, n, _ = core.shape
+    inverses = _marginal_inverses(left, right, inputs, outputs, m, n)
+
+    def normal(v: Tensor) -> Tensor:
+        return project(weigh(expand(v, left, right), inputs, outputs), left, right, m, n)
+
+    residual = wanted - normal(core)
+    z = torch.einsum("rmns,rR,mM,nN,sS->RMNS", residual, *inverses)
+    direction, slope = z, (residual * z).sum()
+    first = slope
+    for _ in range(_ITERATIONS):
+        if slope <= 1e-16 * first:
+            break
+        image = normal(direction)
+        curvature = (direction * image).sum()
+        if curvature <= 0:
+            break
+        core = core + (slope / curvature) * direction
+        residual = residual - (slope / curvature) * image
+        z = torch.einsum("rmns,rR,mM,nN,sS->RMNS", residual, *inverses)
+        before, slope = slope, (residual * z).sum()
+        direction = z + (slope / before) * direction
+    return core
+
+
+def _marginal_inverses(
+    left: Tensor, right: Tensor, inputs: Tensor | None, outputs: Tensor | None, m: int, n: int
+) -> tuple[Tensor, ...]:
+    (a, x, _), (_, b, y) = left.shape, right.shape
+    on_left, on_core, on_right = _marginals(inputs, (x, n, y), left)
+    to_left, to_core, to_right = _marginals(outputs, (a, m, b), left)
+    grams = (
+        torch.einsum("axr,axR->rR", left, _on_sides(left, to_left, on_left)),
+        _square(to_core, m),
+        _square(on_core, n),
+        torch.einsum("bys,byS->sS", right.permute(1, 2, 0), _on_sides(right.permute(1, 2, 0), to_right, on_right)),
+    )
+    return tuple(proximal_step(gram, torch.eye(len(gram), dtype=gram.dtype, device=gram.device), -8) for gram in grams)
+
+
+def _marginals(metric: Tensor | None, sizes: tuple[int, int, int], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Partial traces of a metric on three parts of its index; vectors of diagonals where it is diagonal."""
+    if metric is None:
+        metric = like.new_ones(1).expand(sizes[0] * sizes[1] * sizes[2])
+    if metric.dim() == 1:
+        parts = metric.reshape(sizes)
+        return parts.sum((1, 2)), parts.sum((0, 2)), parts.sum((0, 1))
+    parts = metric.reshape(*sizes, *sizes)
+    return (
+        torch.einsum("xnyXny->xX", parts),
+        torch.einsum("xnyxNy->nN", parts),
+        torch.einsum("xnyxnY->yY", parts),
+    )
+
+
+def _on_sides(factor: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
+    """A merged neighbour (out, in, bond) with its marginal metrics applied to both sides."""
+    for axis, metric in ((0, outputs), (1, inputs)):
+        if metric.dim() == 1:
+            factor = factor * metric.reshape(-1, *([1] * (2 - axis)))
+        else:
+            factor = torch.tensordot(metric, factor, dims=([1], [axis])).movedim(0, axis)
+    return factor
+
+
+def _square(metric: Tensor, size: int) -> Tensor:
+    return torch.diag(metric.expand(size)) if metric.dim() == 1 else metric
+
+
+def proximal_step(normal: Tensor, residual: Tensor, smallest: int = -12) -> Tensor:
+    """``residual (H + λ D)^-1`` with D the diagonal of H and the first λ that factors, from ``10^smallest`` up.
+
+    Added to the current core it minimises the error plus a pull of weight λ towards that core, so it lowers the error
+    for every λ > 0; no λ has to be right, and a singular H only leaves alone what the error does not depend on.
+    """
+    scale = normal.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scaled = normal / scale / scale[:, None]
+    for exponent in range(smallest, 1, 2):
+        ridged = scaled.clone()
+        ridged.diagonal().add_(10.0**exponent)
+        factor, failed = torch.linalg.cholesky_ex(ridged)
+        if not failed:
+            return torch.cholesky_solve((residual / scale).T, factor).T / scale
+    raise SpecError(INDEFINITE)

@@ -1,0 +1,81 @@
+"""Batches of matrices that are folded together, and what calibration text says of each before it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tensorfold.algebra.statistics import Statistics
+from tensorfold.anatomy import Matrix, blocks
+from tensorfold.calibrate import BlockStream, inputs_of
+from tensorfold.planning import Plan
+
+
+@dataclass(frozen=True)
+class Text:
+    """Calibration text as ``fold`` uses it: windows, shape (windows, length), and counts of tokens, (vocabulary,)."""
+
+    windows: Tensor | None = None
+    counts: Tensor | None = None
+
+
+def batches(
+    model: PreTrainedModel, chosen: Mapping[str, Matrix], planned: Plan, text: Text
+) -> Iterator[tuple[list[Matrix], dict[str, Statistics]]]:
+    """Matrices that do not depend on each other, with what the text says of them: all of them where there is no text.
+
+    Else embeddings and then block by block; the caller folds each batch before the next one is asked for, so that a
+    block is measured on what the folded blocks before it pass on.
+    """
+    windows = text.windows
+    if windows is None:
+        yield list(chosen.values()), {}
+        return
+    embeddings = [matrix for matrix in chosen.values() if matrix.kind == "embedding"]
+    linears = {name: matrix for name, matrix in chosen.items() if matrix.kind == "linear"}
+    if embeddings:
+        yield embeddings, _of_tables(model, embeddings, planned, windows, text.counts)
+    if not linears:
+        return
+    prefix = blocks(model)[0] + "."
+    inside: dict[int, dict[str, Matrix]] = {}
+    for name, matrix in linears.items():
+        if name.startswith(prefix):
+            inside.setdefault(int(name.removeprefix(prefix).partition(".")[0]), {})[name] = matrix
+    outside = {name: matrix for name, matrix in linears.items() if not name.startswith(prefix)}
+    stream = BlockStream(model, windows)
+    for index in range(max(inside, default=-1) + 1):
+        batch = inside.get(index, {})
+        if batch:
+            modules = {name: matrix.module for name, matrix in batch.items()}
+            yield list(batch.values()), _of_linears(stream.moments(index, modules))
+        if index < max(inside):
+            stream.advance(index)
+    if outside:
+        modules = {name: matrix.module for name, matrix in outside.items()}
+        yield list(outside.values()), _of_linears(stream.outside(modules))
+
+
+def _of_linears(moments: Mapping[str, Tensor]) -> dict[str, Statistics]:
+    return {name: Statistics(inputs=moment) for name, moment in moments.items()}
+
+
+def _of_tables(
+    model: PreTrainedModel, tables: list[Matrix], planned: Plan, windows: Tensor, counts: Tensor | None
+) -> dict[str, Statistics]:
+    """Of the input table, where its method asks: the counts of its tokens, and what the head tied to it reads."""
+    table = next((matrix for matrix in tables if matrix.group == "embedding"), None)
+    if table is None or counts is None:
+        return {}
+    if table.tied_head is None or not planned.methods[table.name].fits_text:
+        return {table.name: Statistics(counts=counts)}
+
+    def forward() -> None:
+        for window in windows.to(table.parameter.device).split(1):
+            model(window, use_cache=False)
+
+    states = inputs_of(forward, model.get_submodule(table.tied_head))
+    return {table.name: Statistics(inputs=states.T @ states / len(states), counts=counts, states=states)}
