@@ -18,6 +18,7 @@ import typer
 import tensorfold
 from tensorfold.cli_export import export
 from tensorfold.cli_heal import heal
+from tensorfold.cli_report import report
 from tensorfold.cli_sample import sample
 from tensorfold.errors import InputError, TensorfoldError
 
@@ -161,6 +162,7 @@ def evaluate(
 app.command()(heal)
 app.command()(export)
 app.command()(sample)
+app.command()(report)
 
 
 @app.command()
