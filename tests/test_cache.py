@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tensorfold import cache
-from tensorfold.cache import atomic_directory, cache_directory
+from tensorfold.cache import atomic_directory, cache_directory, write_file
 from tensorfold.errors import InputError, TensorfoldError
 
 needs_locks = pytest.mark.skipif(cache.fcntl is None, reason="stale temporaries are only cleared where flock exists")
@@ -229,3 +229,43 @@ def test_racing_processes_leave_one_whole_result(tmp_path):
     assert [process.exitcode for process in processes] == [0] * 4
     assert (target / "a").read_text() == (target / "b").read_text() != ""
     assert names(tmp_path) == ["model"]
+
+
+def test_a_file_is_written_whole_and_replaces_a_file(tmp_path):
+    target = tmp_path / "deep" / "report.html"
+    for content in (b"one", b"two"):
+        write_file(target, content)
+        assert target.read_bytes() == content
+        assert names(target.parent) == ["report.html"]
+
+
+def test_a_file_that_cannot_be_written_is_left_as_it_was(tmp_path, monkeypatch):
+    target = tmp_path / "report.html"
+    write_file(target, b"one")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(TensorfoldError, match="disk is full"):
+        write_file(target, b"two")
+    assert target.read_bytes() == b"one"
+    assert names(tmp_path) == ["report.html"]
+
+
+def test_only_a_file_is_replaced_by_a_file(tmp_path):
+    (tmp_path / "directory").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("")
+    for name in ("directory", "pipe", "file/below"):
+        with pytest.raises(InputError):
+            write_file(tmp_path / name, b"")
+    assert names(tmp_path) == ["directory", "file", "pipe"]
+
+
+@needs_locks
+def test_what_a_killed_writer_of_the_same_file_left_is_cleared(tmp_path):
+    (tmp_path / ".report.html.0123abcd.partial").write_text("half")
+    (tmp_path / ".other.html.0123abcd.partial").write_text("half")
+    write_file(tmp_path / "report.html", b"one")
+    assert names(tmp_path) == [".other.html.0123abcd.partial", "report.html"]

@@ -218,7 +218,7 @@ def test_version(command):
     assert command("--version").out == f"tensorfold {tensorfold.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["fold", "-h"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["fold", "-h"], ["report", "--help"]])
 def test_help_does_not_wait_for_torch(arguments):
     code = (
         "import sys; from tensorfold.cli import run\n"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tensorfold.healing.run import heal
     from tensorfold.hf.loading import load
     from tensorfold.hf.vocabulary import append_tokens
+    from tensorfold.html_report.page import write_report
     from tensorfold.methods import MPO, Graded, Kronecker, LowRank, TokenMPS
     from tensorfold.planning import plan
     from tensorfold.recipe import Recipe, Rule
@@ -46,6 +47,7 @@ _HOME = {
     "heal": "healing.run",
     "load": "hf.loading",
     "plan": "planning",
+    "write_report": "html_report.page",
 }
 
 __all__ = [
@@ -68,6 +70,7 @@ __all__ = [
     "load",
     "nn",
     "plan",
+    "write_report",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Where derived files are kept, and how a directory comes to be whole or not at all."""
+"""Where derived files are kept, and how a directory or file comes to be whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -85,11 +85,48 @@ def atomic_directory(
     _make_parents(target.parent, remedy="name a directory that can be created")
     _clear_leftovers(target)
     check_target(target, may_exist=replace or keep_existing)
-    temporary, lock = _make_temporary(target)
-    try:
+    with _temporary(target, Path.mkdir) as temporary:
         yield temporary
         _flush(temporary)
         _move_into_place(temporary, target, replace, keep_existing)
+
+
+def write_file(target: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file whole or not at all, in the place of one that is there; missing parents are created.
+
+    Raises:
+        InputError: ``target`` is something else than a regular file, or cannot be written.
+        TensorfoldError: The disk is full.
+    """
+    target = Path(target).resolve()
+    check_file_target(target)
+    _make_parents(target.parent, remedy="name a file in a directory that can be created")
+    _clear_leftovers(target)
+    with _temporary(target, lambda path: path.touch(exist_ok=False)) as temporary:
+        temporary.write_bytes(content)
+        _flush_entry(temporary, required=True)
+        os.replace(temporary, target)
+    _flush_entry(target.parent)
+
+
+def check_file_target(target: Path) -> None:
+    """Raise :class:`InputError` where :func:`write_file` would: for calling it before a long computation."""
+    if target.is_dir():
+        raise InputError(f"{target} is a directory, and a file is to be written there; name a file.")
+    try:
+        special = target.exists() and not target.is_file()
+    except OSError as error:
+        raise InputError(f"{target} cannot be written ({error.strerror}); choose another name.") from error
+    if special:
+        raise InputError(f"{target} is neither a file nor free; choose another name.")
+
+
+@contextmanager
+def _temporary(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A locked sibling of ``target`` that is gone at the end; a full disk in between is named as such."""
+    temporary, lock = _make_temporary(target, make)
+    try:
+        yield temporary
     except Exception as error:
         if is_disk_full(error):
             raise TensorfoldError(
@@ -98,9 +135,16 @@ def atomic_directory(
             ) from error
         raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         if lock is not None:
             os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _make_parents(directory: Path, *, remedy: str) -> None:
@@ -124,12 +168,12 @@ def check_target(target: Path, may_exist: bool = False) -> None:
         raise InputError(f"{target} already exists and is not empty; choose another name or remove it first.")
 
 
-def _make_temporary(target: Path) -> tuple[Path, int | None]:
+def _make_temporary(target: Path, make: Callable[[Path], None]) -> tuple[Path, int | None]:
     """Create and lock a sibling; the kernel drops the lock with the process, which is how a stale one is known."""
     while True:
         temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
         try:
-            temporary.mkdir()
+            make(temporary)
         except FileExistsError:
             continue
         except OSError as error:
@@ -148,8 +192,8 @@ def _make_temporary(target: Path) -> tuple[Path, int | None]:
             os.close(lock)
 
 
-def _try_lock(directory: Path) -> int | None:
-    """Lock a directory and return the descriptor; ``None`` where the directory or file system cannot be locked.
+def _try_lock(path: Path) -> int | None:
+    """Lock a directory or file and return the descriptor; ``None`` where it or its file system cannot be locked.
 
     Raises:
         BlockingIOError: Another process holds the lock.
@@ -158,7 +202,7 @@ def _try_lock(directory: Path) -> int | None:
         return None
     descriptor = None
     try:
-        descriptor = os.open(directory, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if descriptor is not None:
@@ -179,7 +223,7 @@ def _clear_leftovers(target: Path) -> None:
         if left.name.startswith(f".{target.name}.{_DISPLACED}") and not target.exists():
             left.rename(target)
         elif lock is not None:
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left)
         if lock is not None:
             os.close(lock)
 

@@ -19,6 +19,7 @@ import tensorfold
 from tensorfold.cli_bench import bench
 from tensorfold.cli_export import export
 from tensorfold.cli_heal import heal
+from tensorfold.cli_report import report
 from tensorfold.cli_sample import sample
 from tensorfold.errors import InputError, TensorfoldError
 
@@ -145,18 +146,26 @@ def evaluate(
         str, typer.Option("--protocol", help="hf-1024, hf-512, krony, svd-llm, lambada or disjoint-N.")
     ] = "hf-1024",
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Use only the first this many.")] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Note the result in the model's directory, for tensorfold report.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity and next-token accuracy by a named protocol."""
     from tensorfold.evaluation import evaluate as measure
     from tensorfold.evaluation import get_protocol
     from tensorfold.hf.sources import find_model
+    from tensorfold.records import check_recordable, record_evaluation
     from tensorfold.texts import describe, load_text
 
     get_protocol(protocol)
+    if record:
+        check_recordable(model)
     documents, label = load_text(text), describe(text)
     source = find_model(model)
     result = measure(source.model(), source.tokenizer(), documents, protocol, max_tokens=max_tokens, text_name=label)
+    if record:
+        record_evaluation(model, result.to_dict())
     _emit(as_json, result.to_dict(), lambda: str(result))
 
 
@@ -164,6 +173,7 @@ app.command()(heal)
 app.command()(bench)
 app.command()(export)
 app.command()(sample)
+app.command()(report)
 
 
 @app.command()

@@ -73,10 +73,7 @@ def _check_size(path: Path, config: PreTrainedConfig) -> None:
     # Other quantisers pack several parameters into one number.
     if not files or (stored_as is not None and not ours):
         return
-    model = empty_model(config)
-    if stored_as is not None:
-        folding = TensorfoldConfig(**stored_as)
-        install(model, folding.specs, folding.tied, folding.split)
+    model = folded_skeleton(config)
     stored = sum(_stored_parameters(file) for file in files)
     described = count_parameters(model)
     if described > 2 * stored:
@@ -84,6 +81,31 @@ def _check_size(path: Path, config: PreTrainedConfig) -> None:
             f"config.json describes {described:,} parameters, the weight files hold {stored:,}; the files are "
             "incomplete or do not belong together. Copy the checkpoint again."
         )
+
+
+def folded_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a checkpoint's configuration on the meta device, with its folded modules in place.
+
+    Raises:
+        InputError: No model can be built from it.
+    """
+    model = empty_model(config)
+    folding = folding_of(config)
+    if folding is not None:
+        install(model, folding.specs, folding.tied, folding.split)
+    return model
+
+
+def folding_of(config: PreTrainedConfig) -> TensorfoldConfig | None:
+    """What a checkpoint's configuration says of its folded modules; None where it is not folded.
+
+    Raises:
+        InputError: It is not readable as that.
+    """
+    stored_as = getattr(config, "quantization_config", None)
+    if not isinstance(stored_as, dict) or stored_as.get("quant_method") != NAME:
+        return None
+    return TensorfoldConfig(**stored_as)
 
 
 def _stored_parameters(file: Path) -> int:

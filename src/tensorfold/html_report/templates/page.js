@@ -1,0 +1,42 @@
+"use strict";
+(() => {
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  // Dragging zooms with a mouse; a finger has to be able to scroll past the charts.
+  const dragmode = matchMedia("(pointer: fine)").matches ? "zoom" : false;
+
+  function theme() {
+    const [paper, ink, line] = ["--paper", "--ink", "--line"].map(colour);
+    const look = {
+      "paper_bgcolor": "rgba(0,0,0,0)",
+      "plot_bgcolor": "rgba(0,0,0,0)",
+      "font.color": ink,
+      "font.family": "system-ui, sans-serif",
+      "font.size": 12,
+      "hoverlabel.bgcolor": paper,
+      "hoverlabel.bordercolor": line,
+      "hoverlabel.font.color": ink,
+      dragmode,
+    };
+    for (const axis of ["xaxis", "yaxis"]) {
+      for (const part of ["gridcolor", "linecolor", "zerolinecolor"]) look[`${axis}.${part}`] = line;
+    }
+    return look;
+  }
+
+  const charts = Object.keys(figures).map((id) => document.getElementById(id));
+  for (const chart of charts) {
+    const { data, layout } = figures[chart.id];
+    Plotly.newPlot(chart, data, layout, { responsive: true, displayModeBar: false, displaylogo: false })
+      .then(() => Plotly.relayout(chart, theme()));
+  }
+  for (const entry of document.querySelectorAll(".legend button")) {
+    entry.addEventListener("click", () => {
+      const shown = entry.getAttribute("aria-pressed") !== "true";
+      entry.setAttribute("aria-pressed", String(shown));
+      Plotly.restyle(entry.dataset.chart, { visible: shown }, entry.dataset.traces.split(",").map(Number));
+    });
+  }
+  dark.addEventListener("change", () => charts.forEach((chart) => Plotly.relayout(chart, theme())));
+})();

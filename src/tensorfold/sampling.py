@@ -1,0 +1,90 @@
+"""Text from a model: a prompt's token ids, how many new ones fit, and the tokens themselves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tensorfold.errors import InputError
+from tensorfold.tokens import Encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOKENS = 200
+
+
+def prompt_ids(tokenizer: Any, prompt: str | None, model: PreTrainedModel) -> list[int]:
+    """Token ids of the prompt, at least one; of the beginning-of-sequence token, or a newline, where it is None.
+
+    Raises:
+        InputError: There is nothing to go on from, or the tokenizer or the model does not know a token of it.
+    """
+    encode = Encoder(tokenizer)
+    if prompt is None and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id]
+    else:
+        text = "\n" if prompt is None else prompt
+        try:
+            ids = encode(text)
+        except Exception as error:  # the tokenizers library raises plain ones
+            unknown = "".join(sorted(set(text) - tokenizer.get_vocab().keys()))
+            raise InputError(
+                f"sample: the tokenizer has no token for {unknown!r} ({error}); give a --prompt of characters it knows."
+            ) from error
+    if not ids:
+        raise InputError(
+            "sample: the prompt is empty; needed at least one token. Leave --prompt out, or give some text."
+        )
+    size = model.config.get_text_config().vocab_size
+    if max(ids) >= size:
+        raise InputError(
+            f"sample: the tokenizer gives token id {max(ids)}, the model has {size} tokens; needed the tokenizer of "
+            "this model beside it."
+        )
+    return ids
+
+
+def new_tokens(asked: int | None, prompt: int, model: PreTrainedModel) -> int:
+    """How many tokens to generate: those asked for, else :data:`TOKENS` or what the context has room for.
+
+    Raises:
+        InputError: Prompt and new tokens are more than the model's context.
+    """
+    room = context_room(prompt, model)
+    if room is not None and room < (asked or 1):
+        raise InputError(
+            f"sample: a prompt of {prompt} tokens and {asked or 1} new ones; the model has {room + prompt} positions. "
+            + (f"Ask for at most {room} with --tokens." if room > 0 else "Give a shorter prompt.")
+        )
+    return asked or (TOKENS if room is None else min(TOKENS, room))
+
+
+def context_room(prompt: int, model: PreTrainedModel) -> int | None:
+    """Positions left after a prompt; None where the model names no limit."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if context is None else context - prompt
+
+
+def generate(model: PreTrainedModel, tokenizer: Any, ids: list[int], count: int, **options: Any) -> list[int]:
+    """``ids`` and at most ``count`` tokens after them; ``options`` are those of transformers' ``generate``."""
+    inputs = torch.tensor([ids], device=model.device)
+    given: list[int] = (
+        model.eval()
+        .generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=count,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **options,
+        )[0]
+        .tolist()
+    )
+    return given
+
+
+def continuation(tokenizer: Any, ids: list[int], given: list[int]) -> tuple[str, str]:
+    """Prompt and what follows it; both decoded from their beginning, since some tokenizers drop the first space."""
+    before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids, given))
+    return before, whole.removeprefix(before)
