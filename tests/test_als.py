@@ -7,6 +7,7 @@ from torch import Tensor
 from tensorfold.algebra import als
 from tensorfold.algebra.als import weighted_als
 from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.solve import fit
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import tt_svd
 from tensorfold.errors import InputError
@@ -202,3 +203,67 @@ def test_a_metric_that_rounding_made_indefinite_does_not_run_away():
     fit = weighted_als(weight, spec, tt_svd(weight, spec), metric, sweeps=60)
     assert 0.3 < fit.error < 1
     assert to_dense(fit.cores, spec).norm() < 2 * weight.norm()
+
+
+def two_sided_error(weight: Tensor, product: Tensor, inputs: Tensor, outputs: Tensor) -> float:
+    g = torch.diag(outputs) if outputs.dim() == 1 else outputs
+    error = weight - product
+    return float(((g @ error @ inputs * error).sum() / (g @ weight @ inputs * weight).sum()).sqrt())
+
+
+def output_metric(spec: Spec, diagonal: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    root = torch.randn(40, spec.out_features, generator=generator, dtype=torch.float64)
+    root = root * torch.logspace(0.5, -1, spec.out_features, dtype=torch.float64)
+    return root.square().mean(0) if diagonal else root.T @ root / len(root)
+
+
+@pytest.mark.parametrize("diagonal", [False, True], ids=["matrix", "rows"])
+@pytest.mark.parametrize("name", SPECS)
+def test_the_error_falls_in_both_metrics(name, diagonal):
+    """Monotone, reported truthfully, and lower than what the inputs' metric alone reaches."""
+    spec = SPECS[name]
+    weight, root = problem(spec)
+    inputs, outputs = root.T @ root / len(root), output_metric(spec, diagonal)
+    fit = weighted_als(weight, spec, tt_svd(weight, spec), inputs, outputs, sweeps=30)
+    assert all(after <= before for before, after in zip(fit.errors, fit.errors[1:], strict=False))
+    reached = two_sided_error(weight, to_dense(fit.cores, spec), inputs, outputs)
+    assert fit.error == pytest.approx(reached, rel=1e-6, abs=1e-7)
+    one_sided = weighted_als(weight, spec, tt_svd(weight, spec), inputs, sweeps=30)
+    assert reached <= two_sided_error(weight, to_dense(one_sided.cores, spec), inputs, outputs) + 1e-6
+
+
+def test_rows_that_weigh_nothing_are_not_fitted():
+    """Without every other row the unfolding has rank 3, and three terms are exact; with them it has rank 6."""
+    weight = torch.randn(12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    spec = Spec((6, 2), (1, 3), (3,))
+    weights = torch.tensor([1.0, 0.0] * 6, dtype=torch.float64)
+    assert weighted_als(weight, spec, tt_svd(weight, spec), None, weights, sweeps=60).error < 0.01
+    assert weighted_als(weight, spec, tt_svd(weight, spec), None, None, sweeps=60).error > 0.1
+
+
+@pytest.mark.parametrize("diagonal", [False, True], ids=["matrix", "rows"])
+@pytest.mark.parametrize("shape", [(12, 10), (10, 12)])
+def test_low_rank_is_the_truncated_svd_of_the_weighted_matrix(shape, diagonal):
+    spec = Spec.low_rank(*shape, 4)
+    weight, root = problem(spec)
+    inputs, outputs = root.T @ root / len(root), output_metric(spec, diagonal)
+
+    def half(metric: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(torch.diag(metric) if metric.dim() == 1 else metric)
+        return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+    singular = torch.linalg.svdvals(half(outputs) @ weight @ half(inputs))
+    optimum = float((singular[4:].square().sum() / singular.square().sum()).sqrt())
+    cores = fit(weight, spec, inputs, outputs=outputs)
+    assert two_sided_error(weight, to_dense(cores, spec), inputs, outputs) == pytest.approx(optimum, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "said"),
+    [(torch.ones(9), "needed"), (torch.full((12,), torch.nan), "NaN"), (-torch.ones(12), "semidefinite")],
+)
+def test_a_bad_output_metric_is_refused(outputs, said):
+    spec = SPECS["kronecker-right"]
+    with pytest.raises(InputError, match=said):
+        weighted_als(torch.randn(12, 10), spec, random_cores(spec), None, outputs)

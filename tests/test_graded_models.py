@@ -7,10 +7,12 @@ import torch
 from transformers import GPT2Config
 
 import tensorfold
-from tensorfold import Graded, InputError, LowRank, Recipe, Rule
+from tensorfold import MPO, Graded, InputError, Kronecker, LowRank, Recipe, Rule
+from tensorfold.algebra.statistics import Statistics
 from tensorfold.anatomy import count_parameters
-from tensorfold.calibrate import calibration_windows, second_moments, token_counts
+from tensorfold.calibrate import calibration_windows, inputs_of, token_counts
 from tensorfold.export import export_onnx
+from tensorfold.gradients import gradient_moments
 from tensorfold.healing.end_to_end import choose_trained
 from tensorfold.hf.plain import plain_model
 from tensorfold.nn import GradedEmbedding, GradedHead, MPOEmbedding
@@ -85,7 +87,7 @@ def test_checkpoints_and_plain_models(make, tmp_path, architecture, tied):
 
 def test_tables_are_fitted_to_the_text(make, tiny, tokenizer, prose):
     """The fold is the solver's answer for counts and moments taken here by themselves."""
-    method = Graded(keep=0.4, slope=0.7, exponent=0.5, input_share=0.2)
+    method = Graded(keep=0.4, slope=0.7, exponent=0.5)
     dense = tiny("llama")
     weight = dense.get_input_embeddings().weight.detach().clone()
     counts = torch.tensor(tokenizer(prose)["input_ids"]).bincount(minlength=300)
@@ -93,11 +95,12 @@ def test_tables_are_fitted_to_the_text(make, tiny, tokenizer, prose):
     assert torch.equal(token_counts(tokenizer, [prose], 300), counts)
     assert torch.equal(token_counts(tokenizer, [prose, prose], 300), 2 * counts)
     windows = calibration_windows(tokenizer, [prose], 500, 128)
-    moment = second_moments(lambda: dense(windows), {"head": dense.lm_head})["head"].double()
-    metric = moment / moment.trace() + 0.2 * torch.eye(32) / 32
-    expected = GradedEmbedding.from_dense(
-        weight, method.spec(300, 32), 1.0, (counts.double() + 1) ** 0.5, metric
-    ).to_dense()
+    states = inputs_of(lambda: dense(windows), dense.lm_head)
+    gradients = gradient_moments(dense, windows, {"table": dense.model.embed_tokens})["table"]
+    known = Statistics(states.T @ states / len(states), gradients, counts, states)
+    expected = GradedEmbedding(method.spec(300, 32))
+    expected.load_factors(method.solve(weight, expected.spec, known))
+    expected = expected.to_dense()
     model, report = make("llama", method=method)
     torch.testing.assert_close(model.get_input_embeddings().to_dense(), expected, rtol=1e-4, atol=1e-5)
     kept = model.get_input_embeddings().spec.classes[0][0]
@@ -118,6 +121,20 @@ def test_text_lowers_the_error_that_matters(make, tiny, tokenizer, prose):
         aware, free, flat = (((model(ids).logits - wanted).square().mean((0, 1)) @ counts.float()) for model in models)
     assert aware < 0.8 * free
     assert aware < 0.8 * flat
+
+
+@pytest.mark.parametrize("method", [LowRank(keep=0.3), MPO(keep=0.3, sites=2), Kronecker(keep=0.3)], ids=str)
+def test_shared_structures_are_fitted_to_the_text_too(make, tiny, tokenizer, prose, method):
+    dense, ids = tiny("llama"), calibration_windows(tokenizer, [prose], 256, 64)
+    counts = token_counts(tokenizer, [prose], 300)
+    with torch.no_grad():
+        wanted = dense(ids).logits
+        errors = [
+            (make("llama", method=method, calibrated=text)[0](ids).logits - wanted).square().mean((0, 1))
+            @ counts.float()
+            for text in (True, False)
+        ]
+    assert errors[0] < 0.9 * errors[1]
 
 
 def test_without_text_tokens_come_in_their_own_order(make):

@@ -24,7 +24,7 @@ LAYERS = [
     ["planning"],
     ["texts", "tokens"],
     ["hf"],
-    ["calibrate", "evaluation", "sampling"],
+    ["calibrate", "evaluation", "gradients", "sampling"],
     ["batches"],
     ["folding"],
     ["onnx_graph"],

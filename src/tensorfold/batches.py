@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from tensorfold.algebra.statistics import Statistics
 from tensorfold.anatomy import Matrix, blocks
 from tensorfold.calibrate import BlockStream, inputs_of
+from tensorfold.gradients import gradient_moments
+from tensorfold.hf.swap import scale_of
 from tensorfold.planning import Plan
 
 
@@ -66,16 +68,21 @@ def _of_linears(moments: Mapping[str, Tensor]) -> dict[str, Statistics]:
 def _of_tables(
     model: PreTrainedModel, tables: list[Matrix], planned: Plan, windows: Tensor, counts: Tensor | None
 ) -> dict[str, Statistics]:
-    """Of the input table, where its method asks: the counts of its tokens, and what the head tied to it reads."""
+    """Of the input table: the counts of its tokens, the loss's gradients behind it, and what a tied head reads."""
     table = next((matrix for matrix in tables if matrix.group == "embedding"), None)
     if table is None or counts is None:
         return {}
-    if table.tied_head is None or not planned.methods[table.name].fits_text:
+    if not planned.methods[table.name].fits_text:
         return {table.name: Statistics(counts=counts)}
+    # Rows are scaled on their way in, as Gemma does.
+    gradients = gradient_moments(model, windows, {table.name: table.module})[table.name] * scale_of(table) ** 2
+    if table.tied_head is None:
+        return {table.name: Statistics(gradients=gradients, counts=counts)}
 
     def forward() -> None:
         for window in windows.to(table.parameter.device).split(1):
             model(window, use_cache=False)
 
     states = inputs_of(forward, model.get_submodule(table.tied_head))
-    return {table.name: Statistics(inputs=states.T @ states / len(states), counts=counts, states=states)}
+    inputs = states.T @ states / len(states)
+    return {table.name: Statistics(inputs, gradients, counts, states)}

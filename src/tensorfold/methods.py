@@ -7,17 +7,18 @@ from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge
 from torch import Tensor
 
 from tensorfold.algebra.contract import to_dense
 from tensorfold.algebra.graded import GradedSpec, graded_low_rank
+from tensorfold.algebra.graded_logits import match_probabilities
 from tensorfold.algebra.modes import balanced_modes, divisors
 from tensorfold.algebra.permutation import search_permutations
 from tensorfold.algebra.solve import Factors, fit, norm_ratio
 from tensorfold.algebra.spec import Spec, attainable_ranks
 from tensorfold.algebra.starts import check_prunable, pruned, random_cores
-from tensorfold.algebra.statistics import COUNT_EXPONENT, INPUT_SHARE, Metrics, Statistics
+from tensorfold.algebra.statistics import COUNT_EXPONENT, Metrics, Statistics
 from tensorfold.algebra.token_mps import TokenMPSSpec, powers_of_two, token_mps_svd
 from tensorfold.algebra.token_order import TokenOrder, token_order
 from tensorfold.algebra.ttsvd import tt_svd
@@ -323,15 +324,15 @@ class TokenMPS(Method):
 class Graded(Method):
     """Low rank that falls from frequent tokens to rare ones, for embedding tables; the most frequent stay exact.
 
-    With calibration text, tokens are ordered by how often all of it uses them, their errors weigh ``count^exponent``,
-    and the error of a tied table is that of its logits. Without, tokens are taken to come in the order of Zipf's law,
+    With calibration text, tokens are ordered by how often all of it uses them, their errors weigh ``count^exponent``
+    and are measured by what they cost at both ends of the model, and the rarer rows of a tied table are then fitted to
+    the probabilities that the dense head gives. Without, tokens are taken to come in the order of Zipf's law,
     as byte-pair vocabularies nearly do.
 
     Args:
         keep: Fraction of the parameters that stays.
         slope: Ranks fall as ``place^(−slope)``; 0 is low rank.
         exponent: Of the counts.
-        input_share: Weight of a row's own error, in which it enters the model, beside that of its logits.
     """
 
     name: ClassVar[str] = "graded"
@@ -340,13 +341,15 @@ class Graded(Method):
     keep: Keep
     slope: Annotated[float, Ge(0)] = 1.1
     exponent: Annotated[float, Ge(0)] = COUNT_EXPONENT
-    input_share: Annotated[float, Gt(0)] = INPUT_SHARE
 
     def spec(self, out_features: int, in_features: int) -> GradedSpec:
         return GradedSpec.within(out_features, in_features, self.keep, self.slope)
 
     def solve(self, weight: Tensor, spec: GradedSpec, known: Statistics = NOTHING) -> Factors:
-        inputs, weights = known.metrics(self.exponent, self.input_share)
+        inputs, weights = known.metrics(self.exponent)
         if weights is None:
             weights = torch.arange(1.0, spec.vocabulary + 1, dtype=torch.float64) ** -self.exponent
-        return graded_low_rank(weight, spec, weights, inputs)
+        factors = graded_low_rank(weight, spec, weights, inputs)
+        if known.states is None or known.shares is None or known.gradients is None:
+            return factors
+        return match_probabilities(weight, factors, spec, known.states, known.shares, known.gradients)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tensorfold.algebra.contract import to_dense
 from tensorfold.algebra.solve import relative_error
+from tensorfold.algebra.statistics import Statistics
 from tensorfold.calibrate import token_counts
 from tensorfold.hf.sources import find_model
 from tensorfold.methods import MPO, Kronecker, LowRank
@@ -63,7 +64,7 @@ def measure(method) -> dict[str, object]:
     spec = method.spec(*weight.shape)
     given = counts() if method.counts_tokens else None
     started = time.monotonic()
-    factors = method.solve(weight, spec, None, given)
+    factors = method.solve(weight, spec, Statistics(counts=given))
     seconds = time.monotonic() - started
     ordered = weight if factors.out_order is None else weight[factors.out_order]
     return {

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 # Chosen for graded tables on a held-out part of a calibration text; see studies/tensorgpt.
 COUNT_EXPONENT = 0.75
-INPUT_SHARE = 0.06
 
 
 class Metrics(NamedTuple):
@@ -42,7 +40,8 @@ class Statistics:
     Args:
         inputs: Second moment of the vectors that W is applied to, (in, in); of a table, of those that the head tied to
             it reads.
-        gradients: Second moment of the loss's gradient at the outputs, (out, out).
+        gradients: Second moment of the loss's gradient at the outputs, (out, out); of a table, where its rows enter the
+            model, (width, width).
         counts: Of a table, how often the text uses each token, (vocabulary,).
         states: Of a table, vectors that the head tied to it reads, (n, width).
     """
@@ -56,18 +55,21 @@ class Statistics:
     def known(self) -> bool:
         return any(part is not None for part in (self.inputs, self.gradients, self.counts, self.states))
 
-    def metrics(self, exponent: float = COUNT_EXPONENT, input_share: float = INPUT_SHARE) -> Metrics:
+    def metrics(self, exponent: float = COUNT_EXPONENT) -> Metrics:
         """The metrics of the fit.
 
         A row of a table enters the model as often as its token is used, and answers for about as many of the model's
-        predictions: its error weighs ``(count + 1)^exponent`` (what the text happens not to use still counts) and is
-        measured on what a tied head reads, beside ``input_share`` of its plain square for where it enters.
+        predictions. So its error weighs ``(count + 1)^exponent`` (what the text happens not to use still counts), and
+        is measured by what it costs in nats² at either end: where it enters, on gradients, and on the states that a
+        tied head reads.
         """
         if self.counts is None:
             return Metrics(self.inputs, self.gradients)
         weights = (self.counts.double() + 1) ** exponent
-        inputs = self.inputs
-        if inputs is not None:
-            shares = input_share * torch.eye(len(inputs), dtype=torch.float64) / len(inputs)
-            inputs = inputs.double().cpu() / max(float(inputs.trace()), torch.finfo(torch.float64).tiny) + shares
-        return Metrics(inputs, weights / weights.mean())
+        ends = [moment.double() for moment in (self.inputs, self.gradients) if moment is not None]
+        return Metrics(sum(ends[1:], ends[0]) if ends else None, weights / weights.mean())
+
+    @property
+    def shares(self) -> Tensor | None:
+        """Of each token in the text, one more counted of each; shape (vocabulary,)."""
+        return None if self.counts is None else (self.counts.double() + 1) / (self.counts.double() + 1).sum()

@@ -1,0 +1,70 @@
+"""The output side of calibration: second moments of the loss's gradient, from one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tensorfold.errors import InputError
+
+# Tokens in a backward pass: its activations are all held at once.
+_WINDOW = 256
+
+
+def gradient_moments(model: PreTrainedModel, windows: Tensor, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """For each module ``G = Σ g gᵀ / tokens``, fp32, (out, out), with g the gradient of the loss at an output vector.
+
+    The loss is that of the text itself, ``Σ −log p(next token)`` in nats over a window: the empirical Fisher. An output
+    that is off by δ at a token then costs about ``½ δᵀ G δ`` nats.
+
+    Args:
+        windows: Token indices, shape (windows, length); cut into pieces of 256.
+        modules: By name; what they return is the vector itself, shape (..., out).
+
+    Raises:
+        InputError: A module was never called, or its gradients hold NaN or infinity.
+    """
+    length = min(_WINDOW, windows.shape[1])
+    pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., Any]:
+        def add(gradient: Tensor) -> None:
+            flat = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+            total = sums.setdefault(name, flat.new_zeros(flat.shape[-1], flat.shape[-1]))
+            total.addmm_(flat.T, flat)
+
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(add)
+
+        return hook
+
+    def root(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output.detach().requires_grad_()
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with ExitStack() as hooks, torch.enable_grad():
+        # Only activations need gradients; those of the weights would be as large as the model.
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        hooks.callback(lambda: [parameter.requires_grad_() for parameter in trained])
+        hooks.callback(model.get_input_embeddings().register_forward_hook(root).remove)
+        for name, module in modules.items():
+            hooks.callback(module.register_forward_hook(watch(name)).remove)
+        for piece in pieces.to(model.device):
+            logits = model(piece[None], use_cache=False).logits[0, :-1].float()
+            F.cross_entropy(logits, piece[1:], reduction="sum").backward()
+    for name in modules:
+        if name not in sums or not torch.isfinite(sums[name]).all():
+            raise InputError(
+                f"{name}: never called on the calibration text, or its gradients hold NaN or infinity; check the "
+                "model, or exclude this module."
+            )
+    return {name: total / pieces.numel() for name, total in sums.items()}

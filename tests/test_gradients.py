@@ -1,0 +1,45 @@
+"""Second moments of the loss's gradient against autograd by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tensorfold.errors import InputError
+from tensorfold.gradients import gradient_moments
+
+WINDOWS = torch.randint(5, 290, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_moments_are_sums_over_tokens(tiny, architecture):
+    model = tiny(architecture).eval()
+    table = model.get_input_embeddings()
+    expected = torch.zeros(table.embedding_dim, table.embedding_dim)
+    for window in WINDOWS:
+        seen = []
+        handle = table.register_forward_hook(lambda _, __, out, seen=seen: (out.retain_grad(), seen.append(out))[0])
+        logits = model(window[None], use_cache=False).logits[0]
+        handle.remove()
+        F.cross_entropy(logits[:-1], window[1:], reduction="sum").backward()
+        gradient = seen[0].grad[0]
+        expected += gradient.T @ gradient
+    model.zero_grad()
+    with torch.no_grad():  # as folding calls it
+        moments = gradient_moments(model, WINDOWS, {"table": table})
+    torch.testing.assert_close(moments["table"], expected / WINDOWS.numel(), rtol=1e-4, atol=1e-7)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_linear_layers_have_their_outputs_side(tiny):
+    model = tiny("llama").eval()
+    layer = model.model.layers[0].mlp.down_proj
+    moment = gradient_moments(model, WINDOWS, {"down": layer})["down"]
+    assert moment.shape == (layer.out_features, layer.out_features)
+    torch.testing.assert_close(moment, moment.T)
+    assert torch.linalg.eigvalsh(moment.double())[0] > -1e-6 * moment.trace()
+    assert moment.trace() > 0
+
+
+def test_a_module_that_is_not_used_is_named(tiny):
+    with pytest.raises(InputError, match="elsewhere"):
+        gradient_moments(tiny("llama").eval(), WINDOWS, {"elsewhere": torch.nn.Linear(2, 2)})
