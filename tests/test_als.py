@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tensorfold.algebra import als
+from tensorfold.algebra import als, als_cg
 from tensorfold.algebra.als import weighted_als
 from tensorfold.algebra.contract import to_dense
 from tensorfold.algebra.solve import fit
@@ -267,3 +267,45 @@ def test_a_bad_output_metric_is_refused(outputs, said):
     spec = SPECS["kronecker-right"]
     with pytest.raises(InputError, match=said):
         weighted_als(torch.randn(12, 10), spec, random_cores(spec), None, outputs)
+
+
+@pytest.mark.parametrize("site", [0, 1, 2])
+def test_one_step_of_conjugate_gradients_is_exact_for_product_metrics(site, monkeypatch):
+    """Where both metrics are Kronecker products over the sites, the preconditioner is the inverse."""
+    monkeypatch.setattr(als_cg, "_ITERATIONS", 1)
+    spec = Spec((2, 3, 2), (3, 2, 4), (3, 4))
+
+    def product(sizes: tuple[int, ...], seed: int) -> Tensor:
+        out = torch.ones(1, 1, dtype=torch.float64)
+        for k, size in enumerate(sizes):
+            root = torch.randn(9, size, generator=torch.Generator().manual_seed(seed + k), dtype=torch.float64)
+            out = torch.kron(out, root.T @ root)
+        return out
+
+    inputs, outputs = product(spec.in_modes, 1), product(spec.out_modes, 5)
+    chain = random_cores(spec)
+    left, right = als._merge(chain[:site], chain[0])[0], als._merge(chain[site + 1 :], chain[0])[..., 0]
+    (_, m, n, _), core = chain[site].shape, chain[site]
+    wanted = als_cg.project(als_cg.weigh(als_cg.expand(core, left, right), inputs, outputs), left, right, m, n)
+    solved = als_cg.conjugate_gradients(torch.zeros_like(core), wanted, left, right, inputs, outputs)
+    torch.testing.assert_close(solved, core, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [None, "weights"])
+def test_a_long_diagonal_axis_stays_a_vector(rows):
+    left, right = torch.ones(1, 1, 1), torch.randn(2, 1, 3)
+    outputs = None if rows is None else torch.rand(100_000)
+    inverses = als_cg._marginal_inverses(left, right, torch.eye(3), outputs, 100_000, 1)
+    assert [inverse.dim() for inverse in inverses] == [2, 1, 2, 2]
+
+
+def test_large_tables_are_fitted_in_fp32_at_any_scale(monkeypatch):
+    """The error has no units, so neither has the answer, though fp32's range is short."""
+    monkeypatch.setattr(als, "_TABLE", 0)
+    spec = SPECS["padded"]
+    weight, root = problem(spec)
+    inputs, weights = root.T @ root / len(root), output_metric(spec, True)
+    start = tt_svd(weight, spec)
+    errors = [weighted_als(weight, spec, start, inputs * scale, weights, sweeps=8).error for scale in (1.0, 1e10)]
+    exact = weighted_als(weight, spec, start, inputs, torch.diag(weights), sweeps=8).error
+    assert errors == pytest.approx([exact, exact], rel=0.02)

@@ -253,7 +253,7 @@ def test_tokens_come_by_how_often_the_text_uses_them(fold, tokenizer, prose):
     model, report = fold("llama", MPO(keep=0.4, order="frequency"))
     order = token_counts(tokenizer, [prose], 300).argsort(descending=True, stable=True)
     assert torch.equal(model.get_input_embeddings().out_position[order], torch.arange(300))
-    assert report.metrics == {"model.embed_tokens": "activation"}
+    assert report.metrics == {"model.embed_tokens": "text"}
 
 
 def test_clusters_need_no_text(tiny):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensorfold.algebra.statistics import Statistics
-from tensorfold.anatomy import Matrix, blocks
+from tensorfold.anatomy import Matrix, blocks, dense_weight
 from tensorfold.calibrate import BlockStream, inputs_of
 from tensorfold.gradients import gradient_moments
 from tensorfold.hf.swap import scale_of
@@ -84,5 +85,20 @@ def _of_tables(
             model(window, use_cache=False)
 
     states = inputs_of(forward, model.get_submodule(table.tied_head))
+    scale = _scale_of_logits(model, table, windows, states)
+    states = states if scale is None else states * scale
     inputs = states.T @ states / len(states)
-    return {table.name: Statistics(inputs, gradients, counts, states)}
+    reads = scale is not None and planned.methods[table.name].reads_states
+    return {table.name: Statistics(inputs, gradients, counts, states if reads else None)}
+
+
+def _scale_of_logits(model: PreTrainedModel, table: Matrix, windows: Tensor, states: Tensor) -> float | None:
+    """a where the model's logits are ``a · E h`` (Cohere, Granite); None where they are biased or capped (Gemma 2).
+
+    A few positions of the first window decide; ``states`` begin with that window's.
+    """
+    few = slice(0, min(16, windows.shape[1]))
+    logits = model(windows[:1].to(table.parameter.device), use_cache=False).logits[0, few].float()
+    products = states[few] @ dense_weight(table.module).float().T
+    scale = float((logits * products).sum() / products.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
+    return scale if (logits - scale * products).norm() <= 1e-2 * logits.norm() else None

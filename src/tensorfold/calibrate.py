@@ -243,11 +243,10 @@ def inputs_of(forward: Callable[[], None], module: nn.Module) -> Tensor:
 
     with _removing(module.register_forward_pre_hook(hook)), torch.no_grad():
         forward()
-    if not seen or not all(bool(part.isfinite().all()) for part in seen):
-        raise InputError(
-            f"{type(module).__name__}: never called on the calibration text, or its inputs hold NaN or infinity; check "
-            "the model."
-        )
+    if not seen:
+        raise InputError(f"{type(module).__name__}: not called on the calibration text; exclude the table tied to it.")
+    if not all(bool(part.isfinite().all()) for part in seen):
+        raise InputError(f"{type(module).__name__}: its inputs on the calibration text hold NaN or infinity.")
     return torch.cat(seen)
 
 

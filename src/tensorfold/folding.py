@@ -7,7 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tensorfold.algebra.any_spec import AnySpec
 from tensorfold.algebra.permutation import search_row_order
 from tensorfold.algebra.solve import relative_error
 from tensorfold.algebra.spec import Spec
-from tensorfold.algebra.statistics import Statistics
+from tensorfold.algebra.statistics import Metrics, Statistics
 from tensorfold.anatomy import Matrix, check_foldable, dense_weight, matrices
 from tensorfold.batches import Text, batches
 from tensorfold.calibrate import calibrating, calibration_windows, token_counts
@@ -48,7 +48,8 @@ class FoldReport:
     """What a fold did: the plan, each module's relative error, the metric it is measured in, and the time it took.
 
     ``errors``: ``‖(W − Ŵ) C^½‖ / ‖W C^½‖`` with C the second moment of the module's inputs where it was calibrated
-    (``metrics[name] == "activation"``), the identity where not (``"weight"``).
+    (``metrics[name] == "activation"``), the identity where not (``"weight"``); of a table that was fitted to text, in
+    the metrics of that fit (``"text"``, see ``Statistics.metrics``).
     """
 
     plan: Plan
@@ -103,8 +104,9 @@ def fold(
 
     Without calibration text each matrix is approximated in the Frobenius norm. With it, the blocks are taken in order;
     each is measured on the text as the blocks folded before it pass it on, and fitted in the metric of its inputs.
-    The rows of the input table weigh by how often all of the text uses their tokens, and a tied one is fitted to what
-    its head reads of the calibration windows, before anything is folded; ``token-mps`` looks at neither.
+    The rows of the input table weigh by how often all of the text uses their tokens, and are fitted to what errors cost
+    where they enter (gradients of the loss) and in a tied head (the states that it reads), before anything else is
+    folded; ``token-mps`` looks at none of it.
 
     Under ``torchrun`` every rank has to call this with the same model, recipe and text, and is left with the same
     folded model. Each matrix is solved by one rank; activations are computed by all of them. On equal machines with
@@ -121,7 +123,7 @@ def fold(
 
     Raises:
         InputError: Model, recipe or text cannot be used, or are not the same on every rank. Found before anything is
-            changed, but for NaN or infinity in the activations of a later block.
+            changed, but for NaN or infinity in activations and gradients.
         Exception: What another rank raised, on all of them.
     """
     started = time.monotonic()
@@ -131,8 +133,7 @@ def fold(
         recipe = Recipe.of(recipe)
         documents = _documents(recipe, tokenizer, calibration)
         windows = _windows(model, recipe, tokenizer, documents, calibration_tokens)
-        _check(model, recipe, calibrated=windows is not None)
-        counts = _counts(model, plan(model, recipe), tokenizer, documents)
+        counts = _counts(model, _check(model, recipe, windows is not None), tokenizer, documents)
         _check_same(ranks, model, recipe, windows, counts)
         planned, chosen = prepare(model, recipe)
         errors = _fold_all(ranks, model, planned, chosen, Text(windows, counts), progress and ranks.is_first)
@@ -140,14 +141,17 @@ def fold(
             tied = {matrix.name: matrix.tied_head for matrix in chosen.values() if matrix.tied_head is not None}
             mark_folded(model, planned.modules, tied, planned.split)
 
-    def measured(matrix: Matrix) -> bool:
-        reads = matrix.tied_head is not None and planned.methods[matrix.name].fits_text
-        return windows is not None and (matrix.kind == "linear" or reads)
+    def metric(matrix: Matrix) -> str:
+        if windows is None or (matrix.kind == "embedding" and (counts is None or matrix.group != "embedding")):
+            return "weight"
+        if matrix.kind == "embedding":
+            return "text" if planned.methods[matrix.name].fits_text else "weight"
+        return "activation"
 
     return FoldReport(
         planned,
         errors={name: errors[name] for name in planned.modules},
-        metrics={name: "activation" if measured(matrix) else "weight" for name, matrix in chosen.items()},
+        metrics={name: metric(matrix) for name, matrix in chosen.items()},
         calibration_tokens=windows.numel() if windows is not None else 0,
         seconds=time.monotonic() - started,
     )
@@ -182,8 +186,8 @@ def _windows(
     return calibration_windows(tokenizer, documents, tokens or settings.tokens, limit)
 
 
-def _check(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> None:
-    """Find whatever is wrong with recipe and weights before the model is touched."""
+def _check(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> Plan:
+    """The plan, after finding whatever is wrong with recipe and weights before the model is touched."""
     planned = plan(model, recipe)
     available = matrices(model)
     for name, method in planned.methods.items():
@@ -201,6 +205,7 @@ def _check(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> None:
             raise InputError(f"{matrix.name}: its weight holds NaN or infinity; repair the checkpoint or exclude it.")
         if matrix.kind == "embedding" and matrix.name in planned.modules:
             scale_of(matrix)
+    return planned
 
 
 def _counts(model: PreTrainedModel, planned: Plan, tokenizer: Any, documents: list[str] | None) -> Tensor | None:
@@ -311,11 +316,12 @@ def _align_hidden_units(
     aligned = dict(known)
     families = [units for units in hidden_units(model, matrices(model)) if members(units)]
     for units, found in ranks.share(families, lambda units: units.down.in_features**3, search, unknown):
-        order, name = found["order"], units.down.name
+        order = found["order"]
         reorder_hidden(units, order.to(units.down.parameter.device))
-        inputs = aligned.get(name, NOTHING).inputs
-        if inputs is not None:
-            aligned[name] = replace(aligned[name], inputs=inputs[order][:, order])
+        for matrix in (*units.ups, units.down):
+            if matrix.name in aligned:
+                sides = {"columns": order} if matrix is units.down else {"rows": order}
+                aligned[matrix.name] = aligned[matrix.name].reordered(**sides)
     return aligned
 
 
@@ -333,7 +339,8 @@ def _solve(matrix: Matrix, planned: Plan, known: Statistics) -> dict[str, Tensor
     except SpecError as error:
         raise SpecError(f"{matrix.name}: {error}") from None
     folded = solved_module(matrix, spec, factors)
-    reached = relative_error(weight, folded.to_dense(torch.float64), known.inputs)
+    metrics = known.metrics() if matrix.kind == "linear" or method.fits_text else Metrics()
+    reached = relative_error(weight, folded.to_dense(torch.float64), *metrics)
     return {**folded.state_dict(), _ERROR: torch.tensor(reached, dtype=torch.float64)}
 
 

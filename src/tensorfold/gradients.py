@@ -30,8 +30,6 @@ def gradient_moments(model: PreTrainedModel, windows: Tensor, modules: Mapping[s
     Raises:
         InputError: A module was never called, or its gradients hold NaN or infinity.
     """
-    length = min(_WINDOW, windows.shape[1])
-    pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
     sums: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[..., Any]:
@@ -47,7 +45,7 @@ def gradient_moments(model: PreTrainedModel, windows: Tensor, modules: Mapping[s
         return hook
 
     def root(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return output.detach().requires_grad_()
+        return output.detach().requires_grad_().clone()  # of a leaf, some models' work in place is refused
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as hooks, torch.enable_grad():
@@ -58,13 +56,14 @@ def gradient_moments(model: PreTrainedModel, windows: Tensor, modules: Mapping[s
         hooks.callback(model.get_input_embeddings().register_forward_hook(root).remove)
         for name, module in modules.items():
             hooks.callback(module.register_forward_hook(watch(name)).remove)
-        for piece in pieces.to(model.device):
+        for piece in (row for part in windows.to(model.device).split(_WINDOW, dim=1) for row in part):
             logits = model(piece[None], use_cache=False).logits[0, :-1].float()
             F.cross_entropy(logits, piece[1:], reduction="sum").backward()
     for name in modules:
-        if name not in sums or not torch.isfinite(sums[name]).all():
+        if name not in sums:
+            raise InputError(f"{name}: not called on the calibration text, so it has no gradients; exclude it.")
+        if not torch.isfinite(sums[name]).all():
             raise InputError(
-                f"{name}: never called on the calibration text, or its gradients hold NaN or infinity; check the "
-                "model, or exclude this module."
+                f"{name}: the loss's gradients there hold NaN or infinity; load the model in bf16 or fp32."
             )
-    return {name: total / pieces.numel() for name, total in sums.items()}
+    return {name: total / windows.numel() for name, total in sums.items()}

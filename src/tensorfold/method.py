@@ -56,6 +56,11 @@ class Method(ABC):
         """Whether :meth:`solve` looks at statistics where there are any."""
         return True
 
+    @property
+    def reads_states(self) -> bool:
+        """Whether it asks for the very vectors that a tied head reads, beside their second moment."""
+        return False
+
     def check(self, spec: OwnSpec, calibrated: bool) -> None:
         """Raise :class:`InputError` if :meth:`solve` could not fill this spec, with statistics where ``calibrated``."""
         if self.token_order == "frequency" and not calibrated:

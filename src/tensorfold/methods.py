@@ -71,7 +71,7 @@ class Kronecker(Method):
 
             - ``van-loan``: the nearest sum in the Frobenius norm.
             - ``normalized``: the same times ``α = ‖W‖ / ‖Ŵ‖``, as scalars where there are any (Krony-PT, version 2);
-              with ``refine``, the refined cores times ``‖W C^½‖ / ‖Ŵ C^½‖``.
+              with ``refine``, the refined cores and their norms in the metrics of the fit.
             - ``prune``: every other hidden unit, ``W_even ⊗ [1, ε]ᵀ`` or ``⊗ [1, ε]``, for the shape that halves the
               hidden dimension.
             - ``random``: entries with the variance of W's.
@@ -344,6 +344,10 @@ class Graded(Method):
 
     def spec(self, out_features: int, in_features: int) -> GradedSpec:
         return GradedSpec.within(out_features, in_features, self.keep, self.slope)
+
+    @property
+    def reads_states(self) -> bool:
+        return True
 
     def solve(self, weight: Tensor, spec: GradedSpec, known: Statistics = NOTHING) -> Factors:
         inputs, weights = known.metrics(self.exponent)

@@ -1,4 +1,4 @@
-"""Weighted alternating least squares: cores that fit a matrix in the metric of its inputs.
+"""Weighted alternating least squares: cores that fit a matrix in the metric of its inputs, and of its outputs.
 
 Minimises ``‖(W − Ŵ) C^½‖_F`` with C the second moment of the inputs, which is the layer's output error. With all cores
 but one fixed the objective is quadratic in that one, and because C acts on the inputs alone every output index ``i_k``
@@ -41,7 +41,7 @@ _TABLE = 2**23  # elements
 
 @dataclass(frozen=True)
 class Fit:
-    """Fitted cores, and the relative error ``‖(W − Ŵ) C^½‖ / ‖W C^½‖`` at the start and after every sweep."""
+    """Fitted cores, and the relative error ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖`` at the start and after every sweep."""
 
     cores: list[Tensor]
     errors: tuple[float, ...]
@@ -63,10 +63,10 @@ def weighted_als(
 ) -> Fit:
     """Improve ``cores`` by alternating least squares in the metrics C and G; the error never rises.
 
-    A sweep goes through the chain and back, solving for one core at a time in fp64 with the others orthogonalised. It
-    is followed by a leap along its own step where that lowers the error further (line search extrapolation, Bro 1998).
-    Three sweeps that together gain less than ``tolerance`` of the error end the search. Nothing is random. Bond scalars
-    are the caller's: the cores absorb them.
+    A sweep goes through the chain and back, solving for one core at a time with the others orthogonalised, in fp64
+    (large tables in fp32). It is followed by a leap along its own step where that lowers the error further (line search
+    extrapolation, Bro 1998). Three sweeps that together gain less than ``tolerance`` of the error end the search.
+    Nothing is random. Bond scalars are the caller's: the cores absorb them.
 
     Args:
         weight: W, shape (out_features, in_features), any floating dtype.

@@ -10,6 +10,8 @@ core has numbers, and with a G that is no multiple of the identity it no longer 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -69,11 +71,11 @@ def conjugate_gradients(
         return project(weigh(expand(v, left, right), inputs, outputs), left, right, m, n)
 
     residual = wanted - normal(core)
-    z = torch.einsum("rmns,rR,mM,nN,sS->RMNS", residual, *inverses)
+    z = _precondition(residual, inverses)
     direction, slope = z, (residual * z).sum()
     first = slope
     for _ in range(_ITERATIONS):
-        if slope <= 1e-16 * first:
+        if slope <= torch.finfo(core.dtype).eps ** 2 * first:
             break
         image = normal(direction)
         curvature = (direction * image).sum()
@@ -81,7 +83,7 @@ def conjugate_gradients(
             break
         core = core + (slope / curvature) * direction
         residual = residual - (slope / curvature) * image
-        z = torch.einsum("rmns,rR,mM,nN,sS->RMNS", residual, *inverses)
+        z = _precondition(residual, inverses)
         before, slope = slope, (residual * z).sum()
         direction = z + (slope / before) * direction
     return core
@@ -90,16 +92,38 @@ def conjugate_gradients(
 def _marginal_inverses(
     left: Tensor, right: Tensor, inputs: Tensor | None, outputs: Tensor | None, m: int, n: int
 ) -> tuple[Tensor, ...]:
+    """Inverses of the marginals on r, m, n and s; vectors where they are diagonal, however long that axis is."""
     (a, x, _), (_, b, y) = left.shape, right.shape
     on_left, on_core, on_right = _marginals(inputs, (x, n, y), left)
     to_left, to_core, to_right = _marginals(outputs, (a, m, b), left)
     grams = (
         torch.einsum("axr,axR->rR", left, _on_sides(left, to_left, on_left)),
-        _square(to_core, m),
-        _square(on_core, n),
+        to_core,
+        on_core,
         torch.einsum("bys,byS->sS", right.permute(1, 2, 0), _on_sides(right.permute(1, 2, 0), to_right, on_right)),
     )
-    return tuple(proximal_step(gram, torch.eye(len(gram), dtype=gram.dtype, device=gram.device), -8) for gram in grams)
+    return tuple(_inverse(gram) for gram in grams)
+
+
+def _inverse(gram: Tensor) -> Tensor:
+    # A preconditioner may have any scale; each is brought to 1, since the product of four would leave fp32's range.
+    gram = gram / (gram if gram.dim() == 1 else gram.diagonal()).mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    if gram.dim() == 1:
+        return torch.where(gram > 0, 1 / gram, torch.ones_like(gram))
+    return proximal_step(gram, torch.eye(len(gram), dtype=gram.dtype, device=gram.device), -8)
+
+
+def _precondition(core: Tensor, inverses: tuple[Tensor, ...]) -> Tensor:
+    for axis, inverse in enumerate(inverses):
+        core = _on_axis(core, inverse, axis)
+    return core
+
+
+def _on_axis(tensor: Tensor, metric: Tensor, axis: int) -> Tensor:
+    """A metric, or the vector of a diagonal one, applied to one axis."""
+    if metric.dim() == 1:
+        return tensor * metric.reshape(-1, *([1] * (tensor.dim() - 1 - axis)))
+    return torch.tensordot(metric, tensor, dims=([1], [axis])).movedim(0, axis)
 
 
 def _marginals(metric: Tensor | None, sizes: tuple[int, int, int], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,16 +143,7 @@ def _marginals(metric: Tensor | None, sizes: tuple[int, int, int], like: Tensor)
 
 def _on_sides(factor: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
     """A merged neighbour (out, in, bond) with its marginal metrics applied to both sides."""
-    for axis, metric in ((0, outputs), (1, inputs)):
-        if metric.dim() == 1:
-            factor = factor * metric.reshape(-1, *([1] * (2 - axis)))
-        else:
-            factor = torch.tensordot(metric, factor, dims=([1], [axis])).movedim(0, axis)
-    return factor
-
-
-def _square(metric: Tensor, size: int) -> Tensor:
-    return torch.diag(metric.expand(size)) if metric.dim() == 1 else metric
+    return _on_axis(_on_axis(factor, outputs, 0), inputs, 1)
 
 
 def proximal_step(normal: Tensor, residual: Tensor, smallest: int = -12) -> Tensor:
@@ -137,6 +152,8 @@ def proximal_step(normal: Tensor, residual: Tensor, smallest: int = -12) -> Tens
     Added to the current core it minimises the error plus a pull of weight λ towards that core, so it lowers the error
     for every λ > 0; no λ has to be right, and a singular H only leaves alone what the error does not depend on.
     """
+    # Below the precision of the entries a ridge is none.
+    smallest = max(smallest, math.ceil(math.log10(torch.finfo(normal.dtype).eps)))
     scale = normal.diagonal().clamp_min(0).sqrt()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     scaled = normal / scale / scale[:, None]

@@ -6,8 +6,9 @@ probabilities of the fitted table, has
 
     gradient  E[(p̂_t − p_t) h],   curvature at most  E[p̂_t h hᵀ]   (a softmax's Hessian is diag(p̂) − p̂ p̂ᵀ)
 
-so that all rows can take a Newton step at once, each in its own few coefficients, with a trust region because the bound
-holds only near by. Beside it stands what the row's error costs where its token enters the model, ``½ f_t ‖δ‖²`` in the
+so that all rows can take a Newton step at once, each in its own few coefficients. The curvature is taken at the larger
+of p and p̂, mixed with the average one of all tokens, and steps are cut short: the bound holds only near by, and no step
+is checked. Beside it stands what the row's error costs where its token enters the model, ``½ f_t ‖δ‖²`` in the
 second moment of the loss's gradient there, with f_t the token's share of the text.
 """
 
@@ -52,7 +53,7 @@ def match_probabilities(
         return factors
     order, basis = factors.out_order, factors.cores[-1].float()
     cores = [core.float().clone() for core in factors.cores]
-    given, shares, states = table[order].float(), shares[order].float(), states.float()
+    given, shares, states = table[order].float(), shares.to(order.device)[order].float(), states.to(basis)
     entering = gradients.to(basis)
     dense = _log_partition(states, given)
     for _ in range(steps):

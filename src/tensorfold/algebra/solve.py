@@ -82,17 +82,17 @@ def whitened_low_rank(weight: Tensor, metric: Tensor | None, spec: Spec, outputs
     does not weigh is not determined. For a tall W the same subspace comes from the smaller matrix ``C^½ Wᵀ G W C^½``.
     """
     result = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-    w = weight.double()
+    w = weight.to(torch.float32 if weight.numel() > _TABLE else torch.float64)
     into, back = _output_roots(outputs, w)
     w = weigh(w, None, into)
     rank = spec.ranks[0]
     if w.shape[0] <= w.shape[1]:
-        basis = leading_eigenvectors(weigh(w, None if metric is None else metric.double(), None) @ w.T, rank)
+        basis = leading_eigenvectors(weigh(w, None if metric is None else metric.to(w), None) @ w.T, rank)
     elif metric is None:
         basis = left_basis(w, rank)
     else:
         values, vectors = torch.linalg.eigh(metric.double())
-        basis = left_basis(w @ (vectors * values.clamp_min(0).sqrt()), rank)
+        basis = left_basis(w @ (vectors * values.clamp_min(0).sqrt()).to(w), rank)
     left, right = weigh(basis, None, back), basis.T @ w  # (out, r), (r, in)
     return [core.to(result) for core in balance([left[None, :, None, :], right[:, None, :, None]])]
 
@@ -101,13 +101,13 @@ def _output_roots(outputs: Tensor | None, like: Tensor) -> tuple[Tensor | None, 
     """``G^½`` and its inverse."""
     if outputs is None:
         return None, None
-    g = outputs.to(like)
+    g = outputs.to(like.device).double()
     values, vectors = (g, None) if g.dim() == 1 else torch.linalg.eigh(g)
     values = values.clamp_min(0)
     values = values + (_RIDGE * values.mean()).clamp_min(torch.finfo(values.dtype).tiny)
-    if vectors is None:
-        return values.sqrt(), values.rsqrt()
-    return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
+    roots = (values.sqrt(), values.rsqrt())
+    into, back = (root if vectors is None else (vectors * root) @ vectors.T for root in roots)
+    return into.to(like), back.to(like)
 
 
 def relative_error(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -50,6 +50,11 @@ class Statistics:
     gradients: Tensor | None = None
     counts: Tensor | None = None
     states: Tensor | None = None
+
+    def reordered(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Statistics:
+        """Of ``W[rows][:, columns]``, for a linear layer."""
+        inputs, gradients = Metrics(self.inputs, self.gradients).reordered(rows, columns)
+        return replace(self, inputs=inputs, gradients=gradients)
 
     @property
     def known(self) -> bool:

@@ -1,0 +1,109 @@
+"""Write the tables of README.md and the picture from the logs: python studies/tensorgpt/table.py"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+NAMES = {
+    "graded": "graded low rank", "low-rank": "low rank", "token-mps": "TokenMPS (TensorGPT)",
+    "mpo": "MPO, 2 sites, clustered tokens", "kronecker": "Kronecker sum, clustered tokens",
+}  # fmt: skip
+FITS = {"plain": "table alone", "text": "text"}
+Run = dict[str, Any]
+
+
+def read(name: str) -> list[Run]:
+    path = HERE / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def number(perplexity: float) -> str:
+    return f"{perplexity:,.0f}" if perplexity >= 1000 else f"{perplexity:.2f}"
+
+
+def comparison(runs: list[Run]) -> str:
+    dense = next(run for run in runs if run["structure"] == "dense")
+    lines = [
+        "| structure | fitted to | table | smaller | whole model | perplexity | × dense | healed | × dense |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    order = ["dense", *NAMES]
+    ranked = sorted(runs, key=lambda r: (order.index(r["structure"]), r["fit"] == "plain", -r["table_parameters"]))
+    for run in ranked:
+        before, after = run["before"]["wikitext-2"], run["after"]["wikitext-2"]
+        base = dense["before"]["wikitext-2"]
+        name = "dense (healed: the whole model)" if run["structure"] == "dense" else NAMES[run["structure"]]
+        rank = f", {run['size']}" if run["structure"] == "token-mps" else ""
+        lines.append(
+            f"| {name}{rank} | {FITS[run['fit']] if run is not dense else ''} | {run['table_parameters']:,} | "
+            f"{dense['table_parameters'] / run['table_parameters']:.2f}× | {run['parameters']:,} | {number(before)} | "
+            f"{number(before / base)} | {number(after)} | {number(after / base)} |"
+        )
+    return "\n".join(lines)
+
+
+def long(runs: list[Run]) -> str:
+    lines = [
+        "| | state | wikitext-2-test | × dense | tinyshakespeare | × dense | processor time |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    dense = next((run["before"] for run in runs if run["structure"] == "dense"), None)
+    for run in sorted(runs, key=lambda run: -run["table_parameters"]):
+        for state in ("before", "after"):
+            cells = []
+            for text in ("wikitext-2", "tinyshakespeare"):
+                value = run[state][text]
+                cells += [number(value), f"{value / dense[text]:.2f}" if dense else ""]
+            spent = f"{run['healing_cpu_seconds'] / 60:.0f} min" if state == "after" else ""
+            name = {"before": "folded" if run["structure"] != "dense" else "as it is", "after": "trained"}[state]
+            lines.append(f"| {run['size'] if state == 'before' else ''} | {name} | {' | '.join(cells)} | {spent} |")
+    return "\n".join(lines)
+
+
+def picture(runs: list[Run]) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    dense = next(run for run in runs if run["structure"] == "dense")
+    for side, state in zip(axes, ("before", "after"), strict=True):
+        for index, structure in enumerate(NAMES):
+            for fit, style in (("text", "o-"), ("plain", "x--")):
+                chosen = sorted(
+                    (run["table_parameters"], run[state]["wikitext-2"])
+                    for run in runs
+                    if (run["structure"], run["fit"]) == (structure, fit)
+                )
+                if chosen:
+                    label = NAMES[structure] + (", text" if fit == "text" else "")
+                    side.plot(*zip(*chosen, strict=True), style, color=f"C{index}", label=label)
+        side.axhline(dense["before"]["wikitext-2"], color="gray", linewidth=1, label="dense")
+        side.set(xscale="log", yscale="log", ylim=(20, 1e6), xlabel="parameters of the table")
+        side.set_title("without training" if state == "before" else "after eight steps")
+    axes[0].set(ylabel="perplexity, wikitext-2-test")
+    axes[1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(HERE / "smollm2.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    mpl.rcParams["svg.hashsalt"] = "tensorfold"  # equal data, equal file
+    runs = read("smollm2.jsonl")
+    sections = {"comparison": comparison(runs), "long": long(read("long.jsonl"))}
+    picture(runs)
+    readme = HERE / "README.md"
+    text = readme.read_text()
+    for name, section in sections.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        head, _, rest = text.partition(begin)
+        text = f"{head}{begin}\n\n{section}\n\n{end}{rest.partition(end)[2]}"
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
