@@ -6,10 +6,10 @@
 
 The table is 49152 × 576, a fifth of the model, and is the output head as well. "Plain" knows the table alone; "text" is
 fitted to calibration text: counts of tokens from ``wikitext-2-valid``, taken ten times, and ``train``; gradients and
-hidden states of its first 8,192 tokens. Both are then healed for a few steps on ``wikitext-2-valid`` with the dense
-model as teacher, the table alone trained. ``--long`` heals the whole model of the graded tables, within 20 minutes of
-processor time each. Nothing was chosen by the test texts. Each run appends a line to ``smollm2.jsonl`` or
-``long.jsonl``; what is there is skipped.
+hidden states of its first 8,192 tokens (``--long``: 16,384). Both are then healed for a few steps on
+``wikitext-2-valid`` with the dense model as teacher, the table alone trained. ``--long`` heals the whole model of the
+graded tables, within 20 minutes of processor time each. Nothing was chosen by the test texts. Each run appends a line
+to ``smollm2.jsonl`` or ``long.jsonl``; what is there is skipped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tensorfold.texts import load_text
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("TENSORFOLD_DATA", "."))
 SIZES = {"2x": 1 / 2, "3.31x": 1 / 3.31, "10x": 1 / 10, "38.4x": 1 / 38.4}
-CALIBRATION_TOKENS, REPEATED = 8192, 10
+CALIBRATION_TOKENS, LONG_CALIBRATION_TOKENS, REPEATED = 8192, 16_384, 10
 COMMON: dict[str, Any] = {
     "batch": 2, "block": 512, "windows": "random", "validation_fraction": 0.05, "select": "last", "kl": 1.0,
     "precision": "bf16", "evaluate_every": 1000,
@@ -69,7 +69,7 @@ def planned() -> Iterator[Run]:
             yield Run("kronecker", size, fit, Kronecker(keep=keep, order="cluster"))
 
 
-def folded(run: Run) -> tuple[Any, Any, dict[str, Any]]:
+def folded(run: Run, calibration_tokens: int) -> tuple[Any, Any, dict[str, Any]]:
     """The model, its tokenizer, and what the fold did."""
     source = find_model("smollm2-135m")
     model, tokenizer = source.model().to(torch.float32), source.tokenizer()
@@ -80,7 +80,7 @@ def folded(run: Run) -> tuple[Any, Any, dict[str, Any]]:
         documents = load_text("wikitext-2", split="validation") * REPEATED + load_text(str(DATA / "train"))
     started = time.process_time()
     recipe = Recipe(fold=(Rule("embedding", run.method),))
-    report = tensorfold.fold(model, recipe, tokenizer, documents, calibration_tokens=CALIBRATION_TOKENS)
+    report = tensorfold.fold(model, recipe, tokenizer, documents, calibration_tokens=calibration_tokens)
     spec = next(iter(report.modules.values()))
     return model, tokenizer, {
         "spec": str(spec),
@@ -103,7 +103,7 @@ def perplexities(model: Any, tokenizer: Any, texts: tuple[str, ...]) -> dict[str
 def measure(run: Run, work: Path, long: bool) -> dict[str, Any]:
     texts = ("wikitext-2", "tinyshakespeare") if long else ("wikitext-2",)
     settings = LONG if long else SHORT
-    model, tokenizer, done = folded(run)
+    model, tokenizer, done = folded(run, LONG_CALIBRATION_TOKENS if long else CALIBRATION_TOKENS)
     before = perplexities(model, tokenizer, texts)
     teacher = find_model("smollm2-135m").model().to(torch.float32)
     if run.method is None:  # the control: the dense model trained just so
