@@ -39,7 +39,11 @@ def fold_arguments(dense_directory, recipe_file, text_file):
     model, text = ["fold", str(dense_directory), "--json"], ["--calibrate", str(text_file), "--tokens", "256"]
     recipe = [*model, "--recipe", str(recipe_file)]
     untied = [*model, "--keep", "0.5", "--targets", "embedding,lm_head,mlp", "--untie", *text]
-    return {"data-free": recipe, "calibrated": [*recipe, *text], "untied": untied}
+    graded = recipe_file.with_name("graded.yaml")
+    rules = [{"targets": "embedding", "method": "graded", "keep": 0.4}, *ENTRIES[1:]]
+    graded.write_text(yaml.safe_dump({"fold": rules}), encoding="utf-8")
+    tied = [*model, "--recipe", str(graded), *text]
+    return {"data-free": recipe, "calibrated": [*recipe, *text], "untied": untied, "graded": tied}
 
 
 def free_port():
@@ -92,7 +96,7 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-@pytest.mark.parametrize("kind", ["data-free", "calibrated", "untied"])
+@pytest.mark.parametrize("kind", ["data-free", "calibrated", "untied", "graded"])
 def test_the_files_do_not_depend_on_the_number_of_ranks(kind, fold_arguments, on_ranks, command, tmp_path):
     assert command(*fold_arguments[kind], "--out", tmp_path / "plain").status == 0
     assert not torch.distributed.is_initialized()
