@@ -177,7 +177,7 @@ def test_an_untied_head_is_measured_like_any_linear_layer(make, tokenizer, prose
     recipe = Recipe((Rule("embedding", Graded(keep=0.5)), HEAD, Rule("mlp", LowRank(keep=0.5))), untie=True)
     report = tensorfold.fold(model, recipe, tokenizer, [prose], calibration_tokens=256)
     assert report.metrics["lm_head"] == "activation"
-    assert report.metrics["model.embed_tokens"] == "weight"
+    assert report.metrics["model.embed_tokens"] == "text"
     assert isinstance(model.get_input_embeddings(), GradedEmbedding)
     free = make("llama")
     tensorfold.fold(free, recipe)
