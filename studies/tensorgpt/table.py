@@ -16,7 +16,12 @@ NAMES = {
     "graded": "graded low rank", "low-rank": "low rank", "token-mps": "TokenMPS (TensorGPT)",
     "mpo": "MPO, 2 sites, clustered tokens", "kronecker": "Kronecker sum, clustered tokens",
 }  # fmt: skip
-FITS = {"plain": "table alone", "text": "text", "text-16k": "text, 16,384 tokens, exponent .85"}
+FITS = {
+    "plain": "table alone",
+    "text": "text",
+    "text-16k": "text, 16,384 tokens, exponent .85",
+    "text-24k": "text, 24,000 tokens",
+}
 Run = dict[str, Any]
 
 
