@@ -35,9 +35,9 @@ ORDERS = ("own", "frequency", "cluster")
 def methods(keeps: list[float]):
     """Structure, fraction kept, order and method, the quick ones first."""
     structures = {
-        "kronecker": lambda keep, order: Kronecker(keep=keep, order=order),
-        "mpo-3": lambda keep, order: MPO(keep=keep, sites=3, order=order),
-        "mpo-2": lambda keep, order: MPO(keep=keep, sites=2, order=order),
+        "kronecker": lambda keep, order: Kronecker(keep=keep, order=order, init="van-loan"),
+        "mpo-3": lambda keep, order: MPO(keep=keep, sites=3, order=order, init="tt-svd"),
+        "mpo-2": lambda keep, order: MPO(keep=keep, sites=2, order=order, init="tt-svd"),
     }
     for keep in keeps:
         yield "low-rank", keep, "own", LowRank(keep=keep)
@@ -62,7 +62,7 @@ def counts() -> Tensor:
 def measure(method) -> dict[str, object]:
     weight = table()
     spec = method.spec(*weight.shape)
-    given = counts() if method.counts_tokens else None
+    given = counts() if method.token_order == "frequency" else None
     started = time.monotonic()
     factors = method.solve(weight, spec, Statistics(counts=given))
     seconds = time.monotonic() - started
