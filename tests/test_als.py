@@ -301,7 +301,7 @@ def test_a_long_diagonal_axis_stays_a_vector(rows):
 
 def test_large_tables_are_fitted_in_fp32_at_any_scale(monkeypatch):
     """The error has no units, so neither has the answer, though fp32's range is short."""
-    monkeypatch.setattr(als, "_TABLE", 0)
+    monkeypatch.setattr(als, "TABLE", 0)
     spec = SPECS["padded"]
     weight, root = problem(spec)
     inputs, weights = root.T @ root / len(root), output_metric(spec, True)

@@ -95,10 +95,10 @@ def _of_tables(
 def _scale_of_logits(model: PreTrainedModel, table: Matrix, windows: Tensor, states: Tensor) -> float | None:
     """a where the model's logits are ``a · E h`` (Cohere, Granite); None where they are biased or capped (Gemma 2).
 
-    A few positions of the first window decide; ``states`` begin with that window's.
+    The first tokens decide; ``states`` begin with theirs, and no later token changes them.
     """
-    few = slice(0, min(16, windows.shape[1]))
-    logits = model(windows[:1].to(table.parameter.device), use_cache=False).logits[0, few].float()
-    products = states[few] @ dense_weight(table.module).float().T
+    few = windows[:1, :16].to(table.parameter.device)
+    logits = model(few, use_cache=False).logits[0].float()
+    products = states[: len(logits)] @ dense_weight(table.module).float().T
     scale = float((logits * products).sum() / products.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
     return scale if (logits - scale * products).norm() <= 1e-2 * logits.norm() else None

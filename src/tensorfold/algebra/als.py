@@ -36,7 +36,7 @@ DIRECT_UNKNOWNS = 2048
 _PATIENCE = 3  # sweeps: a start often rests on a plateau for one or two
 _ROUNDING = 1e-5  # of the trace; second moments may have been summed in bf16's or fp32's precision
 _CHUNK = 2**24  # elements of an intermediate of the normal matrix
-_TABLE = 2**23  # elements
+TABLE = 2**23  # elements
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,7 @@ def weighted_als(
         SpecError: A shape does not fit the spec, an input holds NaN or infinity, or the metric is not positive
             semidefinite.
     """
-    # A table of rows that have weights is large and its problems small: fp32 is enough, and half the memory.
-    large = outputs is not None and outputs.dim() == 1 and weight.numel() > _TABLE
-    w = check_weight(weight, spec).to(torch.float32 if large else torch.float64)
+    w = check_weight(weight, spec).to(torch.float32 if is_large_table(weight, outputs) else torch.float64)
     c = None if metric is None else _definite(check_metric(metric, spec).to(w))
     g = None if outputs is None else check_outputs(outputs, spec).to(w)
     g = g if g is None or g.dim() == 1 else _definite(g)
@@ -296,6 +294,14 @@ def check_metric(metric: Tensor, spec: Spec) -> Tensor:
     if metric.diagonal().min() < 0:
         raise SpecError(INDEFINITE)
     return metric
+
+
+def is_large_table(weight: Tensor, outputs: Tensor | None) -> bool:
+    """Whether these are many rows that have weights: fp32 is enough for such, whose problems are small, and half of fp64.
+
+    Linear layers are fitted in fp64 whatever their size.
+    """
+    return outputs is not None and outputs.dim() == 1 and weight.numel() > TABLE
 
 
 def check_outputs(outputs: Tensor, spec: Spec) -> Tensor:

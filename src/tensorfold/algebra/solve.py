@@ -7,15 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tensorfold.algebra.als import check_metric, check_outputs, weighted_als
+from tensorfold.algebra.als import check_metric, check_outputs, is_large_table, weighted_als
 from tensorfold.algebra.als_cg import weigh
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import balance, check_weight, leading_eigenvectors, left_basis, tt_svd
 
 _CHUNK = 2**21  # elements worked on at a time in fp64
 _RIDGE = 1e-6  # of its mean eigenvalue, added to the outputs' metric where that is inverted
-_TABLE = 2**23  # elements; larger tables get few sweeps, each of which costs a hundred passes over the table
-_TABLE_SWEEPS = 3
+_TABLE_SWEEPS = 3  # of large tables: each costs a hundred passes over the table
 
 
 class Factors(NamedTuple):
@@ -70,7 +69,7 @@ def fit(
         check_outputs(outputs, spec)
     if spec.is_low_rank and not spec.is_padded and start is None:
         return whitened_low_rank(weight, metric, spec, outputs)
-    sweeps = _TABLE_SWEEPS if outputs is not None and weight.numel() > _TABLE else 20
+    sweeps = _TABLE_SWEEPS if is_large_table(weight, outputs) else 20
     return weighted_als(weight, spec, start or tt_svd(weight, spec), metric, outputs, sweeps=sweeps).cores
 
 
@@ -82,7 +81,7 @@ def whitened_low_rank(weight: Tensor, metric: Tensor | None, spec: Spec, outputs
     does not weigh is not determined. For a tall W the same subspace comes from the smaller matrix ``C^½ Wᵀ G W C^½``.
     """
     result = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-    w = weight.to(torch.float32 if weight.numel() > _TABLE else torch.float64)
+    w = weight.to(torch.float32 if is_large_table(weight, outputs) else torch.float64)
     into, back = _output_roots(outputs, w)
     w = weigh(w, None, into)
     rank = spec.ranks[0]
