@@ -297,7 +297,7 @@ def check_metric(metric: Tensor, spec: Spec) -> Tensor:
 
 
 def is_large_table(weight: Tensor, outputs: Tensor | None) -> bool:
-    """Whether these are many rows that have weights: fp32 is enough for such, whose problems are small, and half of fp64.
+    """Whether these are many rows that have weights: their problems are small, so that fp32 does, at half the memory.
 
     Linear layers are fitted in fp64 whatever their size.
     """
