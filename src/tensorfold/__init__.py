@@ -13,6 +13,7 @@ import wrapt
 if TYPE_CHECKING:
     from tensorfold import nn
     from tensorfold.algebra.spec import Spec
+    from tensorfold.auto import Auto
     from tensorfold.benchmark.run import bench
     from tensorfold.errors import InputError, SpecError, TensorfoldError
     from tensorfold.evaluation import evaluate
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it. No module has the name of a function, so neither hides the other.
 _HOME = {
+    "Auto": "auto",
     "Graded": "methods",
     "InputError": "errors",
     "Kronecker": "methods",
@@ -52,6 +54,7 @@ _HOME = {
 
 __all__ = [
     "MPO",
+    "Auto",
     "Graded",
     "InputError",
     "Kronecker",

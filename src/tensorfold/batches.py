@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 from tensorfold.algebra.statistics import Statistics
 from tensorfold.anatomy import Matrix, blocks, dense_weight
 from tensorfold.calibrate import BlockStream, inputs_of
+from tensorfold.feedback import Reference
 from tensorfold.gradients import gradient_moments
 from tensorfold.hf.swap import scale_of
 from tensorfold.planning import Plan
+from tensorfold.search import Search
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,13 @@ class Text:
 
 
 def batches(
-    model: PreTrainedModel, chosen: Mapping[str, Matrix], planned: Plan, text: Text
+    model: PreTrainedModel, chosen: Mapping[str, Matrix], planned: Plan, text: Text, found: Search
 ) -> Iterator[tuple[list[Matrix], dict[str, Statistics]]]:
     """Matrices that do not depend on each other, with what the text says of them: all of them where there is no text.
 
     Else embeddings and then block by block; the caller folds each batch before the next one is asked for, so that a
-    block is measured on what the folded blocks before it pass on.
+    block is measured on what the folded blocks before it pass on. Blocks with layers that share a budget come in parts,
+    in the order in which they are applied, where their effort asks for it.
     """
     windows = text.windows
     if windows is None:
@@ -39,31 +42,52 @@ def batches(
         return
     embeddings = [matrix for matrix in chosen.values() if matrix.kind == "embedding"]
     linears = {name: matrix for name, matrix in chosen.items() if matrix.kind == "linear"}
-    if embeddings:
-        yield embeddings, _of_tables(model, embeddings, planned, windows, text.counts)
-    if not linears:
-        return
-    prefix = blocks(model)[0] + "."
+    prefix = blocks(model)[0] + "." if linears else ""
     inside: dict[int, dict[str, Matrix]] = {}
     for name, matrix in linears.items():
         if name.startswith(prefix):
             inside.setdefault(int(name.removeprefix(prefix).partition(".")[0]), {})[name] = matrix
-    outside = {name: matrix for name, matrix in linears.items() if not name.startswith(prefix)}
+    effort = [found.efforts[name] for name in linears if name in found.efforts]
+    reference = Reference(model, windows, linears) if any(each.feedback for each in effort) else None
+    if embeddings:
+        yield embeddings, _of_tables(model, embeddings, planned, windows, text.counts)
+    if not linears:
+        return
     stream = BlockStream(model, windows)
     for index in range(max(inside, default=-1) + 1):
         batch = inside.get(index, {})
-        if batch:
-            modules = {name: matrix.module for name, matrix in batch.items()}
-            yield list(batch.values()), _of_linears(stream.moments(index, modules))
+        stages = [list(batch)] if batch else []
+        if any(each.staged for each in effort) and batch:
+            stages = stream.stages(index, {name: matrix.module for name, matrix in batch.items()})
+        for stage in stages:
+            last = stage is stages[-1]
+            yield [batch[name] for name in stage], _of_linears(stream, reference, index, batch, stage, last, found)
         if index < max(inside):
             stream.advance(index)
+    outside = {name: matrix for name, matrix in linears.items() if not name.startswith(prefix)}
     if outside:
-        modules = {name: matrix.module for name, matrix in outside.items()}
-        yield list(outside.values()), _of_linears(stream.outside(modules))
+        moments = stream.outside({name: matrix.module for name, matrix in outside.items()})
+        yield list(outside.values()), {name: Statistics(inputs=moment) for name, moment in moments.items()}
 
 
-def _of_linears(moments: Mapping[str, Tensor]) -> dict[str, Statistics]:
-    return {name: Statistics(inputs=moment) for name, moment in moments.items()}
+def _of_linears(
+    stream: BlockStream,
+    reference: Reference | None,
+    index: int,
+    batch: Mapping[str, Matrix],
+    stage: list[str],
+    last: bool,
+    found: Search,
+) -> dict[str, Statistics]:
+    """Of the layers of one stage; feedback and gradients for those that share a budget."""
+    corrected = [name for name in stage if reference is not None and name in found.efforts]
+    plain = {name: batch[name].module for name in stage if name not in corrected}
+    known = {}
+    if plain:
+        known = {name: Statistics(inputs=moment) for name, moment in stream.moments(index, plain).items()}
+    if reference is not None and corrected:
+        known |= reference.statistics(stream, index, {name: batch[name] for name in corrected}, last)
+    return {name: replace(each, gradients=found.take_gradient(name)) for name, each in known.items()}
 
 
 def _of_tables(
@@ -76,7 +100,7 @@ def _of_tables(
     if not planned.methods[table.name].fits_text:
         return {table.name: Statistics(counts=counts)}
     # Rows are scaled on their way in, as Gemma does.
-    gradients = gradient_moments(model, windows, {table.name: table.module})[table.name] * scale_of(table) ** 2
+    gradients = gradient_moments(model, windows, {table.name: table.module})[table.name].full(scale_of(table) ** 2)
     if table.tied_head is None:
         return {table.name: Statistics(gradients=gradients, counts=counts)}
 

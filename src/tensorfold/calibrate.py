@@ -174,6 +174,30 @@ class BlockStream:
         while self.position < index:
             self.advance(self.position)
 
+    def stages(self, index: int, modules: Mapping[str, nn.Module]) -> list[list[str]]:
+        """The modules of block ``index`` in the order in which one window meets them, those given the very same tensor
+        together; what it does not meet is in the last stage."""
+        met: list[tuple[Any, list[str]]] = []
+
+        def hook(name: str) -> Callable[..., None]:
+            def record(_: nn.Module, args: tuple[Any, ...]) -> None:
+                if any(name in stage for _, stage in met):
+                    return
+                if met and met[-1][0] is args[0]:
+                    met[-1][1].append(name)
+                else:
+                    met.append((args[0], [name]))
+
+            return record
+
+        with ExitStack() as hooks, torch.no_grad():
+            for name, module in modules.items():
+                hooks.enter_context(_removing(module.register_forward_pre_hook(hook(name))))
+            self.run(index, self.hidden[:1])
+        stages = [stage for _, stage in met] or [[]]
+        stages[-1] += [name for name in modules if not any(name in stage for stage in stages)]
+        return stages
+
     def outside(self, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """Second moments of the inputs of modules outside the blocks, from whole passes through the model."""
 

@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -52,6 +52,10 @@ Untie = Annotated[
     typer.Option(
         "--untie", help="First give a head that is tied to the input table its own copy, so that each can be a target."
     ),
+]
+EffortOption = Annotated[
+    Literal["low", "medium", "high"] | None,
+    typer.Option("--effort", help="With --keep and --calibrate: how long the text is looked at. Default: medium."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 
@@ -101,6 +105,7 @@ def fold(
     keep: Keep = None,
     targets: TargetsOption = None,
     untie: Untie = False,
+    effort: EffortOption = None,
     calibrate: Annotated[
         str | None, typer.Option("--calibrate", help=f"{TEXT_HELP} Default: the recipe's; 'none' folds data-free.")
     ] = None,
@@ -115,7 +120,7 @@ def fold(
     from tensorfold.texts import describe, load_text
 
     check_target(out)
-    chosen = _recipe(recipe, keep, targets, untie)
+    chosen = _recipe(recipe, keep, targets, untie, effort)
     if calibrate == "none":
         chosen, calibrate = dataclasses.replace(chosen, calibrate=None), None
     text = calibrate or (chosen.calibrate.text if chosen.calibrate else None)
@@ -129,7 +134,7 @@ def fold(
         result = report.to_dict()
         if ranks.is_first:
             label = f"{report.calibration_tokens} tokens of {describe(text, 'validation')}" if text else None
-            done = _label(recipe, keep, targets, untie)
+            done = _label(recipe, keep, targets, untie, effort)
             card = {"base_model": source.name, "recipe": done, "calibration": label, **result}
             # Without what differs from one run to the next: equal folds give equal files.
             del card["seconds"]
@@ -232,7 +237,9 @@ def _list_shapes(
     _emit(as_json, {"shapes": rows}, lambda: shape_table(rows))
 
 
-def _recipe(recipe: str | None, keep: float | None, targets: str | None, untie: bool) -> Recipe:
+def _recipe(
+    recipe: str | None, keep: float | None, targets: str | None, untie: bool, effort: str | None = None
+) -> Recipe:
     from tensorfold.recipe import Recipe
 
     if (recipe is None) == (keep is None):
@@ -240,10 +247,12 @@ def _recipe(recipe: str | None, keep: float | None, targets: str | None, untie: 
     if recipe is not None:
         if targets is not None:
             raise InputError("got --targets with --recipe; the recipe names its own targets. Use --keep, or edit it.")
+        if effort is not None:
+            raise InputError("got --effort with --recipe; set effort in its entries of method: auto instead.")
         chosen = Recipe.load(recipe)
     else:
         assert keep is not None
-        chosen = Recipe.keep(keep, "mlp" if targets is None else targets)
+        chosen = Recipe.keep(keep, "mlp" if targets is None else targets, effort or "medium")
     return dataclasses.replace(chosen, untie=chosen.untie or untie)
 
 
@@ -256,8 +265,9 @@ def _source(model: str | None, recipe: Recipe) -> Source:
     return find_model(name)
 
 
-def _label(recipe: str | None, keep: float | None, targets: str | None, untie: bool) -> str:
+def _label(recipe: str | None, keep: float | None, targets: str | None, untie: bool, effort: str | None = None) -> str:
     given = recipe if recipe is not None else f"--keep {keep} --targets {'mlp' if targets is None else targets}"
+    given = f"{given} --effort {effort}" if effort else given
     return f"{given} --untie" if untie else given
 
 

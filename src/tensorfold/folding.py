@@ -7,7 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,12 @@ from tensorfold.hf.swap import empty_module, scale_of, solved_module, swap
 from tensorfold.memory import release_file_pages
 from tensorfold.method import NOTHING
 from tensorfold.methods import Method
+from tensorfold.nn import MPOLinear
 from tensorfold.planning import Plan, plan, prepare
 from tensorfold.ranks import Ranks
 from tensorfold.recipe import Recipe
 from tensorfold.report import module_table, progress_bar
+from tensorfold.search import Choice, Search, search
 from tensorfold.settings import CalibrateSettings
 from tensorfold.surgery import HiddenUnits, hidden_units, reorder_hidden
 from tensorfold.texts import load_text
@@ -48,8 +50,12 @@ class FoldReport:
     """What a fold did: the plan, each module's relative error, the metric it is measured in, and the time it took.
 
     ``errors``: ``‖(W − Ŵ) C^½‖ / ‖W C^½‖`` with C the second moment of the module's inputs where it was calibrated
-    (``metrics[name] == "activation"``), the identity where not (``"weight"``); of a table that was fitted to text, in
-    the metrics of that fit (``"text"``, see ``Statistics.metrics``).
+    (``metrics[name] == "activation"``), the identity where not (``"weight"``). Of a layer that shares a budget,
+    ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖`` with G the second moment of the loss's gradient at its outputs, and W what it
+    was fitted to (``"loss"``, see ``feedback``). Of a table that was fitted to text, in the metrics of that fit
+    (``"text"``, see ``Statistics.metrics``).
+
+    ``choices``: what a search gave each layer that shared a budget, and its error at other sizes.
     """
 
     plan: Plan
@@ -57,7 +63,7 @@ class FoldReport:
     metrics: dict[str, str]
     calibration_tokens: int
     seconds: float
-    settings: dict[str, Any] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
 
     @property
     def parameters_before(self) -> int:
@@ -76,6 +82,8 @@ class FoldReport:
         out = self.plan.to_dict()
         for name, module in out["modules"].items():
             module.update(error=self.errors[name], metric=self.metrics[name])
+        if self.choices:
+            out["choices"] = {name: asdict(choice) for name, choice in self.choices.items()}
         return {**out, "calibration_tokens": self.calibration_tokens, "seconds": round(self.seconds, 3)}
 
     def __str__(self) -> str:
@@ -136,7 +144,10 @@ def fold(
         counts = _counts(model, _check(model, recipe, windows is not None), tokenizer, documents)
         _check_same(ranks, model, recipe, windows, counts)
         planned, chosen = prepare(model, recipe)
-        errors = _fold_all(ranks, model, planned, chosen, Text(windows, counts), progress and ranks.is_first)
+        planned, found, errors = _fold_all(
+            ranks, model, planned, chosen, Text(windows, counts), progress and ranks.is_first
+        )
+        chosen = {name: matrix for name, matrix in chosen.items() if name in planned.modules}
         if chosen:
             tied = {matrix.name: matrix.tied_head for matrix in chosen.values() if matrix.tied_head is not None}
             mark_folded(model, planned.modules, tied, planned.split)
@@ -146,7 +157,7 @@ def fold(
             return "weight"
         if matrix.kind == "embedding":
             return "text" if planned.methods[matrix.name].fits_text else "weight"
-        return "activation"
+        return "loss" if matrix.name in found.efforts else "activation"
 
     return FoldReport(
         planned,
@@ -154,6 +165,7 @@ def fold(
         metrics={name: metric(matrix) for name, matrix in chosen.items()},
         calibration_tokens=windows.numel() if windows is not None else 0,
         seconds=time.monotonic() - started,
+        choices=found.choices,
     )
 
 
@@ -249,18 +261,23 @@ def _fold_all(
     chosen: Mapping[str, Matrix],
     text: Text,
     progress: bool,
-) -> dict[str, float]:
-    """Solve and replace every chosen matrix; the relative error of each."""
+) -> tuple[Plan, Search, dict[str, float]]:
+    """Solve and replace every chosen matrix; the plan as it was carried out, and the relative error of each."""
     errors: dict[str, float] = {}
     bar = progress_bar("fold", progress)
     task = bar.add_task("", total=len(chosen))
+    found = Search()
 
     def works_on(what: str) -> None:
         bar.update(task, description=what)
         log.debug("rank %d of %d: %s", ranks.index, ranks.count, what)
 
     with bar, calibrating(model):
-        for batch, known in batches(model, chosen, planned, text):
+        if text.windows is not None and planned.budgets:
+            planned, found = search(model, planned, chosen, text.windows, works_on)
+            chosen = {name: matrix for name, matrix in chosen.items() if name in planned.modules}
+            bar.update(task, total=len(chosen))
+        for batch, known in batches(model, chosen, planned, text, found):
             known = _align_hidden_units(ranks, model, batch, planned, known, works_on)
 
             def solve(matrix: Matrix, known: dict[str, Statistics] = known) -> dict[str, Tensor]:
@@ -275,7 +292,7 @@ def _fold_all(
                 _replace(model, matrix, planned.modules[matrix.name], solution)
                 known.pop(matrix.name, None)
                 bar.advance(task)
-    return errors
+    return planned, found, errors
 
 
 def _align_hidden_units(
@@ -333,12 +350,15 @@ def _cost(matrix: Matrix) -> int:
 def _solve(matrix: Matrix, planned: Plan, known: Statistics) -> dict[str, Tensor]:
     """The state of the module that replaces the matrix, and the relative error."""
     spec, method = planned.modules[matrix.name], planned.methods[matrix.name]
-    weight = dense_weight(matrix.module).detach()
+    weight = dense_weight(matrix.module).detach() if known.target is None else known.target
     try:
         factors = method.solve(weight, spec, known)
     except SpecError as error:
         raise SpecError(f"{matrix.name}: {error}") from None
     folded = solved_module(matrix, spec, factors)
+    if known.means is not None and isinstance(folded, MPOLinear) and folded.bias is not None:
+        given, wanted = known.means
+        folded.bias.data += (wanted - folded.to_dense(torch.float32) @ given).to(folded.bias.dtype)
     metrics = known.metrics() if matrix.kind == "linear" or method.fits_text else Metrics()
     reached = relative_error(weight, folded.to_dense(torch.float64), *metrics)
     return {**folded.state_dict(), _ERROR: torch.tensor(reached, dtype=torch.float64)}

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from tensorfold.algebra.packed import Packed
+from tensorfold.anatomy import blocks
 from tensorfold.errors import InputError
 
-# Tokens in a backward pass: its activations are all held at once.
+# Tokens in a backward pass: their logits are held, and the activations of one block at a time.
 _WINDOW = 256
 
 
-def gradient_moments(model: PreTrainedModel, windows: Tensor, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """For each module ``G = Σ g gᵀ / tokens``, fp32, (out, out), with g the gradient of the loss at an output vector.
+def gradient_moments(model: PreTrainedModel, windows: Tensor, modules: Mapping[str, nn.Module]) -> dict[str, Packed]:
+    """For each module ``G = Σ g gᵀ / tokens``, (out, out), with g the gradient of the loss at an output vector.
 
     The loss is that of the text itself, ``Σ −log p(next token)`` in nats over a window: the empirical Fisher. An output
     that is off by δ at a token then costs about ``½ δᵀ G δ`` nats.
@@ -30,13 +34,14 @@ def gradient_moments(model: PreTrainedModel, windows: Tensor, modules: Mapping[s
     Raises:
         InputError: A module was never called, or its gradients hold NaN or infinity.
     """
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, Packed] = {}
 
     def watch(name: str) -> Callable[..., Any]:
         def add(gradient: Tensor) -> None:
             flat = gradient.detach().reshape(-1, gradient.shape[-1]).float()
-            total = sums.setdefault(name, flat.new_zeros(flat.shape[-1], flat.shape[-1]))
-            total.addmm_(flat.T, flat)
+            if name not in sums:
+                sums[name] = Packed(flat.shape[-1], flat.device)
+            sums[name].add(flat)
 
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
             if output.requires_grad:
@@ -56,14 +61,36 @@ def gradient_moments(model: PreTrainedModel, windows: Tensor, modules: Mapping[s
         hooks.callback(model.get_input_embeddings().register_forward_hook(root).remove)
         for name, module in modules.items():
             hooks.callback(module.register_forward_hook(watch(name)).remove)
+        hooks.enter_context(_recomputing(model))
         for piece in (row for part in windows.to(model.device).split(_WINDOW, dim=1) for row in part):
             logits = model(piece[None], use_cache=False).logits[0, :-1].float()
             F.cross_entropy(logits, piece[1:], reduction="sum").backward()
     for name in modules:
         if name not in sums:
             raise InputError(f"{name}: not called on the calibration text, so it has no gradients; exclude it.")
-        if not torch.isfinite(sums[name]).all():
+        if not torch.isfinite(sums[name].values).all():
             raise InputError(
                 f"{name}: the loss's gradients there hold NaN or infinity; load the model in bf16 or fp32."
             )
-    return {name: total / windows.numel() for name, total in sums.items()}
+        sums[name].values /= windows.numel()
+    return sums
+
+
+@contextmanager
+def _recomputing(model: PreTrainedModel) -> Iterator[None]:
+    """Blocks whose inputs alone are kept for the backward pass, whatever the architecture offers itself."""
+    try:
+        chain = list(blocks(model)[1])
+    except InputError:
+        chain = []
+    own = [block.__dict__.get("forward") for block in chain]
+    try:
+        for block in chain:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        yield
+    finally:
+        for block, forward in zip(chain, own, strict=True):
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = forward

@@ -46,6 +46,10 @@ class Method(ABC):
             SpecError: The shape cannot be met; the message names the nearest that can.
         """
 
+    def concrete(self, group: str) -> Method:
+        """The method that folds a matrix of this group (``mlp``, ``attention``, ``embedding``, ``positions`` or "")."""
+        return self
+
     @property
     def token_order(self) -> TokenOrder:
         """How the rows are sorted before the fit; anything but ``own`` is for tables only, and ``frequency`` counts."""

@@ -15,6 +15,7 @@ from tensorfold.algebra.graded import GradedSpec, graded_low_rank
 from tensorfold.algebra.graded_logits import match_probabilities
 from tensorfold.algebra.modes import balanced_modes, divisors
 from tensorfold.algebra.permutation import search_permutations
+from tensorfold.algebra.pivots import with_pivots
 from tensorfold.algebra.solve import Factors, fit, norm_ratio
 from tensorfold.algebra.spec import Spec, attainable_ranks
 from tensorfold.algebra.starts import check_prunable, pruned, random_cores
@@ -36,22 +37,34 @@ class LowRank(Method):
     Args:
         keep: Fraction of the parameters that stays; or
         rank: the rank itself.
+        pivots: Keep rank rows of ``U V`` themselves and what mixes the others from them, ``rank · (out + in − rank)``
+            parameters and as many multiply–adds for the same matrix: see ``algebra.pivots``.
     """
 
     name: ClassVar[str] = "low-rank"
 
     keep: Keep | None = None
     rank: Positive | None = None
+    pivots: bool = False
 
     def __post_init__(self) -> None:
         exactly_one("low-rank", keep=self.keep, rank=self.rank)
 
     def spec(self, out_features: int, in_features: int) -> Spec:
-        rank = self.rank
+        rank, both, dense = self.rank, out_features + in_features, out_features * in_features
         if self.keep is not None:
-            rank = largest_bond("low-rank", self.keep, out_features * in_features, out_features + in_features)
+            rank = largest_bond("low-rank", self.keep, dense, both - 1 if self.pivots else both)
+            if self.pivots:  # the largest r with r (out + in − r) within the budget
+                rank = (both - math.isqrt(both * both - 4 * math.floor(self.keep * dense) - 1) - 1) // 2
         assert rank is not None
-        return Spec.low_rank(out_features, in_features, rank)
+        return Spec.low_rank(out_features, in_features, rank, pivoted=self.pivots)
+
+    def solve(self, weight: Tensor, spec: Spec, known: Statistics = NOTHING) -> Factors:
+        factors = super().solve(weight, spec, known)
+        if not spec.pivoted:
+            return factors
+        cores, order = with_pivots(factors.cores)
+        return Factors(cores, out_order=order)
 
 
 @strict

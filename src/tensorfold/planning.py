@@ -21,6 +21,7 @@ from tensorfold.anatomy import (
     matrices,
     without_weights,
 )
+from tensorfold.auto import Auto
 from tensorfold.errors import InputError, SpecError
 from tensorfold.methods import Method
 from tensorfold.recipe import Recipe
@@ -29,11 +30,20 @@ from tensorfold.surgery import keep_layers, split_linear, untie_head
 
 
 @dataclass(frozen=True)
+class Budget:
+    """Linear layers that share what an :class:`Auto` may keep; the plan gives them equal fractions."""
+
+    method: Auto
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Parameter counts of the whole model (a tied head once) and the spec of every folded module.
 
     ``parameters_before`` is of the model as given, ``parameters_after`` of what is there afterwards: a head that the
-    recipe unties is counted once before and by itself after. ``str(plan)`` is the table people read.
+    recipe unties is counted once before and by itself after. ``dense`` are the parameters of targeted matrices that a
+    search leaves as they are. ``str(plan)`` is the table people read.
     """
 
     parameters_before: int
@@ -43,11 +53,13 @@ class Plan:
     targeted_before: int = 0
     split: dict[str, list[int]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    budgets: tuple[Budget, ...] = field(default=(), repr=False)
+    dense: int = 0
 
     @property
     def kept(self) -> float:
         """Fraction of the targeted matrices' parameters that stays."""
-        folded = sum(spec.parameters for spec in self.modules.values())
+        folded = self.dense + sum(spec.parameters for spec in self.modules.values())
         return folded / self.targeted_before if self.targeted_before else 1.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,7 +123,7 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[Plan, dict[str, Mat
     added = count_parameters(model) - before
     if recipe.layers is not None:
         keep_layers(model, recipe.layers)
-    methods, split = _assign(model, recipe)
+    methods, split, budgets = _assign(model, recipe)
     chosen = {name: matrix for name, matrix in matrices(model).items() if name in methods}
     if not chosen and recipe.fold:
         raise InputError("the recipe excludes every matrix it targets; nothing is left to fold.")
@@ -120,15 +132,19 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[Plan, dict[str, Mat
     targeted = sum(matrix.parameter.numel() for matrix in chosen.values())
     after = count_parameters(model) - targeted + sum(spec.parameters for spec in specs.values())
     warnings = (*_untying(untied, added, after - before), *_warnings(specs))
-    return Plan(before, after, specs, methods, targeted, split, warnings), chosen
+    return Plan(before, after, specs, methods, targeted, split, warnings, budgets), chosen
 
 
-def _assign(model: PreTrainedModel, recipe: Recipe) -> tuple[dict[str, Method], dict[str, list[int]]]:
-    """Which method folds which matrix, and the sizes of the parts of every matrix that was split for it."""
+def _assign(
+    model: PreTrainedModel, recipe: Recipe
+) -> tuple[dict[str, Method], dict[str, list[int]], tuple[Budget, ...]]:
+    """Which method folds which matrix, the sizes of the parts of every matrix that was split for it, and budgets."""
     methods: dict[str, Method] = {}
     split: dict[str, list[int]] = {}
+    budgets = []
     available = matrices(model)
     for rule in recipe.fold:
+        before = set(methods)
         excluded = match(rule.exclude, available) if rule.exclude is not None else []
         for name in match(rule.targets, available):
             if name in excluded or name in methods or name in split:
@@ -140,7 +156,12 @@ def _assign(model: PreTrainedModel, recipe: Recipe) -> tuple[dict[str, Method], 
                 parts = split_linear(model, name, rule.split)
                 methods.update(dict.fromkeys(parts, rule.method))
                 split[name] = [model.get_submodule(part).weight.shape[0] for part in parts]  # type: ignore[union-attr]
-    return methods, split
+        if isinstance(rule.method, Auto):
+            new = {name: matrix for name, matrix in matrices(model).items() if name in methods.keys() - before}
+            methods.update({name: rule.method.concrete(matrix.group) for name, matrix in new.items()})
+            linear = tuple(name for name, matrix in new.items() if matrix.kind == "linear")
+            budgets += [Budget(rule.method, linear)] if linear else []
+    return methods, split, tuple(budgets)
 
 
 def _untying(untied: Matrix | None, added: int, growth: int) -> Iterator[str]:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from tensorfold.auto import Auto
 from tensorfold.errors import InputError
-from tensorfold.methods import METHODS, LowRank, Method
+from tensorfold.methods import METHODS, Method
 from tensorfold.settings import CalibrateSettings, EvalSettings, HealSettings
 from tensorfold.strict import check_keys, nearest
 
@@ -70,9 +71,9 @@ class Recipe:
         return self.untie or self.layers is not None or any(rule.split is not None for rule in self.fold)
 
     @classmethod
-    def keep(cls, keep: float, targets: Targets = "mlp") -> Recipe:
-        """The recipe of ``--keep F --targets T``: the best structure known for a fraction of the parameters."""
-        return cls(fold=(Rule(targets, LowRank(keep=keep)),))
+    def keep(cls, keep: float, targets: Targets = "mlp", effort: str = "medium") -> Recipe:
+        """The recipe of ``--keep F --targets T --effort E``: what is best for a fraction of the parameters."""
+        return cls(fold=(Rule(targets, Auto(keep=keep, effort=effort)),))  # type: ignore[arg-type]
 
     @classmethod
     def of(cls, recipe: Recipe | Method | Mapping[str, Any] | str | Path) -> Recipe:

@@ -1,6 +1,7 @@
 """Peak memory and time of folding SmolLM2-135M, calibrated: python studies/smollm2/fold_memory.py
 
-With ``--embedding``: of folding its tied embedding table at rank 284 without calibration.
+With ``--auto``: of the search over budgets, as ``tensorfold fold --keep 0.8`` does it. With ``--embedding``: of
+folding its tied embedding table at rank 284 without calibration.
 
 Prints one JSON line. The peak is the resident set during load and fold, less that of the process before the model is
 loaded, over the size of the dense model in memory. Linux only (``/proc/self``).
@@ -17,7 +18,7 @@ import torch
 import transformers
 
 import tensorfold
-from tensorfold import LowRank, Recipe, Rule
+from tensorfold import Auto, LowRank, Recipe, Rule
 from tensorfold.hf.sources import find_model
 from tensorfold.texts import load_text
 
@@ -45,7 +46,8 @@ def main() -> None:
     if "--embedding" in sys.argv:
         report = tensorfold.fold(model, Recipe(fold=(Rule("embedding", LowRank(rank=284)),)))
     else:
-        report = tensorfold.fold(model, LowRank(keep=0.8), tokenizer, documents, calibration_tokens=24_000)
+        method = Auto(keep=0.8) if "--auto" in sys.argv else LowRank(keep=0.8)
+        report = tensorfold.fold(model, method, tokenizer, documents, calibration_tokens=24_000)
     peak = resident("VmHWM") - before
     print(json.dumps({
         "dense_mb": round(dense), "before_mb": round(before), "peak_mb": round(peak), "ratio": round(peak / dense, 2),

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from tensorfold.algebra.als import check_metric, check_outputs, is_large_table, weighted_als
 from tensorfold.algebra.als_cg import weigh
+from tensorfold.algebra.low_rank import whitened_low_rank
 from tensorfold.algebra.spec import Spec
-from tensorfold.algebra.ttsvd import balance, check_weight, leading_eigenvectors, left_basis, tt_svd
+from tensorfold.algebra.ttsvd import check_weight, tt_svd
 
 _CHUNK = 2**21  # elements worked on at a time in fp64
-_RIDGE = 1e-6  # of its mean eigenvalue, added to the outputs' metric where that is inverted
 _TABLE_SWEEPS = 3  # of large tables: each costs a hundred passes over the table
 
 
@@ -71,42 +70,6 @@ def fit(
         return whitened_low_rank(weight, metric, spec, outputs)
     sweeps = _TABLE_SWEEPS if is_large_table(weight, outputs) else 20
     return weighted_als(weight, spec, start or tt_svd(weight, spec), metric, outputs, sweeps=sweeps).cores
-
-
-def whitened_low_rank(weight: Tensor, metric: Tensor | None, spec: Spec, outputs: Tensor | None = None) -> list[Tensor]:
-    """The rank-r matrix with the smallest ``‖G^½ (W − Ŵ) C^½‖``: ``G^-½ U (Uᵀ G^½ W)``.
-
-    U holds the leading eigenvectors of ``G^½ W C Wᵀ G^½``. Without G it is the optimum of SVD-LLM (arXiv 2403.07378)
-    without its Cholesky factor or any inverse, so it holds for singular C; a singular G gets a ridge, because what it
-    does not weigh is not determined. For a tall W the same subspace comes from the smaller matrix ``C^½ Wᵀ G W C^½``.
-    """
-    result = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-    w = weight.to(torch.float32 if is_large_table(weight, outputs) else torch.float64)
-    into, back = _output_roots(outputs, w)
-    w = weigh(w, None, into)
-    rank = spec.ranks[0]
-    if w.shape[0] <= w.shape[1]:
-        basis = leading_eigenvectors(weigh(w, None if metric is None else metric.to(w), None) @ w.T, rank)
-    elif metric is None:
-        basis = left_basis(w, rank)
-    else:
-        values, vectors = torch.linalg.eigh(metric.double())
-        basis = left_basis(w @ (vectors * values.clamp_min(0).sqrt()).to(w), rank)
-    left, right = weigh(basis, None, back), basis.T @ w  # (out, r), (r, in)
-    return [core.to(result) for core in balance([left[None, :, None, :], right[:, None, :, None]])]
-
-
-def _output_roots(outputs: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """``G^½`` and its inverse."""
-    if outputs is None:
-        return None, None
-    g = outputs.to(like.device).double()
-    values, vectors = (g, None) if g.dim() == 1 else torch.linalg.eigh(g)
-    values = values.clamp_min(0)
-    values = values + (_RIDGE * values.mean()).clamp_min(torch.finfo(values.dtype).tiny)
-    roots = (values.sqrt(), values.rsqrt())
-    into, back = (root if vectors is None else (vectors * root) @ vectors.T for root in roots)
-    return into.to(like), back.to(like)
 
 
 def relative_error(

@@ -42,6 +42,10 @@ class Spec:
         scalars: One trainable number per bond index of a two-site operator: ``Σ_k s_k A_k ⊗ B_k`` (Krony-PT).
         reordered: Sides, ``"out"`` and ``"in"``, whose index order is stored beside the cores and is not the matrix's
             own (TQCompressor's permutations). Orders are integers and are not counted as parameters.
+        pivoted: Of low rank only: ``W[order] = [I; T] S`` with S (rank, in) made of rows of W, the pivots, and T
+            (out - rank, rank), an interpolative decomposition (Cheng, Gimbutas, Martinsson & Rokhlin 2005; as layers
+            PIFA, arXiv 2501.19090). ``U V`` holds rank² numbers that a change of basis ``U R⁻¹ · R V`` takes away;
+            here they are not stored, so that the rank can be up to a quarter higher at equal size.
 
     Raises:
         SpecError: Modes and bonds do not fit together, or a bond exceeds what its unfolding can have.
@@ -58,6 +62,7 @@ class Spec:
     in_features: int = 0
     scalars: bool = False
     reordered: tuple[str, ...] = ()
+    pivoted: bool = False
 
     def __post_init__(self) -> None:
         for name in ("out_modes", "in_modes", "ranks"):
@@ -87,6 +92,17 @@ class Spec:
         if self.reordered not in ((), ("out",), ("in",), ("out", "in")):
             raise SpecError(f"Spec: reordered={self.reordered}; needed (), ('out',), ('in',) or ('out', 'in').")
         self._check_ranks()
+        if self.pivoted and not self._can_pivot:
+            raise SpecError(
+                f"Spec: pivoted with out_modes {self.out_modes}, in_modes {self.in_modes}, ranks {self.ranks}, "
+                f"reordered={self.reordered}; needed low rank, (out, 1) and (1, in), of a rank below out and without "
+                "padding or scalars, and reordered=('out',)."
+            )
+
+    @property
+    def _can_pivot(self) -> bool:
+        plain = self.is_low_rank and not self.is_padded and not self.scalars and self.reordered == ("out",)
+        return plain and self.ranks[0] < self.out_features
 
     def _check_ranks(self) -> None:
         attainable = attainable_ranks(self.out_modes, self.in_modes)
@@ -138,9 +154,13 @@ class Spec:
         return cls((m1, m2), (n1, n2), (terms,), out_features, in_features, scalars, tuple(reordered))
 
     @classmethod
-    def low_rank(cls, out_features: int, in_features: int, rank: int) -> Spec:
-        """``U V`` with U of shape (out, rank) and V of shape (rank, in): the MPO with modes (out, 1) and (1, in)."""
-        return cls((out_features, 1), (1, in_features), (rank,))
+    def low_rank(cls, out_features: int, in_features: int, rank: int, *, pivoted: bool = False) -> Spec:
+        """``U V`` with U of shape (out, rank) and V of shape (rank, in): the MPO with modes (out, 1) and (1, in).
+
+        ``rank · (out + in)`` parameters; ``rank · (out + in - rank)`` where ``pivoted``.
+        """
+        modes = ((out_features, 1), (1, in_features))
+        return cls(*modes, (rank,), reordered=("out",) if pivoted else (), pivoted=pivoted)
 
     @classmethod
     def mpo(cls, out_features: int, in_features: int, sites: int, bond: int) -> Spec:
@@ -187,15 +207,25 @@ class Spec:
         )
 
     @property
+    def stored_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Shapes of what is stored of the cores: all of them, but for the identity at the top of a pivoted U."""
+        if not self.pivoted:
+            return self.core_shapes
+        (left, rows, columns, rank), last = self.core_shapes
+        return (left, rows - rank, columns, rank), last
+
+    @property
     def parameters(self) -> int:
         """Stored numbers: the cores, padding included, and the bond scalars."""
-        return sum(math.prod(shape) for shape in self.core_shapes) + (self.ranks[0] if self.scalars else 0)
+        return sum(math.prod(shape) for shape in self.stored_shapes) + (self.ranks[0] if self.scalars else 0)
 
     @property
     def macs(self) -> int:
         """Multiply–adds a token, in the cheapest order of contracting the sites (see ``contract.cheapest_order``)."""
         from tensorfold.algebra.contract import cheapest_order
 
+        if self.pivoted:
+            return self.parameters
         return cheapest_order(self).macs
 
     @property
@@ -213,7 +243,13 @@ class Spec:
 
     @property
     def transposed(self) -> Spec:
-        """The spec of the transposed matrix, with the same cores but for their two middle axes."""
+        """The spec of the transposed matrix, with the same cores but for their two middle axes.
+
+        Raises:
+            SpecError: It is pivoted: pivots are rows.
+        """
+        if self.pivoted:
+            raise SpecError(f"Spec: {self} has rows for pivots, so its transpose is none of its kind.")
         sides = tuple(side for side, other in (("out", "in"), ("in", "out")) if other in self.reordered)
         return Spec(self.in_modes, self.out_modes, self.ranks, self.in_features, self.out_features, self.scalars, sides)
 
@@ -239,6 +275,8 @@ class Spec:
             out["scalars"] = True
         if self.reordered:
             out["reordered"] = list(self.reordered)
+        if self.pivoted:
+            out["pivoted"] = True
         return out
 
     @classmethod
@@ -248,7 +286,7 @@ class Spec:
         Raises:
             SpecError: A key is missing or unknown, or the values do not fit together.
         """
-        known = {"out_modes", "in_modes", "ranks", "out_features", "in_features", "scalars", "reordered"}
+        known = {"out_modes", "in_modes", "ranks", "out_features", "in_features", "scalars", "reordered", "pivoted"}
         if not isinstance(data, dict) or not {"out_modes", "in_modes", "ranks"} <= data.keys() <= known:
             raise SpecError(f"Spec: got {data!r}; needed out_modes, in_modes, ranks and at most {sorted(known)}.")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
@@ -256,7 +294,8 @@ class Spec:
 
     def __str__(self) -> str:
         if self.is_low_rank:
-            return f"{self.out_modes[0]}×{self.ranks[0]} · {self.ranks[0]}×{self.in_modes[1]}"
+            factors = f"{self.out_modes[0]}×{self.ranks[0]} · {self.ranks[0]}×{self.in_modes[1]}"
+            return f"{factors}, pivoted" if self.pivoted else factors
         sites = [f"{m}×{n}" for m, n in zip(self.out_modes, self.in_modes, strict=True)]
         if self.sites == 2:
             return f"{self.ranks[0]} × ({sites[0]} ⊗ {sites[1]})"

@@ -33,6 +33,13 @@ class Metrics(NamedTuple):
         return Metrics(inputs, outputs)
 
 
+class Means(NamedTuple):
+    """Of a layer with a bias: its mean input, (in,), and what its mean output without the bias should be, (out,)."""
+
+    inputs: Tensor
+    outputs: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """What is known of one matrix W (out, in) from text; nothing where there is none.
@@ -44,12 +51,16 @@ class Statistics:
             model, (width, width).
         counts: Of a table, how often the text uses each token, (vocabulary,).
         states: Of a table, vectors that the head tied to it reads, (n, width).
+        target: What is folded in W's place, (out, in), where the folded model's own inputs ask for another matrix.
+        means: Of a layer whose bias makes up for the means; ``inputs`` are then about them.
     """
 
     inputs: Tensor | None = None
     gradients: Tensor | None = None
     counts: Tensor | None = None
     states: Tensor | None = None
+    target: Tensor | None = None
+    means: Means | None = None
 
     def reordered(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Statistics:
         """Of ``W[rows][:, columns]``, for a linear layer."""

@@ -20,7 +20,8 @@ from tensorfold.algebra.cost import Machine, core_shape, merging
 from tensorfold.algebra.spec import Spec
 from tensorfold.errors import InputError
 
-# Numbers a core multiplied together within a forward may have: 64 MiB in float32. A vocabulary's table is never built.
+# Numbers a core multiplied together within a forward may have, 64 MiB in float32: a vocabulary's table is built only
+# where every other way would hold more than the table and a dense layer's activations.
 LARGEST_BUILT = 2**24
 
 # Rows of this many numbers are read by whole vectors, and the part of a product's time that this saves.
@@ -161,7 +162,7 @@ def choose(
     Raises:
         InputError: ``force`` is none of these, or not an order of this spec's sites.
     """
-    if force == "chain":
+    if force == "chain" or spec.pivoted:
         force = cheapest_order(spec)
     if isinstance(force, Order):
         left = force.moves.count("L")
@@ -174,7 +175,11 @@ def choose(
     search = _Search(spec, tokens, training, machine, force)
     way = search.best(limit if training and force is None else math.inf) or search.best(math.inf)
     assert way is not None  # a chain of single sites can always be
+    if way.kept > limit and force is None:
+        way = _Search(spec, tokens, training, machine, force, math.inf).best(limit) or way
     dense = machine.product(tokens, spec.out_features, spec.in_features)
+    if spec.pivoted:  # the product with its identity is not made
+        way = replace(way, seconds=way.seconds * spec.macs / way.macs, macs=spec.macs)
     return replace(way, dense=dense * (3 if training else 1))
 
 
@@ -189,8 +194,17 @@ class _State:
 
 
 class _Search:
-    def __init__(self, spec: Spec, tokens: int, training: bool, machine: Machine, force: Order | str | None) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        tokens: int,
+        training: bool,
+        machine: Machine,
+        force: Order | str | None,
+        largest: float = LARGEST_BUILT,
+    ) -> None:
         self.spec, self.tokens, self.training, self.machine, self.force = spec, tokens, training, machine, force
+        self.largest = largest
         self.bonds = (1, *spec.ranks, 1)
         self.sizes: dict[Axis, int] = {("r", k): bond for k, bond in enumerate(self.bonds)}
         for k, (m, n) in enumerate(zip(spec.out_modes, spec.in_modes, strict=True)):
@@ -223,7 +237,7 @@ class _Search:
             intervals = [(b, q) for q in range(b + 1, sites + 1)] + [(p, a) for p in range(a)]
         for p, q in intervals:
             shape = core_shape(self.spec, p, q)
-            if q - p == 1 or self.force is not None or math.prod(shape) <= LARGEST_BUILT:
+            if q - p == 1 or self.force is not None or math.prod(shape) <= self.largest:
                 yield from self._join(state, p, q, shape, bond=None if not count else 0 if p == b else 3)
 
     def _join(self, state: _State, p: int, q: int, shape: tuple[int, ...], bond: int | None) -> Iterator[_State]:

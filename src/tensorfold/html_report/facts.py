@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tensorfold.algebra.any_spec import AnySpec
+from tensorfold.algebra.pivots import with_identity
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.spectrum import bond_spectra
 from tensorfold.anatomy import blocks, count_parameters, empty_model
@@ -209,7 +210,9 @@ def _spectra(
         if not isinstance(spec, Spec):
             continue
         step(f"spectra of {name}")
-        cores = [_tensor(holders, f"{name}.cores.{k}", shape) for k, shape in enumerate(spec.core_shapes)]
+        cores = [_tensor(holders, f"{name}.cores.{k}", shape) for k, shape in enumerate(spec.stored_shapes)]
+        if spec.pivoted:
+            cores[0] = with_identity(cores[0])
         if spec.scalars:
             cores[0] = cores[0] * _tensor(holders, f"{name}.scalars", (spec.ranks[0],))
         found[name] = tuple(bond_spectra(cores))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorfold.algebra.contract import add_bias, apply, to_dense
+from tensorfold.algebra.pivots import with_identity
 from tensorfold.algebra.solve import Factors, fit
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.starts import core_std
@@ -28,7 +29,7 @@ class MPOModule(nn.Module):
         super().__init__()
         self.spec = spec
         self.cores = nn.ParameterList(
-            nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in spec.core_shapes
+            nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in spec.stored_shapes
         )
         self.scalars: nn.Parameter | None = None
         if spec.scalars:
@@ -45,17 +46,28 @@ class MPOModule(nn.Module):
         """Random cores whose product has entries of standard deviation ``std``, for any number of sites."""
         for core in self.cores:
             nn.init.normal_(core, std=core_std(self.spec, std))
+        if self.spec.pivoted:  # the pivots are rows of the matrix, and every other row mixes all of them
+            nn.init.normal_(self.cores[0], std=self.spec.ranks[0] ** -0.5)
+            nn.init.normal_(self.cores[1], std=std)
         if self.scalars is not None:
             nn.init.ones_(self.scalars)
 
     def factors(self) -> list[Tensor]:
-        """The cores with the bond scalars absorbed in the smaller factor, shapes ``spec.core_shapes``."""
-        cores: list[Tensor] = list(self.cores._parameters.values())  # type: ignore[arg-type]  # ten times its iterator
+        """The cores with what is not stored in them: bond scalars in the smaller factor, the identity on pivots.
+
+        Shapes ``spec.core_shapes``.
+        """
+        cores = self._stored()
+        if self.spec.pivoted:
+            return [with_identity(cores[0]), cores[1]]
         if self.scalars is None:
             return cores
         if cores[0].numel() <= cores[1].numel():
             return [cores[0] * self.scalars, cores[1]]
         return [cores[0], self.scalars.reshape(-1, 1, 1, 1) * cores[1]]
+
+    def _stored(self) -> list[Tensor]:
+        return list(self.cores._parameters.values())  # type: ignore[arg-type]  # ten times as fast as its iterator
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix, shape (out_features, in_features), multiplied out in ``dtype`` (the cores' own if None)."""
@@ -68,7 +80,7 @@ class MPOModule(nn.Module):
     def load_factors(self, factors: Factors) -> None:
         """Copy a solver's output into parameters and index orders; scalars it does not give are 1."""
         for parameter, core in zip(self.cores, factors.cores, strict=True):
-            parameter.copy_(core)
+            parameter.copy_(core[:, -parameter.shape[1] :])  # of a pivoted spec, what is below the identity
         if self.scalars is not None:
             self.scalars.copy_(torch.ones_like(self.scalars) if factors.scalars is None else factors.scalars)
         if self.out_position is not None:
@@ -148,17 +160,28 @@ class MPOLinear(MPOModule):
         Raises:
             InputError: ``way`` is none of those that there are.
         """
-        factors, tokens = self.factors(), math.prod(x.shape[:-1])
-        training = torch.is_grad_enabled() and (x.requires_grad or any(core.requires_grad for core in factors))
+        tokens = math.prod(x.shape[:-1])
+        training = torch.is_grad_enabled() and (x.requires_grad or any(core.requires_grad for core in self._stored()))
         way = way_for(self.spec, tokens, training, x.device, x.dtype, self.way)
         holds = self.holds_matrix and self.way is None and not training and not torch.compiler.is_compiling()
         if holds and way.dense < way.seconds:
             return F.linear(x, self._held_matrix(), self.bias)
+        if self.spec.pivoted:
+            return self._from_pivots(x)
+        factors = self.factors()
         if self.in_order is not None:
             x = x[..., self.in_order]
         if self.out_position is None:
             return apply(x, factors, self.spec, self.bias, way)
         y = apply(x, factors, self.spec, None, way)[..., self.out_position]
+        return y if self.bias is None else add_bias(y, self.bias)
+
+    def _from_pivots(self, x: Tensor) -> Tensor:
+        """``S x``, the outputs that are pivots, then ``T S x``, all the others from them."""
+        assert self.out_position is not None
+        others, pivots = self._stored()
+        known = F.linear(x, pivots[:, 0, :, 0])
+        y = torch.cat([known, F.linear(known, others[0, :, 0])], dim=-1)[..., self.out_position]
         return y if self.bias is None else add_bias(y, self.bias)
 
     def chosen(self, tokens: int, training: bool = False) -> Way:

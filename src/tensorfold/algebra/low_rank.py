@@ -1,0 +1,87 @@
+"""Low rank in the metrics of inputs and outputs: the best matrix of a rank, and the error of every rank.
+
+The matrix Ŵ of rank r with the smallest ``‖G^½ (W − Ŵ) C^½‖`` is ``G^-½ [G^½ W C^½]_r C^-½``, with ``[·]_r`` the r
+leading terms of the singular value decomposition. One side's singular vectors are enough, and those of the smaller side
+are eigenvectors of a small matrix:
+
+    Ŵ = G^-½ U Uᵀ G^½ W     U: of G^½ W C Wᵀ G^½,  (out, out)
+    Ŵ = W C^½ V Vᵀ C^-½     V: of C^½ Wᵀ G W C^½,  (in, in)
+
+Only the metric of that side needs a root, and an inverse only where the identity does not stand in its place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tensorfold.algebra.als import is_large_table
+from tensorfold.algebra.als_cg import weigh
+from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.ttsvd import balance, leading_eigenvectors, left_basis
+
+_RIDGE = 1e-6  # of its mean eigenvalue, added to a metric that is inverted
+
+
+def whitened_low_rank(weight: Tensor, metric: Tensor | None, spec: Spec, outputs: Tensor | None = None) -> list[Tensor]:
+    """The rank-r matrix with the smallest ``‖G^½ (W − Ŵ) C^½‖``, as cores.
+
+    Without G it is the optimum of SVD-LLM (arXiv 2403.07378) without its Cholesky factor or any inverse, so it holds
+    for singular C. A singular metric that has to be inverted gets a ridge: what it does not weigh is not determined.
+    """
+    result = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+    w = weight.to(torch.float32 if is_large_table(weight, outputs) else torch.float64)
+    c = None if metric is None else metric.to(w)
+    rank = spec.ranks[0]
+    if w.shape[0] > w.shape[1] and outputs is not None and outputs.dim() == 2:
+        into, back = _roots(metric, w)
+        basis = leading_eigenvectors(_sandwich(into, w.T @ weigh(w, None, outputs.to(w))), rank)
+        right = basis.T if back is None else basis.T @ back
+        left = w @ (basis if into is None else into @ basis)
+    else:
+        into, back = _roots(outputs, w)
+        w = weigh(w, None, into)
+        if w.shape[0] <= w.shape[1]:
+            basis = leading_eigenvectors(weigh(w, c, None) @ w.T, rank)
+        elif metric is None:
+            basis = left_basis(w, rank)
+        else:
+            values, vectors = torch.linalg.eigh(metric.double())
+            basis = left_basis(w @ (vectors * values.clamp_min(0).sqrt()).to(w), rank)
+        left, right = weigh(basis, None, back), basis.T @ w
+    return [core.to(result) for core in balance([left[None, :, None, :], right[:, None, :, None]])]  # (out, r), (r, in)
+
+
+def error_curve(weight: Tensor, metric: Tensor | None = None, outputs: Tensor | None = None) -> Tensor:
+    """``‖G^½ (W − Ŵ) C^½‖²`` of the best Ŵ of every rank r = 0 … min(out, in); fp64, falling to 0.
+
+    Args:
+        weight: Shape (out, in).
+        metric: C, (in, in).
+        outputs: G, (out, out).
+    """
+    w = weight.double()
+    c, g = (None if given is None else given.to(w) for given in (metric, outputs))
+    if w.shape[0] <= w.shape[1]:
+        gram = _sandwich(_roots(g, w, ridge=0.0)[0], weigh(w, c, None) @ w.T)
+    else:
+        gram = _sandwich(_roots(c, w, ridge=0.0)[0], w.T @ weigh(w, None, g))
+    energies = torch.linalg.eigvalsh(gram).clamp_min(0).cpu()  # rising
+    return torch.cat([energies.new_zeros(1), energies.cumsum(0)]).flip(0)
+
+
+def _sandwich(root: Tensor | None, matrix: Tensor) -> Tensor:
+    return matrix if root is None else root @ matrix @ root
+
+
+def _roots(metric: Tensor | None, like: Tensor, ridge: float = _RIDGE) -> tuple[Tensor | None, Tensor | None]:
+    """``M^½`` and its inverse; vectors where the metric is diagonal, None where it is the identity."""
+    if metric is None:
+        return None, None
+    m = metric.to(like.device).double()
+    values, vectors = (m, None) if m.dim() == 1 else torch.linalg.eigh(m)
+    values = values.clamp_min(0)
+    values = values + (ridge * values.mean()).clamp_min(torch.finfo(values.dtype).tiny)
+    roots = (values.sqrt(), values.rsqrt())
+    into, back = (root if vectors is None else (vectors * root) @ vectors.T for root in roots)
+    return into.to(like), back.to(like)

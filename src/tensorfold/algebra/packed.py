@@ -1,0 +1,35 @@
+"""A symmetric matrix by its upper triangle: half the memory of the whole, for second moments that are kept for long."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+class Packed:
+    """A sum of outer products, (size, size), fp32, stored as size · (size + 1) / 2 numbers."""
+
+    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+        self.size = size
+        self.values = torch.zeros(size * (size + 1) // 2, device=device)
+
+    def add(self, vectors: Tensor) -> None:
+        """Add ``vectorsᵀ vectors`` of vectors (n, size)."""
+        self.values += (vectors.T @ vectors).flatten()[_upper(self.size, self.values.device)]
+
+    def full(self, scale: float = 1.0) -> Tensor:
+        """``scale`` times the whole matrix."""
+        out = self.values.new_empty(self.size, self.size)
+        out.view(-1)[_upper(self.size, self.values.device)] = self.values * scale
+        lower = torch.ones(self.size, self.size, dtype=torch.bool, device=out.device).tril_(-1)
+        out[lower] = out.T[lower]
+        return out
+
+
+@lru_cache(maxsize=8)
+def _upper(size: int, device: torch.device) -> Tensor:
+    """Flat indices of the upper triangle, row by row."""
+    rows, columns = torch.triu_indices(size, size, device=device)
+    return rows * size + columns

@@ -1,0 +1,68 @@
+"""The method that chooses for itself: what ``--keep`` stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Le
+
+from tensorfold.algebra.spec import Spec
+from tensorfold.method import Keep, Method
+from tensorfold.methods import Graded, LowRank
+from tensorfold.strict import strict
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a fold spends on calibration text.
+
+    Args:
+        gradient_tokens: Tokens of the backward pass, which takes three to four times as long as a forward one; None is
+            all of them.
+        staged: Whether the matrices of a block are folded in the order in which they are applied, each measured behind
+            those before it, instead of all at once.
+        feedback: Whether each is fitted to the dense model's output from what the folded model gives it.
+    """
+
+    gradient_tokens: int | None
+    staged: bool
+    feedback: bool
+
+
+EFFORTS = {
+    "low": Effort(2048, staged=False, feedback=False),
+    "medium": Effort(8192, staged=True, feedback=True),
+    "high": Effort(None, staged=True, feedback=True),
+}
+
+
+@strict
+class Auto(Method):
+    """The best structure known for each matrix, with one budget for all linear layers of a rule.
+
+    Linear layers become low rank with pivots (``LowRank(pivots=True)``), which no unpivoted low rank of that size
+    comes near; embedding tables :class:`Graded`. With calibration text, ranks follow from what each matrix costs the
+    model's loss, a matrix that would gain nothing stays dense, and all are fitted in the metrics of their inputs and of
+    the loss's gradients. Without, all have the same ``keep``.
+
+    Args:
+        keep: Fraction of the parameters of all matrices together that stays.
+        effort: How much time calibration takes: ``low``, ``medium`` or ``high``.
+        floor: Least that a linear layer keeps, as a fraction of an equal share.
+    """
+
+    name: ClassVar[str] = "auto"
+
+    keep: Keep
+    effort: Literal["low", "medium", "high"] = "medium"
+    floor: Annotated[float, Ge(0), Le(1)] = 0.5
+
+    def concrete(self, group: str) -> Method:
+        if group == "embedding":
+            return Graded(keep=self.keep)
+        return LowRank(keep=self.keep, pivots=group != "positions")
+
+    def spec(self, out_features: int, in_features: int) -> Spec:
+        """That of a linear layer with an equal share of the budget."""
+        return LowRank(keep=self.keep, pivots=True).spec(out_features, in_features)

@@ -1,0 +1,205 @@
+"""Budgets: error curves, their division, and folds that choose for themselves."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+import tensorfold
+from tensorfold import Auto, InputError, LowRank, Recipe, Rule, Spec, SpecError
+from tensorfold.algebra.allocation import Curve, allocate, pivoted_costs
+from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.low_rank import error_curve, whitened_low_rank
+from tensorfold.algebra.packed import Packed
+from tensorfold.algebra.solve import relative_error
+from tensorfold.anatomy import matrices
+from tensorfold.planning import plan
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def moment(size, seed, rank=None):
+    x = random(rank or 3 * size, size, seed=seed) * torch.logspace(0, -2, size, dtype=torch.float64)
+    return x.T @ x
+
+
+@pytest.mark.parametrize("shape", [(20, 9), (9, 20), (12, 12)])
+@pytest.mark.parametrize("sides", ["neither", "inputs", "outputs", "both"])
+def test_curves_are_the_errors_of_the_best_matrices(shape, sides):
+    weight = random(*shape)
+    metric = moment(shape[1], 1) if sides in ("inputs", "both") else None
+    outputs = moment(shape[0], 2) if sides in ("outputs", "both") else None
+    curve = error_curve(weight, metric, outputs)
+    assert len(curve) == min(shape) + 1
+    for rank in (1, 4, min(shape) - 1):
+        spec = Spec.low_rank(*shape, rank)
+        near = to_dense(whitened_low_rank(weight, metric, spec, outputs), spec)
+        error = relative_error(weight, near, metric, outputs)
+        assert error == pytest.approx(float((curve[rank] / curve[0]) ** 0.5), rel=1e-4, abs=1e-6)
+    assert curve[-1] == 0
+
+
+@pytest.mark.parametrize("shape", [(20, 9), (9, 20)])
+def test_no_other_matrix_of_that_rank_is_nearer(shape):
+    weight, metric, outputs = random(*shape), moment(shape[1], 1), moment(shape[0], 2)
+    spec = Spec.low_rank(*shape, 4)
+    cores = whitened_low_rank(weight, metric, spec, outputs)
+    best = relative_error(weight, to_dense(cores, spec), metric, outputs)
+    for seed in range(20):
+        other = [core + 1e-3 * random(*core.shape, seed=seed) * core.abs().mean() for core in cores]
+        assert relative_error(weight, to_dense(other, spec), metric, outputs) >= best
+
+
+def test_packed_moments_are_the_whole_ones():
+    x = random(50, 7).float()
+    packed = Packed(7)
+    for part in x.split(13):
+        packed.add(part)
+    torch.testing.assert_close(packed.full(0.5), 0.5 * x.T @ x)
+    assert packed.values.numel() == 28
+
+
+def curves(count, choices=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    out = {}
+    for k in range(count):
+        losses = torch.rand(choices, generator=generator, dtype=torch.float64).sort(descending=True).values
+        costs = torch.randint(1, 9, (choices,), generator=generator).cumsum(0).double()
+        out[str(k)] = Curve(losses, costs)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_allocation_is_within_the_budget_and_next_to_the_best(seed):
+    given = curves(4, seed=seed)
+    least = sum(float(curve.costs[0]) for curve in given.values())
+    for budget in (int(least), int(least) + 7, int(least) + 23, 10**6):
+        chosen = allocate(given, budget)
+        spent = sum(float(given[name].costs[k]) for name, k in chosen.items())
+        loss = sum(float(given[name].losses[k]) for name, k in chosen.items())
+        assert spent <= budget
+        every = itertools.product(range(5), repeat=4)
+        best = min(
+            sum(float(c.losses[k]) for c, k in zip(given.values(), picks, strict=True))
+            for picks in every
+            if sum(float(c.costs[k]) for c, k in zip(given.values(), picks, strict=True)) <= budget
+        )
+        # A price finds the best of the hull; what lies inside it is at most one step of one matrix away.
+        steps = max(float((c.losses[:-1] - c.losses[1:]).max()) for c in given.values())
+        assert loss <= best + steps + 1e-12
+
+
+def test_floors_hold_and_can_be_too_many():
+    given = {name: Curve(c.losses, c.costs, floor=6) for name, c in curves(4).items()}
+    least = sum(float(c.costs[(c.costs >= 6).nonzero()[0]]) for c in given.values())
+    chosen = allocate(given, int(least))
+    assert all(given[name].costs[k] >= 6 for name, k in chosen.items())
+    with pytest.raises(SpecError, match="floors"):
+        allocate(given, int(least) - 1)
+
+
+def test_costs_end_at_the_dense_matrix():
+    costs = pivoted_costs(6, 4)
+    assert costs.tolist() == [0, 9, 16, 21, 24]
+
+
+@pytest.fixture
+def recipe():
+    return Recipe(fold=(Rule("mlp", Auto(keep=0.5)),))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("effort", ["low", "medium", "high"])
+def test_a_budget_is_met_saved_and_loaded(tiny, tokenizer, prose, tmp_path, architecture, effort):
+    model = tiny(architecture).eval()
+    report = tensorfold.fold(model, Auto(keep=0.5, effort=effort), tokenizer, [prose], calibration_tokens=512)
+    assert report.parameters_after == sum(parameter.numel() for parameter in model.parameters())
+    assert 0.48 < report.plan.kept <= 0.5
+    assert set(report.metrics.values()) == {"loss"}
+    for name, choice in report.choices.items():
+        parameters, errors = zip(*choice.curve, strict=True)
+        assert list(parameters) == sorted(parameters)
+        assert list(errors) == sorted(errors, reverse=True)
+        assert errors[-1] == 0
+        assert choice.dense == (name not in report.modules)
+    ids = torch.arange(12)[None]
+    model.save_pretrained(tmp_path / "folded")
+    assert torch.equal(tensorfold.load(tmp_path / "folded").eval()(ids).logits, model(ids).logits)
+
+
+def test_the_same_text_gives_the_same_bytes(tiny, tokenizer, prose, recipe):
+    folded = []
+    for _ in range(2):
+        model = tiny("llama").eval()
+        tensorfold.fold(model, recipe, tokenizer, [prose], calibration_tokens=512)
+        folded.append(model.state_dict())
+    assert all(torch.equal(folded[0][key], folded[1][key]) for key in folded[0])
+
+
+def loss(model, ids):
+    with torch.no_grad():
+        return model(ids, labels=ids).loss.item()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_it_comes_nearer_to_the_dense_model_than_whitened_svd(tiny, tokenizer, prose, architecture):
+    """Distance of logits on the calibration text itself: of random models there is no other quality."""
+    dense = tiny(architecture).eval()
+    ids = torch.tensor(tokenizer(prose)["input_ids"][:512]).reshape(4, 128)
+    with torch.no_grad():
+        wanted = dense(ids).logits.log_softmax(-1)
+    distances = []
+    for method in (LowRank(keep=0.5), Auto(keep=0.5)):
+        model = copy.deepcopy(dense)
+        tensorfold.fold(model, method, tokenizer, [prose], calibration_tokens=2048)
+        with torch.no_grad():
+            got = model(ids).logits.log_softmax(-1)
+        distances.append((wanted.exp() * (wanted - got)).sum(-1).mean().item())
+    assert distances[1] < 0.8 * distances[0]
+
+
+def test_without_text_all_have_equal_shares(tiny, recipe):
+    model = tiny("llama").eval()
+    report = tensorfold.fold(model, recipe)
+    assert report.choices == {}
+    assert set(report.metrics.values()) == {"weight"}
+    assert len({spec.parameters / spec.dense_parameters for spec in report.modules.values()}) <= 2
+    assert report.modules == plan(tiny("llama"), recipe).modules
+
+
+def test_tables_are_graded_and_positions_low_rank(tiny):
+    planned = plan(tiny("gpt2"), Recipe(fold=(Rule(["embedding", "positions", "mlp"], Auto(keep=0.5)),)))
+    kinds = {name: type(method).__name__ for name, method in planned.methods.items()}
+    assert kinds["transformer.wte"] == "Graded"
+    assert kinds["transformer.wpe"] == "LowRank"
+    assert [len(budget.names) for budget in planned.budgets] == [
+        sum(matrix.group == "mlp" for matrix in matrices(tiny("gpt2")).values())
+    ]
+
+
+def test_two_rules_have_two_budgets(tiny, tokenizer, prose):
+    model = tiny("llama").eval()
+    rules = (Rule("mlp", Auto(keep=0.4)), Rule("attention", Auto(keep=0.7)))
+    report = tensorfold.fold(model, Recipe(fold=rules), tokenizer, [prose], calibration_tokens=512)
+    for group, keep in (("mlp", 0.4), ("self_attn", 0.7)):
+        names = [name for name in report.choices if group in name]
+        spent = sum(report.choices[name].parameters for name in names)
+        dense = sum(matrix.parameter.numel() for name, matrix in matrices(tiny("llama")).items() if name in names)
+        assert 0.9 * keep < spent / dense <= keep
+
+
+def test_biases_take_up_what_means_lack(tiny, tokenizer, prose):
+    model = tiny("gpt2").eval()
+    before = {name: bias.clone() for name, bias in model.named_parameters() if name.endswith("mlp.c_proj.bias")}
+    tensorfold.fold(model, Auto(keep=0.3), tokenizer, [prose], calibration_tokens=512)
+    assert all(not torch.equal(model.get_parameter(name), bias) for name, bias in before.items())
+
+
+def test_efforts_are_named():
+    with pytest.raises(InputError, match="effort"):
+        Auto(keep=0.5, effort="maximal")
+    with pytest.raises(InputError, match="keep"):
+        Auto(keep=1.5)
