@@ -112,7 +112,7 @@ def test_calibrate_option_wins_over_the_recipe_and_none_folds_without(
             "without": ("--recipe", recipe_file, "--calibrate", "none"),
         }.items()
     }
-    assert metric == {"calibrated": {"activation"}, "without": {"weight"}}
+    assert metric == {"calibrated": {"loss"}, "without": {"weight"}}
     card = json.loads((tmp_path / "calibrated" / "tensorfold.json").read_text(encoding="utf-8"))
     assert card["calibration"] == f"{card['calibration_tokens']} tokens of prose.txt"
     assert 256 <= card["calibration_tokens"] <= 300

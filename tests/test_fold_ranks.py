@@ -38,7 +38,7 @@ def recipe_file(tmp_path_factory):
 def fold_arguments(dense_directory, recipe_file, text_file):
     model, text = ["fold", str(dense_directory), "--json"], ["--calibrate", str(text_file), "--tokens", "256"]
     recipe = [*model, "--recipe", str(recipe_file)]
-    untied = [*model, "--keep", "0.5", "--targets", "embedding,lm_head,mlp", "--untie", *text]
+    untied = [*model, "--keep", "0.5", "--targets", "embedding,lm_head,all-linear", "--untie", *text]
     graded = recipe_file.with_name("graded.yaml")
     rules = [{"targets": "embedding", "method": "graded", "keep": 0.4}, *ENTRIES[1:]]
     graded.write_text(yaml.safe_dump({"fold": rules}), encoding="utf-8")

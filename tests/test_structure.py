@@ -11,7 +11,7 @@ PACKAGE = Path(tensorfold.__file__).parent
 LAYERS = [
     ["errors"],
     ["strict", "cache", "memory", "ranks"],
-    ["records"],
+    ["block_checkpoints", "records"],
     ["settings"],
     ["algebra"],
     ["nn"],

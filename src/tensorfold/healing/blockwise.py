@@ -6,6 +6,8 @@ block, and the gradient never leaves it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import time
@@ -20,15 +22,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensorfold.anatomy import blocks
+from tensorfold.block_checkpoints import BlockCheckpoints
 from tensorfold.calibrate import BlockStream, calibrating
 from tensorfold.errors import InputError
 from tensorfold.healing.activations import ActivationStore
-from tensorfold.healing.block_checkpoints import BlockCheckpoints, run_key
 from tensorfold.nn.linear import MPOModule
 from tensorfold.report import progress_bar
 from tensorfold.settings import HealSettings
 
 log = logging.getLogger(__name__)
+
+_SETTINGS = (
+    "blockwise_epochs",
+    "blockwise_batch",
+    "blockwise_lr",
+    "betas",
+    "weight_decay",
+    "precision",
+    "freeze_scalars",
+    "seed",
+)
 
 _HELD_OUT = 16
 _WARMUP = 10
@@ -110,25 +123,29 @@ def heal_blocks(
     trained = _trained(student, teacher, windows, settings)
     held_out = max(1, len(windows) // _HELD_OUT)
     fitted = len(windows) - held_out
-    store = BlockCheckpoints(checkpoint, run_key(student, teacher, windows, settings)) if checkpoint else None
+    store = None
+    if checkpoint:
+        store = BlockCheckpoints(checkpoint, _run_key(student, teacher, windows, settings), "healing run")
     outcomes: list[BlockOutcome] = []
     with calibrating(student), calibrating(teacher), _frozen(student), _Bar(progress, len(trained)) as bar:
         pair: _Pair | None = None
         for index, parameters in trained.items():
-            saved = store.load(index, parameters) if store else None
+            saved = store.load(index) if store else None
             if saved is not None:
-                outcomes.append(BlockOutcome(index=index, resumed=True, **saved))
+                tensors, outcome = saved
+                with torch.no_grad():
+                    for name, parameter in parameters.items():
+                        parameter.copy_(tensors[name])
+                outcomes.append(BlockOutcome(index=index, resumed=True, **outcome))
                 bar.finish_block()
                 continue
             if pair is None:
                 pair = _Pair(student, teacher, windows, settings)
             pair.advance_to(index)
-            outcome = _heal_block(pair, fitted, list(parameters.values()), settings, (bar, on_step))
+            healed = _heal_block(pair, fitted, list(parameters.values()), settings, (bar, on_step))
             if store:
-                store.save(
-                    index, parameters, {k: getattr(outcome, k) for k in ("before", "after", "healed", "seconds")}
-                )
-            outcomes.append(outcome)
+                store.save(index, parameters, {k: getattr(healed, k) for k in ("before", "after", "healed", "seconds")})
+            outcomes.append(healed)
             bar.finish_block()
     length = windows.shape[1]
     count = sum(parameter.numel() for parameters in trained.values() for parameter in parameters.values())
@@ -344,3 +361,13 @@ class _Bar:
         self._done += 1
         self._progress.update(self._task, completed=self._done)
         self._last = time.monotonic()
+
+
+def _run_key(student: nn.Module, teacher: nn.Module, windows: Tensor, settings: HealSettings) -> str:
+    """Hash of all that decides the result: both models' weights, the tokens, and the settings that are used."""
+    digest = hashlib.sha256(json.dumps({name: getattr(settings, name) for name in _SETTINGS}).encode())
+    named = [("windows", windows), *student.named_parameters(), *teacher.named_parameters()]
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

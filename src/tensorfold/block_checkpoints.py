@@ -1,4 +1,4 @@
-"""Checkpoints of block-by-block healing: one directory a block, whole or not at all."""
+"""Checkpoints of work that goes block by block: one directory a block, whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,49 +9,39 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from torch import Tensor
 
 from tensorfold.cache import atomic_directory
 from tensorfold.errors import InputError
-from tensorfold.settings import HealSettings
 
 log = logging.getLogger(__name__)
 
 _CORES, _SIDECAR = "cores.safetensors", "block.json"
-_SETTINGS = (
-    "blockwise_epochs",
-    "blockwise_batch",
-    "blockwise_lr",
-    "betas",
-    "weight_decay",
-    "precision",
-    "freeze_scalars",
-    "seed",
-)
 
 
 class BlockCheckpoints:
     """Finished blocks below a directory: ``block-0003/cores.safetensors`` with its checksum in ``block.json``.
 
-    Blocks are to be loaded or saved in order. Each records the checksum of the one before it, since it was trained on
+    Blocks are to be loaded or saved in order. Each records the checksum of the one before it, since it was fitted to
     what that one passes on: after a damaged block the later ones stay good if computing it again gives the same bytes.
 
     Args:
         directory: Created with the first block.
-        key: Identity of the run; see :func:`run_key`.
+        key: Identity of the run: a hash of all that decides the result.
+        what: Kind of run, for messages.
     """
 
-    def __init__(self, directory: Path, key: str) -> None:
+    def __init__(self, directory: Path, key: str, what: str) -> None:
         self._directory = directory
         self._key = key
+        self._what = what
         self._previous = ""
 
-    def load(self, index: int, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any] | None:
-        """Fill ``parameters`` from block ``index`` and return what was saved with it; None where it must be computed.
+    def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors of block ``index`` and what was saved with them; None where it must be computed.
 
         Raises:
             InputError: The directory holds another run.
@@ -73,22 +63,19 @@ class BlockCheckpoints:
             return None
         if key != self._key:
             raise InputError(
-                f"{self._directory} holds blocks of another healing run: models, text or settings differ. Name another "
+                f"{self._directory} holds blocks of another {self._what}: model, text or settings differ. Name another "
                 "directory, or remove this one to start anew."
             )
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
         self._previous = digest
-        return dict(outcome)
+        return tensors, dict(outcome)
 
-    def save(self, index: int, parameters: Mapping[str, nn.Parameter], outcome: Mapping[str, Any]) -> None:
+    def save(self, index: int, tensors: Mapping[str, Tensor], outcome: Mapping[str, Any]) -> None:
         """Write block ``index`` in place of what is there.
 
         Raises:
             TensorfoldError: The disk is full.
         """
-        content = save_tensors({name: p.detach().cpu().contiguous() for name, p in parameters.items()})
+        content = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         digest = hashlib.sha256(content).hexdigest()
         sidecar = {"run": self._key, "previous": self._previous, "sha256": digest, "outcome": dict(outcome)}
         with atomic_directory(self._path(index), replace=True) as partial:
@@ -98,13 +85,3 @@ class BlockCheckpoints:
 
     def _path(self, index: int) -> Path:
         return self._directory / f"block-{index:04d}"
-
-
-def run_key(student: nn.Module, teacher: nn.Module, windows: Tensor, settings: HealSettings) -> str:
-    """Hash of all that decides the result: both models' weights, the tokens, and the settings that are used."""
-    digest = hashlib.sha256(json.dumps({name: getattr(settings, name) for name in _SETTINGS}).encode())
-    named = [("windows", windows), *student.named_parameters(), *teacher.named_parameters()]
-    for name, tensor in named:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
