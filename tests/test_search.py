@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tensorfold
-from tensorfold import Auto, InputError, LowRank, Recipe, Rule, Spec, SpecError
+from tensorfold import Auto, InputError, LowRank, Recipe, Rule, Spec, SpecError, folding
 from tensorfold.algebra.allocation import Curve, allocate, pivoted_costs
 from tensorfold.algebra.contract import to_dense
 from tensorfold.algebra.low_rank import error_curve, whitened_low_rank
@@ -139,11 +139,6 @@ def test_the_same_text_gives_the_same_bytes(tiny, tokenizer, prose, recipe):
     assert all(torch.equal(folded[0][key], folded[1][key]) for key in folded[0])
 
 
-def loss(model, ids):
-    with torch.no_grad():
-        return model(ids, labels=ids).loss.item()
-
-
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_it_comes_nearer_to_the_dense_model_than_whitened_svd(tiny, tokenizer, prose, architecture):
     """Distance of logits on the calibration text itself: of random models there is no other quality."""
@@ -203,3 +198,39 @@ def test_efforts_are_named():
         Auto(keep=0.5, effort="maximal")
     with pytest.raises(InputError, match="keep"):
         Auto(keep=1.5)
+
+
+@pytest.mark.parametrize("effort", ["low", "medium"])
+def test_an_interrupted_fold_goes_on_where_it_was(tiny, tokenizer, prose, tmp_path, monkeypatch, effort):
+    rules = (Rule("embedding", LowRank(keep=0.5)), Rule("all-linear", Auto(keep=0.5, effort=effort)))
+
+    def fold(checkpoint=None):
+        model = tiny("llama")
+        options = {"calibration_tokens": 512, "checkpoint": checkpoint}
+        return tensorfold.fold(model, Recipe(fold=rules), tokenizer, [prose], **options), model.state_dict()
+
+    report, expected = fold()
+    solve, calls = folding._solve, []
+
+    def breaks(matrix, *rest):
+        calls.append(matrix.name)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return solve(matrix, *rest)
+
+    monkeypatch.setattr(folding, "_solve", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        fold(tmp_path / "done")
+    before = len(calls)
+    again, got = fold(tmp_path / "done")
+    assert before < len(calls) < len(report.modules) + before  # some were there already
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[key], expected[key]) for key in expected)
+    assert (again.errors, again.choices, again.plan.modules) == (report.errors, report.choices, report.plan.modules)
+
+
+def test_a_checkpoint_of_another_fold_is_refused(tiny, tokenizer, prose, tmp_path):
+    options = {"calibration_tokens": 512, "checkpoint": tmp_path / "done"}
+    tensorfold.fold(tiny("llama"), Auto(keep=0.5), tokenizer, [prose], **options)
+    with pytest.raises(InputError, match="another fold"):
+        tensorfold.fold(tiny("llama"), Auto(keep=0.6), tokenizer, [prose], **options)

@@ -26,7 +26,7 @@ LAYERS = [
     ["hf"],
     ["calibrate", "evaluation", "gradients", "sampling"],
     ["feedback", "search"],
-    ["batches"],
+    ["batches", "fold_inputs"],
     ["folding"],
     ["onnx_graph"],
     ["export"],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ class Text:
 
 def batches(
     model: PreTrainedModel, chosen: Mapping[str, Matrix], planned: Plan, text: Text, found: Search
-) -> Iterator[tuple[list[Matrix], dict[str, Statistics]]]:
-    """Matrices that do not depend on each other, with what the text says of them: all of them where there is no text.
+) -> Iterator[tuple[list[Matrix], Callable[[], dict[str, Statistics]]]]:
+    """Matrices that do not depend on each other, and what measures them on the text: all of them if there is no text.
 
     Else embeddings and then block by block; the caller folds each batch before the next one is asked for, so that a
     block is measured on what the folded blocks before it pass on. Blocks with layers that share a budget come in parts,
@@ -38,7 +39,7 @@ def batches(
     """
     windows = text.windows
     if windows is None:
-        yield list(chosen.values()), {}
+        yield list(chosen.values()), dict
         return
     embeddings = [matrix for matrix in chosen.values() if matrix.kind == "embedding"]
     linears = {name: matrix for name, matrix in chosen.items() if matrix.kind == "linear"}
@@ -50,7 +51,7 @@ def batches(
     effort = [found.efforts[name] for name in linears if name in found.efforts]
     reference = Reference(model, windows, linears) if any(each.feedback for each in effort) else None
     if embeddings:
-        yield embeddings, _of_tables(model, embeddings, planned, windows, text.counts)
+        yield embeddings, partial(_of_tables, model, embeddings, planned, windows, text.counts)
     if not linears:
         return
     stream = BlockStream(model, windows)
@@ -61,13 +62,13 @@ def batches(
             stages = stream.stages(index, {name: matrix.module for name, matrix in batch.items()})
         for stage in stages:
             last = stage is stages[-1]
-            yield [batch[name] for name in stage], _of_linears(stream, reference, index, batch, stage, last, found)
+            measure = partial(_of_linears, stream, reference, index, batch, stage, last, found)
+            yield [batch[name] for name in stage], measure
         if index < max(inside):
             stream.advance(index)
     outside = {name: matrix for name, matrix in linears.items() if not name.startswith(prefix)}
     if outside:
-        moments = stream.outside({name: matrix.module for name, matrix in outside.items()})
-        yield list(outside.values()), {name: Statistics(inputs=moment) for name, moment in moments.items()}
+        yield list(outside.values()), partial(_of_outside, stream, outside)
 
 
 def _of_linears(
@@ -88,6 +89,11 @@ def _of_linears(
     if reference is not None and corrected:
         known |= reference.statistics(stream, index, {name: batch[name] for name in corrected}, last)
     return {name: replace(each, gradients=found.take_gradient(name)) for name, each in known.items()}
+
+
+def _of_outside(stream: BlockStream, matrices: Mapping[str, Matrix]) -> dict[str, Statistics]:
+    moments = stream.outside({name: matrix.module for name, matrix in matrices.items()})
+    return {name: Statistics(inputs=moment) for name, moment in moments.items()}
 
 
 def _of_tables(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -112,7 +113,10 @@ def fold(
     tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="How many tokens of it.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Fold a model and write the smaller one. Under torchrun, its processes divide the matrices among themselves."""
+    """Fold a model and write the smaller one. Under torchrun, its processes divide the matrices among themselves.
+
+    A calibrated fold keeps what is done in OUT.fold until OUT is there; the same command goes on from it.
+    """
     from tensorfold.cache import check_target
     from tensorfold.folding import fold as fold_model
     from tensorfold.hf.loading import save
@@ -130,7 +134,10 @@ def fold(
         source = _source(model, chosen)
         loaded, tokenizer = source.model(), source.tokenizer()
         bar = sys.stderr.isatty()
-        report = fold_model(loaded, chosen, tokenizer, documents, calibration_tokens=tokens, progress=bar)
+        partial = Path(f"{out}.fold") if text else None
+        report = fold_model(
+            loaded, chosen, tokenizer, documents, calibration_tokens=tokens, checkpoint=partial, progress=bar
+        )
         result = report.to_dict()
         if ranks.is_first:
             label = f"{report.calibration_tokens} tokens of {describe(text, 'validation')}" if text else None
@@ -139,6 +146,8 @@ def fold(
             # Without what differs from one run to the next: equal folds give equal files.
             del card["seconds"]
             save(loaded, tokenizer, out, {**card, "tensorfold": tensorfold.__version__})
+            if partial is not None:
+                shutil.rmtree(partial, ignore_errors=True)
     if ranks.is_first:
         _emit(as_json, {**result, "out": str(out)}, lambda: f"{report}\nwritten to {out} in {report.seconds:.0f} s")
 

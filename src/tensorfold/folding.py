@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,22 +20,22 @@ from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.statistics import Metrics, Statistics
 from tensorfold.anatomy import Matrix, check_foldable, dense_weight, matrices
 from tensorfold.batches import Text, batches
-from tensorfold.calibrate import calibrating, calibration_windows, token_counts
-from tensorfold.errors import InputError, SpecError
+from tensorfold.block_checkpoints import BlockCheckpoints
+from tensorfold.calibrate import calibrating
+from tensorfold.errors import SpecError
+from tensorfold.fold_inputs import check_same, checked_plan, documents, identity, key_of, text_windows, token_counts_of
 from tensorfold.hf.quantizer import mark_folded
-from tensorfold.hf.swap import empty_module, scale_of, solved_module, swap
+from tensorfold.hf.swap import empty_module, solved_module, swap
 from tensorfold.memory import release_file_pages
 from tensorfold.method import NOTHING
 from tensorfold.methods import Method
 from tensorfold.nn import MPOLinear
-from tensorfold.planning import Plan, plan, prepare
+from tensorfold.planning import Plan, prepare
 from tensorfold.ranks import Ranks
 from tensorfold.recipe import Recipe
 from tensorfold.report import module_table, progress_bar
 from tensorfold.search import Choice, Search, search
-from tensorfold.settings import CalibrateSettings
 from tensorfold.surgery import HiddenUnits, hidden_units, reorder_hidden
-from tensorfold.texts import load_text
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +104,7 @@ def fold(
     calibration: Iterable[str] | None = None,
     *,
     calibration_tokens: int | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> FoldReport:
     """Replace the targeted weights of ``model`` by matrix product operators, in place.
@@ -127,11 +126,13 @@ def fold(
         tokenizer: The model's; needed with ``calibration``.
         calibration: Documents of calibration text; None takes the text that the recipe names, if it names one.
         calibration_tokens: How many tokens of it; the recipe's number, else 24,000.
+        checkpoint: Directory for what is solved so far of a calibrated fold; the same call with the dense model goes on
+            from there, to the same bytes. The caller removes it. One process only; several keep none.
         progress: Show a progress bar on standard error, on the first rank.
 
     Raises:
-        InputError: Model, recipe or text cannot be used, or are not the same on every rank. Found before anything is
-            changed, but for NaN or infinity in activations and gradients.
+        InputError: Model, recipe or text cannot be used, are not the same on every rank, or not those of the
+            checkpoint. Found before anything is changed, but for NaN or infinity in activations and gradients.
         Exception: What another rank raised, on all of them.
     """
     started = time.monotonic()
@@ -139,13 +140,17 @@ def fold(
     ranks = Ranks.find(cpu=model.device.type in ("cpu", "meta"))
     with ranks.together():
         recipe = Recipe.of(recipe)
-        documents = _documents(recipe, tokenizer, calibration)
-        windows = _windows(model, recipe, tokenizer, documents, calibration_tokens)
-        counts = _counts(model, _check(model, recipe, windows is not None), tokenizer, documents)
-        _check_same(ranks, model, recipe, windows, counts)
+        text = documents(recipe, tokenizer, calibration)
+        windows = text_windows(model, recipe, tokenizer, text, calibration_tokens)
+        counts = token_counts_of(model, checked_plan(model, recipe, windows is not None), tokenizer, text)
+        store = None
+        if ranks.count > 1:
+            check_same(ranks, identity(model, recipe, windows, counts))
+        elif checkpoint is not None and windows is not None:
+            store = BlockCheckpoints(Path(checkpoint), key_of(identity(model, recipe, windows, counts)), "fold")
         planned, chosen = prepare(model, recipe)
         planned, found, errors = _fold_all(
-            ranks, model, planned, chosen, Text(windows, counts), progress and ranks.is_first
+            ranks, model, planned, chosen, Text(windows, counts), store, progress and ranks.is_first
         )
         chosen = {name: matrix for name, matrix in chosen.items() if name in planned.modules}
         if chosen:
@@ -169,97 +174,13 @@ def fold(
     )
 
 
-def _documents(recipe: Recipe, tokenizer: Any, calibration: Iterable[str] | None) -> list[str] | None:
-    """The text given, else the text that the recipe names."""
-    if calibration is None and recipe.calibrate is not None:
-        if tokenizer is None:
-            warnings.warn(
-                f"the recipe calibrates on {recipe.calibrate.text!r}, but fold got no tokenizer: "
-                "folding without calibration.",
-                stacklevel=3,
-            )
-        else:
-            calibration = load_text(recipe.calibrate.text, split="validation")
-    if calibration is None:
-        return None
-    if tokenizer is None:
-        raise InputError("fold: got calibration text without a tokenizer; needed the model's tokenizer.")
-    return [calibration] if isinstance(calibration, str) else list(calibration)
-
-
-def _windows(
-    model: PreTrainedModel, recipe: Recipe, tokenizer: Any, documents: list[str] | None, tokens: int | None
-) -> Tensor | None:
-    """Calibration windows, shape (windows, length)."""
-    if documents is None:
-        return None
-    settings = recipe.calibrate or CalibrateSettings()
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return calibration_windows(tokenizer, documents, tokens or settings.tokens, limit)
-
-
-def _check(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> Plan:
-    """The plan, after finding whatever is wrong with recipe and weights before the model is touched."""
-    planned = plan(model, recipe)
-    available = matrices(model)
-    for name, method in planned.methods.items():
-        # Of tables, text knows the one that it goes in by, and none of positions.
-        known = name not in available or available[name].kind == "linear" or available[name].group == "embedding"
-        try:
-            method.check(planned.modules[name], calibrated and known)
-        except InputError as error:
-            raise type(error)(f"{name}: {error}") from None
-    chosen = available if recipe.changes_modules else {name: available[name] for name in planned.modules}
-    for matrix in chosen.values():
-        if matrix.parameter.is_meta:
-            raise InputError(f"{matrix.name}: has no weights (meta device); load the model's weights first.")
-        if not torch.isfinite(matrix.parameter).all():
-            raise InputError(f"{matrix.name}: its weight holds NaN or infinity; repair the checkpoint or exclude it.")
-        if matrix.kind == "embedding" and matrix.name in planned.modules:
-            scale_of(matrix)
-    return planned
-
-
-def _counts(model: PreTrainedModel, planned: Plan, tokenizer: Any, documents: list[str] | None) -> Tensor | None:
-    """How often the text uses each token, shape (vocabulary,), where a method asks for it."""
-    table = next((name for name, matrix in matrices(model).items() if matrix.group == "embedding"), None)
-    method = planned.methods.get(table or "")
-    if documents is None or method is None or not (method.fits_text or method.token_order == "frequency"):
-        return None
-    return token_counts(tokenizer, documents, planned.modules[table or ""].out_features)
-
-
-def _check_same(
-    ranks: Ranks, model: PreTrainedModel, recipe: Recipe, windows: Tensor | None, counts: Tensor | None
-) -> None:
-    """Find out before the model is touched if the ranks would fold different models into one."""
-    if ranks.count == 1:
-        return
-    given: dict[str, object] = {
-        "recipe": repr((recipe.fold, recipe.layers, recipe.untie)),
-        "calibration text": [
-            None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest()
-            for given in (windows, counts)
-        ],
-    }
-    for name, parameter in model.named_parameters():
-        given[name] = parameter.shape if parameter.is_meta else torch.hash_tensor(parameter).item()
-    first, *others = ranks.gather(given)
-    for rank, other in enumerate(others, start=1):
-        different = [what for what in {**first, **other} if first.get(what) != other.get(what)]
-        if different:
-            raise InputError(
-                f"fold: {different[0]} of rank {rank} is not that of rank 0; needed the same model, recipe and text on "
-                "every rank. Give all of them the same files."
-            )
-
-
 def _fold_all(
     ranks: Ranks,
     model: PreTrainedModel,
     planned: Plan,
     chosen: Mapping[str, Matrix],
     text: Text,
+    store: BlockCheckpoints | None,
     progress: bool,
 ) -> tuple[Plan, Search, dict[str, float]]:
     """Solve and replace every chosen matrix; the plan as it was carried out, and the relative error of each."""
@@ -274,25 +195,59 @@ def _fold_all(
 
     with bar, calibrating(model):
         if text.windows is not None and planned.budgets:
-            planned, found = search(model, planned, chosen, text.windows, works_on)
+            planned, found = search(model, planned, chosen, text.windows, store, works_on)
             chosen = {name: matrix for name, matrix in chosen.items() if name in planned.modules}
             bar.update(task, total=len(chosen))
-        for batch, known in batches(model, chosen, planned, text, found):
-            known = _align_hidden_units(ranks, model, batch, planned, known, works_on)
-
-            def solve(matrix: Matrix, known: dict[str, Statistics] = known) -> dict[str, Tensor]:
-                works_on(matrix.name)
-                return _solve(matrix, planned, known.get(matrix.name, NOTHING))
-
-            def unsolved(matrix: Matrix) -> dict[str, Tensor]:
-                return _unsolved(matrix, planned.modules[matrix.name])
-
-            for matrix, solution in ranks.share(batch, _cost, solve, unsolved):
+        for index, (batch, measure) in enumerate(batches(model, chosen, planned, text, found), start=1):
+            kept = store if not any(_reorders(planned, matrix) for matrix in batch) else None
+            saved = kept.load(index) if kept else None
+            solutions = (
+                _solutions(ranks, model, planned, batch, measure, works_on)
+                if saved is None
+                else _saved(batch, saved[0])
+            )
+            states: dict[str, Tensor] = {}
+            for matrix, solution in solutions:
+                states |= {f"{matrix.name}.{key}": tensor for key, tensor in solution.items()} if kept else {}
                 errors[matrix.name] = solution.pop(_ERROR).item()
                 _replace(model, matrix, planned.modules[matrix.name], solution)
-                known.pop(matrix.name, None)
                 bar.advance(task)
+            if kept and saved is None:
+                kept.save(index, states, {})
     return planned, found, errors
+
+
+def _solutions(
+    ranks: Ranks,
+    model: PreTrainedModel,
+    planned: Plan,
+    batch: list[Matrix],
+    measure: Callable[[], dict[str, Statistics]],
+    works_on: Callable[[str], None],
+) -> Iterator[tuple[Matrix, dict[str, Tensor]]]:
+    """The state of every module of the batch, and its error."""
+    known = _align_hidden_units(ranks, model, batch, planned, measure(), works_on)
+
+    def solve(matrix: Matrix) -> dict[str, Tensor]:
+        works_on(matrix.name)
+        return _solve(matrix, planned, known.pop(matrix.name, NOTHING))
+
+    def unsolved(matrix: Matrix) -> dict[str, Tensor]:
+        return _unsolved(matrix, planned.modules[matrix.name])
+
+    yield from ranks.share(batch, _cost, solve, unsolved)
+
+
+def _saved(batch: list[Matrix], tensors: Mapping[str, Tensor]) -> Iterator[tuple[Matrix, dict[str, Tensor]]]:
+    """The same from a checkpoint."""
+    for matrix in batch:
+        prefix = f"{matrix.name}."
+        yield matrix, {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _reorders(planned: Plan, matrix: Matrix) -> bool:
+    """Whether folding it reorders the hidden units of its MLP."""
+    return getattr(planned.methods.get(matrix.name), "permute", "none") != "none"
 
 
 def _align_hidden_units(
@@ -305,15 +260,12 @@ def _align_hidden_units(
 ) -> dict[str, Statistics]:
     """Reorder the hidden units of MLPs whose method asks for it; the statistics follow them."""
 
-    def wanted(matrix: Matrix) -> bool:
-        return getattr(planned.methods.get(matrix.name), "permute", "none") != "none"
-
-    if not any(wanted(matrix) for matrix in batch):
+    if not any(_reorders(planned, matrix) for matrix in batch):
         return known
     names = {matrix.name for matrix in batch}
 
     def members(units: HiddenUnits) -> list[Matrix]:
-        return [m for m in (*units.ups, units.down) if m.name in names and wanted(m)]
+        return [m for m in (*units.ups, units.down) if m.name in names and _reorders(planned, m)]
 
     def search(units: HiddenUnits) -> dict[str, Tensor]:
         works_on(f"hidden units of {units.down.name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from tensorfold.algebra.packed import Packed
 from tensorfold.algebra.spec import Spec
 from tensorfold.anatomy import Matrix, blocks, dense_weight
 from tensorfold.auto import EFFORTS, Effort
+from tensorfold.block_checkpoints import BlockCheckpoints
 from tensorfold.calibrate import BlockStream, second_moments
 from tensorfold.errors import InputError
 from tensorfold.gradients import gradient_moments
@@ -36,6 +37,9 @@ class Choice:
     parameters: int
     dense: bool
     curve: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "curve", tuple((int(size), float(error)) for size, error in self.curve))
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,16 @@ def search(
     planned: Plan,
     chosen: Mapping[str, Matrix],
     windows: Tensor,
+    store: BlockCheckpoints | None = None,
     works_on: Callable[[str], None] = lambda _: None,
 ) -> tuple[Plan, Search]:
     """Divide every budget of the plan among its layers; those outside the blocks keep their equal shares.
 
     The curves are exact: eigenvalues give the error of the best matrix of every rank, so no rank is tried.
+
+    Args:
+        windows: Calibration text, shape (windows, length).
+        store: What was found is read from its block 0, or written there.
 
     Returns:
         The plan with the ranks chosen, without the layers that stay dense; and what was found on the way.
@@ -75,34 +84,48 @@ def search(
         prefix = blocks(model)[0] + "."
     except InputError:
         return planned, Search()
-    budgets = [
-        replace(budget, names=tuple(name for name in budget.names if name.startswith(prefix)))
-        for budget in planned.budgets
-    ]
-    budgets = [budget for budget in budgets if budget.names]
+    shares = [(budget, [name for name in budget.names if name.startswith(prefix)]) for budget in planned.budgets]
+    budgets = [replace(budget, names=tuple(names)) for budget, names in shares if names]
     if not budgets:
         return planned, Search()
     efforts = {name: EFFORTS[budget.method.effort] for budget in budgets for name in budget.names}
+    members = {name: chosen[name] for name in chosen if name in efforts}
+    stored = store.load(0) if store else None
+    if stored is not None:
+        values, outcome = stored
+        gradients = {name: Packed(members[name].out_features, values=value) for name, value in values.items()}
+        choices = {name: Choice(**choice) for name, choice in outcome.items()}
+        return _carried_out(planned, members, choices), Search(gradients, efforts, choices)
     tokens = max((effort.gradient_tokens or windows.numel()) for effort in efforts.values())
     sample = windows[: -(-tokens // windows.shape[1])]
-    matrices = {name: chosen[name] for name in chosen if name in efforts}
     works_on("gradients")
-    gradients = gradient_moments(model, sample, {name: matrix.module for name, matrix in matrices.items()})
-    curves = _curves(model, prefix, matrices, gradients, sample, works_on)
-    choices: dict[str, Choice] = {}
+    gradients = gradient_moments(model, sample, {name: matrix.module for name, matrix in members.items()})
+    curves = _curves(model, prefix, members, gradients, sample, works_on)
+    choices = {}
     for budget in budgets:
-        choices |= _divide(budget, planned, matrices, curves)
+        choices |= _divide(budget, planned, members, curves)
+    gradients = {name: packed for name, packed in gradients.items() if not choices[name].dense}
+    if store:
+        store.save(
+            0,
+            {name: packed.values for name, packed in gradients.items()},
+            {name: asdict(choice) for name, choice in choices.items()},
+        )
+    return _carried_out(planned, members, choices), Search(gradients, efforts, choices)
+
+
+def _carried_out(planned: Plan, members: Mapping[str, Matrix], choices: Mapping[str, Choice]) -> Plan:
+    """The plan with these choices."""
     modules = dict(planned.modules)
     for name, choice in choices.items():
         if choice.dense:
-            del modules[name], gradients[name]
+            del modules[name]
         else:
-            matrix = matrices[name]
+            matrix = members[name]
             modules[name] = Spec.low_rank(matrix.out_features, matrix.in_features, choice.rank, pivoted=True)
     dense = sum(choice.parameters for choice in choices.values() if choice.dense)
     saved = sum(planned.modules[name].parameters - choice.parameters for name, choice in choices.items())
-    found = replace(planned, modules=modules, dense=dense, parameters_after=planned.parameters_after - saved)
-    return found, Search(gradients, efforts, choices)
+    return replace(planned, modules=modules, dense=dense, parameters_after=planned.parameters_after - saved)
 
 
 def _curves(

@@ -11,9 +11,9 @@ from torch import Tensor
 class Packed:
     """A sum of outer products, (size, size), fp32, stored as size · (size + 1) / 2 numbers."""
 
-    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, size: int, device: torch.device | str = "cpu", values: Tensor | None = None) -> None:
         self.size = size
-        self.values = torch.zeros(size * (size + 1) // 2, device=device)
+        self.values = torch.zeros(size * (size + 1) // 2, device=device) if values is None else values
 
     def add(self, vectors: Tensor) -> None:
         """Add ``vectorsᵀ vectors`` of vectors (n, size)."""

@@ -1,0 +1,122 @@
+"""What ``fold`` is given, looked at before the model is touched: text, plan, weights, and whether all ranks agree."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tensorfold.anatomy import matrices
+from tensorfold.calibrate import calibration_windows, token_counts
+from tensorfold.errors import InputError
+from tensorfold.hf.swap import scale_of
+from tensorfold.planning import Plan, plan
+from tensorfold.ranks import Ranks
+from tensorfold.recipe import Recipe
+from tensorfold.settings import CalibrateSettings
+from tensorfold.texts import load_text
+
+
+def documents(recipe: Recipe, tokenizer: Any, calibration: Iterable[str] | None) -> list[str] | None:
+    """The text given, else the text that the recipe names."""
+    if calibration is None and recipe.calibrate is not None:
+        if tokenizer is None:
+            warnings.warn(
+                f"the recipe calibrates on {recipe.calibrate.text!r}, but fold got no tokenizer: "
+                "folding without calibration.",
+                stacklevel=3,
+            )
+        else:
+            calibration = load_text(recipe.calibrate.text, split="validation")
+    if calibration is None:
+        return None
+    if tokenizer is None:
+        raise InputError("fold: got calibration text without a tokenizer; needed the model's tokenizer.")
+    return [calibration] if isinstance(calibration, str) else list(calibration)
+
+
+def text_windows(
+    model: PreTrainedModel, recipe: Recipe, tokenizer: Any, documents: list[str] | None, tokens: int | None
+) -> Tensor | None:
+    """Calibration windows, shape (windows, length)."""
+    if documents is None:
+        return None
+    settings = recipe.calibrate or CalibrateSettings()
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return calibration_windows(tokenizer, documents, tokens or settings.tokens, limit)
+
+
+def checked_plan(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> Plan:
+    """The plan, after finding whatever is wrong with recipe and weights before the model is touched."""
+    planned = plan(model, recipe)
+    available = matrices(model)
+    for name, method in planned.methods.items():
+        # Of tables, text knows the one that it goes in by, and none of positions.
+        known = name not in available or available[name].kind == "linear" or available[name].group == "embedding"
+        try:
+            method.check(planned.modules[name], calibrated and known)
+        except InputError as error:
+            raise type(error)(f"{name}: {error}") from None
+    chosen = available if recipe.changes_modules else {name: available[name] for name in planned.modules}
+    for matrix in chosen.values():
+        if matrix.parameter.is_meta:
+            raise InputError(f"{matrix.name}: has no weights (meta device); load the model's weights first.")
+        if not torch.isfinite(matrix.parameter).all():
+            raise InputError(f"{matrix.name}: its weight holds NaN or infinity; repair the checkpoint or exclude it.")
+        if matrix.kind == "embedding" and matrix.name in planned.modules:
+            scale_of(matrix)
+    return planned
+
+
+def token_counts_of(
+    model: PreTrainedModel, planned: Plan, tokenizer: Any, documents: list[str] | None
+) -> Tensor | None:
+    """How often the text uses each token, shape (vocabulary,), where a method asks for it."""
+    table = next((name for name, matrix in matrices(model).items() if matrix.group == "embedding"), None)
+    method = planned.methods.get(table or "")
+    if documents is None or method is None or not (method.fits_text or method.token_order == "frequency"):
+        return None
+    return token_counts(tokenizer, documents, planned.modules[table or ""].out_features)
+
+
+def identity(
+    model: PreTrainedModel, recipe: Recipe, windows: Tensor | None, counts: Tensor | None
+) -> dict[str, object]:
+    """All that decides the result of a fold, by name."""
+    given: dict[str, object] = {
+        "recipe": repr((recipe.fold, recipe.layers, recipe.untie)),
+        "calibration text": [
+            None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest()
+            for given in (windows, counts)
+        ],
+    }
+    for name, parameter in model.named_parameters():
+        given[name] = tuple(parameter.shape) if parameter.is_meta else torch.hash_tensor(parameter).item()
+    return given
+
+
+def key_of(given: dict[str, object]) -> str:
+    """A hash of an identity."""
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+
+
+def check_same(ranks: Ranks, given: dict[str, object]) -> None:
+    """Find out before the model is touched if the ranks would fold different models into one.
+
+    Raises:
+        InputError: They would; the message names what differs.
+    """
+    first, *others = ranks.gather(given)
+    for rank, other in enumerate(others, start=1):
+        different = [what for what in {**first, **other} if first.get(what) != other.get(what)]
+        if different:
+            raise InputError(
+                f"fold: {different[0]} of rank {rank} is not that of rank 0; needed the same model, recipe and text on "
+                "every rank. Give all of them the same files."
+            )
