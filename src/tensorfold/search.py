@@ -98,9 +98,10 @@ def search(
         return _carried_out(planned, members, choices), Search(gradients, efforts, choices)
     tokens = max((effort.gradient_tokens or windows.numel()) for effort in efforts.values())
     sample = windows[: -(-tokens // windows.shape[1])]
+    stream = BlockStream(model, sample)  # names the block whose activations are not finite, which gradients cannot
     works_on("gradients")
     gradients = gradient_moments(model, sample, {name: matrix.module for name, matrix in members.items()})
-    curves = _curves(model, prefix, members, gradients, sample, works_on)
+    curves = _curves(stream, members, gradients, works_on)
     choices = {}
     for budget in budgets:
         choices |= _divide(budget, planned, members, curves)
@@ -129,18 +130,16 @@ def _carried_out(planned: Plan, members: Mapping[str, Matrix], choices: Mapping[
 
 
 def _curves(
-    model: PreTrainedModel,
-    prefix: str,
+    stream: BlockStream,
     matrices: Mapping[str, Matrix],
     gradients: Mapping[str, Packed],
-    windows: Tensor,
     works_on: Callable[[str], None],
 ) -> dict[str, Tensor]:
     """Squared error of the best matrix of every rank, on the dense model."""
     inside: dict[int, dict[str, Matrix]] = {}
+    prefix = f"{stream.name}."
     for name, matrix in matrices.items():
         inside.setdefault(int(name.removeprefix(prefix).partition(".")[0]), {})[name] = matrix
-    stream = BlockStream(model, windows)
     found = {}
     for index in range(max(inside) + 1):
         batch = inside.get(index, {})
