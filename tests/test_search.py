@@ -234,3 +234,18 @@ def test_a_checkpoint_of_another_fold_is_refused(tiny, tokenizer, prose, tmp_pat
     tensorfold.fold(tiny("llama"), Auto(keep=0.5), tokenizer, [prose], **options)
     with pytest.raises(InputError, match="another fold"):
         tensorfold.fold(tiny("llama"), Auto(keep=0.6), tokenizer, [prose], **options)
+
+
+@pytest.mark.parametrize("budget", ["parameters", "multiply-adds", "bytes"])
+def test_budgets_are_of_what_they_say(tiny, tokenizer, prose, budget):
+    model = tiny("llama")
+    dense = {name: matrix.parameter.nbytes for name, matrix in matrices(model).items() if matrix.group == "mlp"}
+    report = tensorfold.fold(model, Auto(keep=0.5, budget=budget), tokenizer, [prose], calibration_tokens=512)
+    modules = {name: model.get_submodule(name) for name in dense}
+    used = {
+        "bytes": sum(t.nbytes for module in modules.values() for t in module.state_dict().values()),
+        "parameters": 4 * sum(choice.parameters for choice in report.choices.values()),
+        "multiply-adds": 4 * sum(spec.macs for spec in report.modules.values()),
+    }
+    assert 0.45 < used[budget] / sum(dense.values()) <= 0.5
+    assert (used["bytes"] / sum(dense.values()) > 0.5) == (budget != "bytes")

@@ -50,6 +50,9 @@ class Auto(Method):
         keep: Fraction of the parameters of all matrices together that stays.
         effort: How much time calibration takes: ``low``, ``medium`` or ``high``.
         floor: Least that a linear layer keeps, as a fraction of an equal share.
+        budget: What ``keep`` is a fraction of where there is text: ``parameters``; ``multiply-adds``, of which these
+            structures make one for every parameter, as the dense matrix does; or ``bytes``, which count the stored
+            order of rows as well.
     """
 
     name: ClassVar[str] = "auto"
@@ -57,6 +60,7 @@ class Auto(Method):
     keep: Keep
     effort: Literal["low", "medium", "high"] = "medium"
     floor: Annotated[float, Ge(0), Le(1)] = 0.5
+    budget: Literal["parameters", "multiply-adds", "bytes"] = "parameters"
 
     def concrete(self, group: str) -> Method:
         if group == "embedding":

@@ -162,14 +162,17 @@ def _divide(
     for name in budget.names:
         matrix = matrices[name]
         costs = pivoted_costs(matrix.out_features, matrix.in_features)[1:]  # from rank 1
+        if method.budget == "bytes":  # in units of a parameter; an order is int64, and the dense matrix has none
+            costs[:-1] += matrix.out_features * 8 / matrix.parameter.element_size()
         floor = min(method.floor * method.keep * matrix.parameter.numel(), planned.modules[name].parameters)
         curves[name] = Curve(losses[name][1:], costs, floor)
     total = int(method.keep * sum(matrices[name].parameter.numel() for name in budget.names))
     ranks = {name: index + 1 for name, index in allocate(curves, total).items()}
-    return {name: _choice(ranks[name], losses[name], curves[name].costs) for name in budget.names}
+    return {name: _choice(ranks[name], losses[name], matrices[name]) for name in budget.names}
 
 
-def _choice(rank: int, losses: Tensor, costs: Tensor) -> Choice:
+def _choice(rank: int, losses: Tensor, matrix: Matrix) -> Choice:
+    costs = pivoted_costs(matrix.out_features, matrix.in_features)[1:]
     whole = len(costs)
     errors = (losses / losses[0].clamp_min(torch.finfo(losses.dtype).tiny)).sqrt()
     points = sorted({rank, *(max(1, round(whole * k / _POINTS)) for k in range(1, _POINTS + 1))})
