@@ -7,14 +7,15 @@ import pytest
 import torch
 
 import tensorfold
-from tensorfold import Kronecker, LowRank, Recipe, Rule
+from tensorfold import Auto, Kronecker, LowRank, Recipe, Rule
 from tensorfold.algebra.als import weighted_als
 from tensorfold.algebra.contract import to_dense
-from tensorfold.algebra.solve import relative_error
+from tensorfold.algebra.low_rank import error_curve
+from tensorfold.algebra.solve import fit, relative_error
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import tt_svd
-from tensorfold.anatomy import count_parameters
-from tensorfold.calibrate import BlockStream, calibrating, calibration_windows
+from tensorfold.anatomy import count_parameters, matrices
+from tensorfold.calibrate import BlockStream, calibrating, calibration_windows, second_moments
 from tensorfold.hf.sources import find_model
 from tensorfold.texts import load_text
 
@@ -101,3 +102,41 @@ def test_hidden_order_lowers_the_kronecker_error_of_real_weights(dense):
     plain = tensorfold.fold(copy.deepcopy(dense), plain_recipe)
     better = tensorfold.fold(copy.deepcopy(dense), ordered_recipe)
     assert sum(better.errors.values()) < 0.97 * sum(plain.errors.values())
+
+
+def test_low_rank_with_pivots_is_never_worse_than_whitened_svd(dense, smollm_tokenizer):
+    """Activation error at equal parameters, on every one of the 210 matrices in the blocks."""
+    windows = calibration_windows(smollm_tokenizer, load_text("python-docs", split="calibration"), 2048)
+    linears = {name: matrix.module for name, matrix in matrices(dense).items() if matrix.kind == "linear"}
+    ratios = []
+    with calibrating(dense):
+        stream = BlockStream(dense, windows)
+        for block in range(30):
+            modules = {name: module for name, module in linears.items() if f"layers.{block}." in name}
+            moments = second_moments(lambda block=block: stream.advance(block), modules)
+            for name, module in modules.items():
+                weight = module.weight.detach()
+                svd, pivoted = (LowRank(keep=0.6, pivots=pivots).spec(*weight.shape) for pivots in (False, True))
+                assert pivoted.parameters <= 0.6 * weight.numel()
+                unpivoted = Spec.low_rank(*weight.shape, pivoted.ranks[0])  # the same matrix
+                near = to_dense(fit(weight, unpivoted, moments[name]), unpivoted)
+                curve = error_curve(weight, moments[name])
+                rival = float((curve[svd.ranks[0]] / curve[0]).sqrt())
+                ratios.append(relative_error(weight, near, moments[name]) / rival)
+    assert len(ratios) == 210
+    assert max(ratios) < 1
+    assert sum(ratios) / len(ratios) < 0.85
+
+
+def test_a_search_over_budgets_beats_whitened_svd(dense, smollm_tokenizer):
+    """Four blocks at half their MLP, the same text and size."""
+    calibration = load_text("python-docs", split="calibration")
+    found = []
+    for method in (LowRank(keep=0.5), Auto(keep=0.5)):
+        model = copy.deepcopy(dense)
+        recipe = Recipe(fold=(Rule(FIRST_BLOCKS, method),))
+        report = tensorfold.fold(model, recipe, smollm_tokenizer, calibration, calibration_tokens=2048)
+        found.append((perplexity(model, smollm_tokenizer), report.parameters_after))
+    (svd, size), (auto, other) = found
+    assert abs(other - size) < 0.002 * size
+    assert auto < 0.9 * svd

@@ -1,0 +1,105 @@
+"""Write the tables of README.md and the pictures from runs.jsonl: python studies/smollm2/table.py"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+DENSE = {"wikitext-2-test": 23.61, "tinyshakespeare": 38.89}  # hf-1024, first 8,192 tokens
+NAMES = {
+    "svd": "whitened SVD, block after block",
+    "svd-pivots": "the same, with pivots",
+    "auto-low": "auto, effort low",
+    "auto": "auto",
+    "auto-high": "auto, effort high",
+}
+TEXTS = ("wikitext-2-test", "tinyshakespeare")
+Run = dict[str, Any]
+
+
+def table(runs: list[Run]) -> str:
+    lines = [
+        "| targets | kept | method | tokens | from quarter | parameters | wikitext-2-test | × dense | × SVD | "
+        "tinyshakespeare | × dense | × SVD | processor time |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    base = {key(run): run["perplexity"] for run in runs if run["method"] == "svd"}
+    for run in sorted(runs, key=lambda r: (r["targets"] != "mlp", -r["keep"], r["part"], r["tokens"], -spent(r))):
+        cells = []
+        for text in TEXTS:
+            value = run["perplexity"][text]
+            rival = base.get(key(run), {}).get(text)
+            cells += [f"{value:.2f}", f"{value / DENSE[text]:.2f}"]
+            cells.append(f"{value / rival:.3f}" if rival and run["method"] != "svd" else "")
+        lines.append(
+            f"| {run['targets']} | {run['keep']} | {NAMES[run['method']]} | {run['tokens']:,} | {run['part']} | "
+            f"{run['parameters']:,} | {' | '.join(cells)} | {run['fold_cpu_seconds'] / 60:.1f} min |"
+        )
+    return "\n".join(lines)
+
+
+def key(run: Run) -> tuple[Any, ...]:
+    return run["targets"], run["keep"], run["tokens"], run["part"]
+
+
+def spent(run: Run) -> float:
+    return float(run["perplexity"]["wikitext-2-test"])
+
+
+def calibration(runs: list[Run]) -> None:
+    """Perplexity against calibration tokens, MLP kept 0.8."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for side, text in zip(axes, TEXTS, strict=True):
+        for method, style in (("svd", "x--"), ("auto", "o-")):
+            points = sorted(
+                (run["tokens"], run["perplexity"][text])
+                for run in runs
+                if (run["targets"], run["keep"], run["method"], run["part"]) == ("mlp", 0.8, method, 0)
+            )
+            side.plot(*zip(*points, strict=True), style, label=NAMES[method])
+        side.axhline(DENSE[text], color="grey", linewidth=0.8, label="dense")
+        side.set(xscale="log", yscale="log", xlabel="calibration tokens", title=text)
+    axes[0].set_ylabel("perplexity (hf-1024)")
+    axes[0].legend()
+    save(figure, "calibration.svg")
+
+
+def ranks(runs: list[Run]) -> None:
+    """Ranks that the search gave, by block, MLP kept 0.8."""
+    run = next(r for r in runs if r["run"] == "mlp-0.8-auto-24000-0")
+    figure, side = plt.subplots(figsize=(8, 3.6))
+    for kind in ("gate_proj", "up_proj", "down_proj"):
+        found = {int(re.search(r"\.(\d+)\.", name)[1]): r[0] for name, r in run["ranks"].items() if kind in name}  # type: ignore[index]
+        side.plot(*zip(*sorted(found.items()), strict=True), "o-", label=kind)
+    side.axhline(335, color="grey", linewidth=0.8, label="low rank without pivots, equal shares")
+    side.set(xlabel="block", ylabel="rank (of 576)")
+    side.legend()
+    save(figure, "ranks.svg")
+
+
+def save(figure: Any, name: str) -> None:
+    figure.tight_layout()
+    with mpl.rc_context({"svg.hashsalt": "tensorfold"}):
+        figure.savefig(HERE / name, metadata={"Date": None})
+
+
+def main() -> None:
+    runs = [json.loads(line) for line in (HERE / "runs.jsonl").read_text().splitlines()]
+    readme = HERE / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split("<!-- tables -->")
+    after = rest.split("<!-- end of tables -->")[1]
+    readme.write_text(f"{before}<!-- tables -->\n\n{table(runs)}\n\n<!-- end of tables -->{after}", encoding="utf-8")
+    calibration(runs)
+    ranks(runs)
+
+
+if __name__ == "__main__":
+    main()
