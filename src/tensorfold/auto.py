@@ -23,17 +23,20 @@ class Effort:
         staged: Whether the matrices of a block are folded in the order in which they are applied, each measured behind
             those before it, instead of all at once.
         feedback: Whether each is fitted to the dense model's output from what the folded model gives it.
+        shapes: Whether matrices with at least as many columns as rows may share one basis among groups of columns,
+            ``Σ_k A_k ⊗ b_kᵀ`` with A_k of shape (out, groups), where that is nearer.
     """
 
     gradient_tokens: int | None
     staged: bool
     feedback: bool
+    shapes: bool = False
 
 
 EFFORTS = {
     "low": Effort(2048, staged=False, feedback=False),
     "medium": Effort(8192, staged=True, feedback=True),
-    "high": Effort(None, staged=True, feedback=True),
+    "high": Effort(None, staged=True, feedback=True, shapes=True),
 }
 
 

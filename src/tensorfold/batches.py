@@ -88,7 +88,10 @@ def _of_linears(
         known = {name: Statistics(inputs=moment) for name, moment in stream.moments(index, plain).items()}
     if reference is not None and corrected:
         known |= reference.statistics(stream, index, {name: batch[name] for name in corrected}, last)
-    return {name: replace(each, gradients=found.take_gradient(name)) for name, each in known.items()}
+    return {
+        name: replace(each, gradients=found.take_gradient(name), start=found.starts.pop(name, None))
+        for name, each in known.items()
+    }
 
 
 def _of_outside(stream: BlockStream, matrices: Mapping[str, Matrix]) -> dict[str, Statistics]:

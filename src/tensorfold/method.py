@@ -80,7 +80,7 @@ class Method(ABC):
             InputError: The method needs statistics and there are none, or the spec is not one of its own.
         """
         inputs, outputs = known.metrics()
-        return Factors(fit(weight, spec, inputs, outputs=outputs))
+        return Factors(fit(weight, spec, inputs, known.start, outputs))
 
 
 def exactly_one(method: str, **given: object) -> None:

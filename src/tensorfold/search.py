@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensorfold.algebra.allocation import Curve, allocate, pivoted_costs
+from tensorfold.algebra.als import weighted_als
 from tensorfold.algebra.low_rank import error_curve
 from tensorfold.algebra.packed import Packed
-from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.spec import Spec, attainable_ranks
+from tensorfold.algebra.ttsvd import tt_svd
 from tensorfold.anatomy import Matrix, blocks, dense_weight
 from tensorfold.auto import EFFORTS, Effort
 from tensorfold.block_checkpoints import BlockCheckpoints
@@ -22,6 +24,8 @@ from tensorfold.gradients import gradient_moments
 from tensorfold.planning import Budget, Plan
 
 _POINTS = 12  # of a curve, in reports
+_GROUPS = (2, 3, 4)  # of columns
+_SWEEPS = 4  # of a candidate shape: what it gains later decides nothing
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,9 @@ class Choice:
     """What one matrix was given, and what it would have lost at other sizes.
 
     Attributes:
-        rank: Its rank; the smaller side of the matrix where it stays dense.
+        rank: Its rank, or bond; the smaller side of the matrix where it stays dense.
+        groups: Of columns that share a basis; 1 is low rank with pivots.
+        rivals: Errors of the other shapes that were fitted at this size, by spec.
         curve: Pairs of parameters and relative error ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖``, over all sizes.
     """
 
@@ -37,6 +43,8 @@ class Choice:
     parameters: int
     dense: bool
     curve: tuple[tuple[int, float], ...]
+    groups: int = 1
+    rivals: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "curve", tuple((int(size), float(error)) for size, error in self.curve))
@@ -49,11 +57,13 @@ class Search:
     Attributes:
         gradients: Second moments of the loss's gradient at their outputs, taken once from the dense model.
         efforts: Of every such layer.
+        starts: Cores that were fitted to the dense model, of layers with other shapes than low rank.
     """
 
     gradients: dict[str, Packed] = field(default_factory=dict)
     efforts: dict[str, Effort] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
+    starts: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def take_gradient(self, name: str) -> Tensor | None:
         """That of one layer, which is then forgotten: together they are as large as half the model."""
@@ -93,9 +103,12 @@ def search(
     stored = store.load(0) if store else None
     if stored is not None:
         values, outcome = stored
-        gradients = {name: Packed(members[name].out_features, values=value) for name, value in values.items()}
         choices = {name: Choice(**choice) for name, choice in outcome.items()}
-        return _carried_out(planned, members, choices), Search(gradients, efforts, choices)
+        gradients = {
+            name: Packed(members[name].out_features, values=values[name]) for name in choices if name in values
+        }
+        starts = {name: [values[f"{name}.{k}"] for k in range(2)] for name in choices if f"{name}.0" in values}
+        return _carried_out(planned, members, choices), Search(gradients, efforts, choices, starts)
     tokens = max((effort.gradient_tokens or windows.numel()) for effort in efforts.values())
     sample = windows[: -(-tokens // windows.shape[1])]
     stream = BlockStream(model, sample)  # names the block whose activations are not finite, which gradients cannot
@@ -106,13 +119,71 @@ def search(
     for budget in budgets:
         choices |= _divide(budget, planned, members, curves)
     gradients = {name: packed for name, packed in gradients.items() if not choices[name].dense}
+    shaped = {name: matrix for name, matrix in members.items() if efforts[name].shapes and _has_groups(matrix)}
+    starts = {}
+    if shaped:
+        fitted = _shapes(BlockStream(model, sample), shaped, gradients, choices, curves, works_on)
+        choices |= {name: choice for name, (choice, _) in fitted.items()}
+        starts = {name: cores for name, (_, cores) in fitted.items() if cores}
     if store:
-        store.save(
-            0,
-            {name: packed.values for name, packed in gradients.items()},
-            {name: asdict(choice) for name, choice in choices.items()},
-        )
-    return _carried_out(planned, members, choices), Search(gradients, efforts, choices)
+        tensors = {name: packed.values for name, packed in gradients.items()}
+        tensors |= {f"{name}.{k}": core for name, cores in starts.items() for k, core in enumerate(cores)}
+        store.save(0, tensors, {name: asdict(choice) for name, choice in choices.items()})
+    return _carried_out(planned, members, choices), Search(gradients, efforts, choices, starts)
+
+
+def _has_groups(matrix: Matrix) -> bool:
+    return matrix.out_features <= matrix.in_features and any(matrix.in_features % groups == 0 for groups in _GROUPS)
+
+
+def _shapes(
+    stream: BlockStream,
+    matrices: Mapping[str, Matrix],
+    gradients: Mapping[str, Packed],
+    choices: Mapping[str, Choice],
+    curves: Mapping[str, Tensor],
+    works_on: Callable[[str], None],
+) -> dict[str, tuple[Choice, list[Tensor]]]:
+    """The choices with a shared basis where that is nearer than low rank of the same size, and then its cores.
+
+    A shape whose matrices cannot have the rank that the error of low rank needs is not fitted: the curve bounds it.
+    """
+    found = {}
+    for index, batch in _by_block(stream, matrices):
+        moments = second_moments(lambda index=index: stream.advance(index), {n: m.module for n, m in batch.items()})  # type: ignore[misc]
+        for name, matrix in batch.items():
+            choice = choices[name]
+            if choice.dense:
+                continue
+            works_on(f"shapes of {name}")
+            weight, outputs = dense_weight(matrix.module).detach(), gradients[name].full()
+            best, rivals = None, {}
+            bar = float((curves[name][choice.rank] / curves[name][0]) ** 0.5)
+            for groups in _GROUPS:
+                spec = _grouped(matrix, groups, choice.parameters)
+                if spec is None or curves[name][spec.attainable_matrix_rank] >= curves[name][choice.rank]:
+                    continue
+                start = tt_svd(weight, spec)
+                fit = weighted_als(weight, spec, start, moments[name], outputs, sweeps=_SWEEPS)
+                rivals[str(spec)] = fit.error
+                if fit.error < bar:
+                    best, bar = (spec, groups, fit.cores), fit.error
+            cores: list[Tensor] = []
+            choice = replace(choice, rivals=rivals)
+            if best is not None:
+                spec, groups, cores = best
+                choice = replace(choice, rank=spec.ranks[0], groups=groups, parameters=spec.parameters)
+            found[name] = choice, cores
+    return found
+
+
+def _grouped(matrix: Matrix, groups: int, parameters: int) -> Spec | None:
+    """The largest sum of ``(out × groups) ⊗ (1 × in / groups)`` of so many parameters, if there is one."""
+    if matrix.in_features % groups:
+        return None
+    out_modes, in_modes = (matrix.out_features, 1), (groups, matrix.in_features // groups)
+    bond = min(parameters // (out_modes[0] * groups + in_modes[1]), *attainable_ranks(out_modes, in_modes))
+    return Spec(out_modes, in_modes, (bond,)) if bond else None
 
 
 def _carried_out(planned: Plan, members: Mapping[str, Matrix], choices: Mapping[str, Choice]) -> Plan:
@@ -123,7 +194,7 @@ def _carried_out(planned: Plan, members: Mapping[str, Matrix], choices: Mapping[
             del modules[name]
         else:
             matrix = members[name]
-            modules[name] = Spec.low_rank(matrix.out_features, matrix.in_features, choice.rank, pivoted=True)
+            modules[name] = _spec(matrix, choice)
     dense = sum(choice.parameters for choice in choices.values() if choice.dense)
     saved = sum(planned.modules[name].parameters - choice.parameters for name, choice in choices.items())
     return replace(planned, modules=modules, dense=dense, parameters_after=planned.parameters_after - saved)
@@ -136,23 +207,31 @@ def _curves(
     works_on: Callable[[str], None],
 ) -> dict[str, Tensor]:
     """Squared error of the best matrix of every rank, on the dense model."""
-    inside: dict[int, dict[str, Matrix]] = {}
-    prefix = f"{stream.name}."
-    for name, matrix in matrices.items():
-        inside.setdefault(int(name.removeprefix(prefix).partition(".")[0]), {})[name] = matrix
     found = {}
-    for index in range(max(inside) + 1):
-        batch = inside.get(index, {})
-        works_on(f"curves of {prefix}{index}")
-        if not batch:
-            stream.advance(index)
-            continue
+    for index, batch in _by_block(stream, matrices):
+        works_on(f"curves of {stream.name}.{index}")
         modules = {name: matrix.module for name, matrix in batch.items()}
         moments = second_moments(lambda index=index: stream.advance(index), modules)  # type: ignore[misc]
         for name, matrix in batch.items():
             weight = dense_weight(matrix.module).detach()
             found[name] = error_curve(weight, moments[name], gradients[name].full())
     return found
+
+
+def _spec(matrix: Matrix, choice: Choice) -> Spec:
+    if choice.groups == 1:
+        return Spec.low_rank(matrix.out_features, matrix.in_features, choice.rank, pivoted=True)
+    return Spec((matrix.out_features, 1), (choice.groups, matrix.in_features // choice.groups), (choice.rank,))
+
+
+def _by_block(stream: BlockStream, matrices: Mapping[str, Matrix]) -> Iterator[tuple[int, dict[str, Matrix]]]:
+    """The matrices of every block that has any, with the stream at its entrance."""
+    inside: dict[int, dict[str, Matrix]] = {}
+    for name, matrix in matrices.items():
+        inside.setdefault(int(name.removeprefix(f"{stream.name}.").partition(".")[0]), {})[name] = matrix
+    for index in sorted(inside):
+        stream.advance_to(index)
+        yield index, inside[index]
 
 
 def _divide(

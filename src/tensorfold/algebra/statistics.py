@@ -52,6 +52,7 @@ class Statistics:
         counts: Of a table, how often the text uses each token, (vocabulary,).
         states: Of a table, vectors that the head tied to it reads, (n, width).
         target: What is folded in W's place, (out, in), where the folded model's own inputs ask for another matrix.
+        start: Cores of a neighbouring problem, where a solver that looks for a local optimum starts.
         means: Of a layer whose bias makes up for the means; ``inputs`` are then about them.
     """
 
@@ -61,6 +62,7 @@ class Statistics:
     states: Tensor | None = None
     target: Tensor | None = None
     means: Means | None = None
+    start: list[Tensor] | None = None
 
     def reordered(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Statistics:
         """Of ``W[rows][:, columns]``, for a linear layer."""
