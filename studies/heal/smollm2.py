@@ -75,7 +75,10 @@ def main() -> None:
     if keep == 0.8:
         measure(DENSE, "dense", 1.0)
     if not folded.exists():
-        tensorfold("fold", DENSE, "--keep", keep, "--calibrate", "wikitext-2", "--tokens", 24_000, "--out", folded)
+        recipe = args.work / f"low-rank-{keep}.yaml"
+        rule = {"targets": "mlp", "method": "low-rank", "keep": keep}
+        recipe.write_text(json.dumps({"fold": [rule], "calibrate": {"text": "wikitext-2", "tokens": 24_000}}))
+        tensorfold("fold", DENSE, "--recipe", recipe, "--out", folded)
     measure(folded, "folded", keep)
     _, first = tensorfold(
         "heal", folded, "--train", data / "train", "--train", data / "wikitext-2-valid.txt", *teacher, "--steps", 0,
