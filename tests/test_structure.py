@@ -24,7 +24,7 @@ LAYERS = [
     ["planning"],
     ["texts", "tokens"],
     ["hf"],
-    ["calibrate", "evaluation", "gradients", "sampling"],
+    ["calibrate", "evaluation", "gradients", "harness", "sampling"],
     ["feedback", "search"],
     ["batches", "fold_inputs"],
     ["folding"],

@@ -155,29 +155,43 @@ def fold(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
-    text: Annotated[str, typer.Option("--text", help=TEXT_HELP)],
+    text: Annotated[str | None, typer.Option("--text", help=TEXT_HELP)] = None,
     protocol: Annotated[
-        str, typer.Option("--protocol", help="hf-1024, hf-512, krony, svd-llm, lambada or disjoint-N.")
+        str, typer.Option("--protocol", help="hf-1024, hf-512, krony, svd-llm, lambada, disjoint-N, or lm-eval.")
     ] = "hf-1024",
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Use only the first this many.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="Of lm-eval, comma-separated: wikitext, lambada_openai, …")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", help="Of lm-eval: a directory with YAML files of further tasks.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Of lm-eval: documents of each task, at most.")] = None,
     record: Annotated[
         bool, typer.Option("--record", help="Note the result in the model's directory, for tensorfold report.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity and next-token accuracy by a named protocol."""
+    """Measure perplexity and accuracy by a named protocol."""
+    from tensorfold.evaluation import HARNESS, check_judge
     from tensorfold.evaluation import evaluate as measure
-    from tensorfold.evaluation import get_protocol
     from tensorfold.hf.sources import find_model
     from tensorfold.records import check_recordable, record_evaluation
-    from tensorfold.texts import describe, load_text
 
-    get_protocol(protocol)
+    check_judge(protocol, text, tasks, include_path, limit, max_tokens)
     if record:
         check_recordable(model)
-    documents, label = load_text(text), describe(text)
+    if protocol == HARNESS:
+        from tensorfold.harness import check_tasks
+
+        judge: dict[str, Any] = {"tasks": check_tasks((tasks or "").split(","), include_path, limit)}
+        judge.update(include_path=include_path, limit=limit)
+    else:
+        from tensorfold.texts import describe, load_text
+
+        judge = {"text": load_text(text or ""), "text_name": describe(text or ""), "max_tokens": max_tokens}
     source = find_model(model)
-    result = measure(source.model(), source.tokenizer(), documents, protocol, max_tokens=max_tokens, text_name=label)
+    result = measure(source.model(), source.tokenizer(), protocol=protocol, **judge)
     if record:
         record_evaluation(model, result.to_dict())
     _emit(as_json, result.to_dict(), lambda: str(result))

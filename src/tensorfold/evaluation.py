@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,9 @@ from tensorfold.tokens import Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# The protocol of lm-evaluation-harness, whose tasks bring text and windows of their own: tensorfold.harness.
+HARNESS = "lm-eval"
 
 # Positions whose logits are held in fp32 at once.
 _CHUNK = 256
@@ -212,6 +216,24 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 
 
+def check_judge(
+    protocol: str, text: object, tasks: object, include_path: object, limit: object, max_tokens: object
+) -> None:
+    """Raise :class:`InputError` unless the protocol is known, and what it is to judge by goes with it."""
+    if protocol != HARNESS:
+        get_protocol(protocol)
+    of_text, of_tasks = (
+        {"text": text, "max_tokens": max_tokens},
+        {"tasks": tasks, "include_path": include_path, "limit": limit},
+    )
+    foreign = [name for name, value in (of_text if protocol == HARNESS else of_tasks).items() if value is not None]
+    needed = "tasks, such as wikitext" if protocol == HARNESS else "a text; tasks are for protocol lm-eval"
+    if foreign:
+        raise InputError(f"protocol {protocol}: got {' and '.join(foreign)}, which it does not take; needed {needed}.")
+    if (tasks if protocol == HARNESS else text) is None:
+        raise InputError(f"protocol {protocol}: got nothing to judge by; needed {needed}.")
+
+
 def get_protocol(name: str) -> Protocol:
     """The protocol called ``name``: a row of :data:`PROTOCOLS`, or ``disjoint-N`` for any window ``N >= 2``.
 
@@ -224,21 +246,26 @@ def get_protocol(name: str) -> Protocol:
     if disjoint and int(disjoint[1]) >= 2:
         length = int(disjoint[1])
         return WindowProtocol(f"disjoint-{length}", length=length, stride=length)
-    near = difflib.get_close_matches(name, [*PROTOCOLS, "disjoint-512"], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, [*PROTOCOLS, "disjoint-512", HARNESS], n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(f"unknown protocol {name!r}; {hint}needed one of {', '.join(PROTOCOLS)}, disjoint-N with N >= 2")
+    raise InputError(
+        f"unknown protocol {name!r}; {hint}needed one of {', '.join(PROTOCOLS)}, disjoint-N with N >= 2, or {HARNESS}"
+    )
 
 
 def evaluate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    text: str | Sequence[str],
+    text: str | Sequence[str] | None = None,
     protocol: str = "hf-1024",
     *,
     max_tokens: int | None = None,
     batch_size: int = 1,
     text_name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    tasks: Sequence[str] | None = None,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
 ) -> Evaluation:
     """Perplexity and accuracy of a causal language model on a text, where the model lies and in its own dtype.
 
@@ -246,19 +273,29 @@ def evaluate(
         model: Maps ``input_ids`` (batch, length) to ``.logits`` (batch, length, vocabulary). Its training mode is kept.
         tokenizer: The model's tokenizer; a beginning-of-sequence token is added where that is its default.
         text: The text itself (not its name: see :func:`tensorfold.texts.load_text`) or a list of documents.
-        protocol: A name that :func:`get_protocol` knows.
+            None for the protocol ``lm-eval``, whose tasks bring their own.
+        protocol: A name that :func:`get_protocol` knows, or ``lm-eval``.
         max_tokens: Use only the first this many tokens of the text (``lambada``: the whole passages within them).
         batch_size: Windows in one forward pass.
         text_name: Label of the text in the result.
         progress: Called with (windows done, windows in all) after each forward pass.
+        tasks, include_path, limit: For ``lm-eval`` only, see :func:`tensorfold.harness.evaluate_tasks`.
 
     Raises:
-        InputError: Unknown protocol, text too short, or a window longer than the model's context.
+        InputError: Unknown protocol, text too short, a window longer than the model's context, or an argument that is
+            not for this protocol.
         TensorfoldError: The model's logits are not finite numbers.
     """
     start = time.perf_counter()
+    check_judge(protocol, text, tasks, include_path, limit, max_tokens)
+    if protocol == HARNESS:
+        from tensorfold.harness import evaluate_tasks
+
+        return evaluate_tasks(
+            model, tokenizer, tasks or (), include_path=include_path, limit=limit, batch_size=batch_size
+        )
     rule = get_protocol(protocol)
-    documents = [text] if isinstance(text, str) else list(text)
+    documents = [text] if isinstance(text, str) else list(text or ())
     _check_arguments(documents, max_tokens, batch_size)
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):  # a model of text and images nests the sizes
@@ -275,7 +312,7 @@ def evaluate(
     device = parameters[0].device
 
     scores: list[Score] = []
-    with _evaluation_mode(model), torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode():
         for first in range(0, len(windows), batch_size):
             scores += _score(model, windows[first : first + batch_size], device)
             if progress is not None:
@@ -317,7 +354,8 @@ def _check_vocabulary(size: int | None, windows: Sequence[Window]) -> None:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode; afterwards every module is in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -236,6 +236,8 @@ def _evaluations(path: Path, parameters: int, notes: list[str]) -> tuple[Evaluat
     lines, broken = _optional(lambda: read_lines(path / EVALUATIONS), notes) or ([], 0)
     latest: dict[tuple[str, str, int], Evaluated] = {}
     for line in lines:
+        if line.get("perplexity") is None and isinstance(line.get("results"), Mapping):
+            continue  # tasks of lm-eval without a perplexity
         evaluated = _evaluated(line)
         if evaluated is None:
             broken += 1
