@@ -1,6 +1,7 @@
 """Tensorfold folds the weights of transformer language models into chains of small tensors.
 
-Importing it also teaches transformers to load folded checkpoints. Everything heavy is imported on first use.
+Importing it also teaches transformers to load folded checkpoints, and peft to adapt them. Everything heavy is imported
+on first use.
 """
 
 from __future__ import annotations
@@ -101,3 +102,9 @@ def _register(_: Any) -> None:
 def _register_picogpt(_: Any) -> None:
     """Register PicoGPT's configuration as soon as there is anything to register it with."""
     importlib.import_module("tensorfold.picogpt.configuration")
+
+
+@wrapt.when_imported("peft.tuners.lora.config")
+def _register_lora(_: Any) -> None:
+    """Let peft adapt folded layers."""
+    importlib.import_module("tensorfold.hf.lora")
