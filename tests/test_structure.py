@@ -24,7 +24,7 @@ LAYERS = [
     ["planning"],
     ["texts", "tokens"],
     ["hf"],
-    ["calibrate", "evaluation", "gradients", "harness", "sampling"],
+    ["calibrate", "evaluation", "gradients", "harness", "hub", "sampling"],
     ["feedback", "search"],
     ["batches", "fold_inputs"],
     ["folding"],
@@ -32,7 +32,7 @@ LAYERS = [
     ["export"],
     ["healing", "benchmark"],
     ["demo", "html_report"],
-    ["cli_bench", "cli_export", "cli_heal", "cli_report", "cli_sample"],
+    ["cli_bench", "cli_export", "cli_heal", "cli_push", "cli_report", "cli_sample"],
     ["cli"],
     ["__main__"],
 ]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tensorfold.hf.loading import load
     from tensorfold.hf.vocabulary import append_tokens
     from tensorfold.html_report.page import write_report
+    from tensorfold.hub import push_to_hub
     from tensorfold.methods import MPO, Graded, Kronecker, LowRank, TokenMPS
     from tensorfold.planning import plan
     from tensorfold.recipe import Recipe, Rule
@@ -50,6 +51,7 @@ _HOME = {
     "heal": "healing.run",
     "load": "hf.loading",
     "plan": "planning",
+    "push_to_hub": "hub",
     "write_report": "html_report.page",
 }
 
@@ -74,6 +76,7 @@ __all__ = [
     "load",
     "nn",
     "plan",
+    "push_to_hub",
     "write_report",
 ]
 

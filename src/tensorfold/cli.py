@@ -20,6 +20,7 @@ import tensorfold
 from tensorfold.cli_bench import bench
 from tensorfold.cli_export import export
 from tensorfold.cli_heal import heal
+from tensorfold.cli_push import push
 from tensorfold.cli_report import report
 from tensorfold.cli_sample import sample
 from tensorfold.errors import InputError, TensorfoldError
@@ -202,6 +203,7 @@ app.command()(bench)
 app.command()(export)
 app.command()(sample)
 app.command()(report)
+app.command()(push)
 
 
 @app.command()

@@ -74,20 +74,30 @@ def progress_bar(label: str, visible: bool) -> Progress:
     )
 
 
-def model_card(card: Mapping[str, Any]) -> str:
+def model_card(
+    card: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, Any]] = (),
+    *,
+    path: str = "PATH",
+    size: int | None = None,
+) -> str:
     """README of a folded checkpoint: how to load it first, then what was done and what is known of it.
 
     Args:
         card: ``base_model``, ``recipe``, ``parameters_before``, ``parameters_after``, and ``calibration`` if any text
-            was used, ``heal`` if it was healed. Missing entries are left out.
+            was used, ``heal`` if it was healed, ``modules``. Missing entries are left out.
+        evaluations: What ``tensorfold eval --record`` noted, oldest first; of equal protocol, text and tokens the last.
+        path: Where the checkpoint lies, as code that loads it says it.
+        size: Bytes of its weight files.
     """
     before, after = card.get("parameters_before"), card.get("parameters_after")
+    where = path if path == "PATH" else repr(path).replace("'", '"')
     lines = [
         "```python",
         "import tensorfold",
         "",
-        "model = tensorfold.load(PATH)  # raises if any weight is missing",
-        "# after the import, AutoModelForCausalLM.from_pretrained(PATH) works too",
+        f"model = tensorfold.load({where})  # raises if any weight is missing",
+        f"# after the import, AutoModelForCausalLM.from_pretrained({where}) works too",
         "```",
         "",
         "Without `import tensorfold`, transformers only warns and fills the folded layers with random numbers.",
@@ -99,6 +109,11 @@ def model_card(card: Mapping[str, Any]) -> str:
     ]
     if before and after:
         lines.append(f"- parameters: {before:,} → {after:,} ({after / before:.1%}), a tied output head counted once")
+    if size is not None:
+        lines.append(f"- weight files: {size / 1e6:.1f} MB")
+    modules = card.get("modules")
+    if isinstance(modules, Mapping) and modules:
+        lines.append(f"- folded: {len(modules)} matrices; tensorfold.json has their shapes, bonds and errors")
     if card.get("calibration"):
         lines.append(f"- calibration: {card['calibration']}")
     healed = card.get("heal")
@@ -108,4 +123,41 @@ def model_card(card: Mapping[str, Any]) -> str:
             f"{healed.get('validation_loss_before')} → {healed.get('validation_loss')}"
         )
     lines.append(f"- folded with tensorfold {card.get('tensorfold', '')}".rstrip())
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_measured(evaluations)]) + "\n"
+
+
+def _measured(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of recorded evaluations, and one of the tasks of lm-eval; nothing where there are none."""
+    latest = {(str(e.get("protocol")), str(e.get("text")), str(e.get("tokens"))): e for e in evaluations}
+    perplexities, tasks = [], []
+    for (protocol, text, tokens), found in latest.items():
+        results = found.get("results")
+        if isinstance(results, Mapping):
+            version = found.get("versions", {}).get("lm_eval", "") if isinstance(found.get("versions"), Mapping) else ""
+            for task, metrics in results.items():
+                values = metrics.items() if isinstance(metrics, Mapping) else ()
+                tasks += [_row(f"{protocol} {version}".strip(), task, name, _number(value)) for name, value in values]
+        elif _number(found.get("perplexity")):
+            accuracy, parameters = _number(found.get("accuracy")), _number(found.get("parameters"))
+            perplexities.append(_row(protocol, text, tokens, _number(found["perplexity"]), accuracy, parameters))
+    lines: list[str] = ["", "## What was measured"] if perplexities or tasks else []
+    if perplexities:
+        lines += [
+            "",
+            "| protocol | text | tokens | perplexity | accuracy | parameters |",
+            "|---|---|---:|---:|---:|---:|",
+        ]
+    if tasks:
+        return [*lines, *perplexities, "", "| protocol | task | metric | value |", "|---|---|---|---:|", *tasks]
+    return [*lines, *perplexities]
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(" ".join(str(cell).replace("|", "/").split()) for cell in cells) + " |"
+
+
+def _number(value: Any) -> str:
+    """Six significant digits, counts whole; empty for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

@@ -1,7 +1,7 @@
 """LoRA on folded layers: what ``peft`` makes of them when ``target_modules`` names one.
 
 peft knows torch's own layers only. It lets a configuration say which class adapts which other layer; importing this
-file makes every ``LoraConfig`` say it, so that ``get_peft_model`` and ``PeftModel.from_pretrained`` need nothing of ours.
+file makes every ``LoraConfig`` say it, so ``get_peft_model`` and ``PeftModel.from_pretrained`` need nothing of ours.
 """
 
 from __future__ import annotations
