@@ -1,6 +1,7 @@
 # make install   build .venv with everything the demo and the tests need
 # make demo      fold the real SmolLM2-135M and show what it gained and what it cost
 # make test      lint, types and tests
+# make docs      the documentation, as a site in build/site
 # make study-picogpt   the MPO study on Tiny Shakespeare, about eight hours on two cores; goes on where it was
 # Texts for tests and studies are read from TENSORFOLD_DATA; tests that need them are skipped without it.
 
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test lint format clean study-picogpt
+.PHONY: install demo docs test lint format clean study-picogpt
 
 install: $(STAMP)
 
@@ -25,6 +26,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/tensorfold demo
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -1,0 +1,99 @@
+"""What a wheel and an sdist hold, what is bounded, and what importing the command line costs."""
+
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tensorfold
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """``built("wheel")``: the names in what hatchling, the build backend, makes of the repository."""
+    build = pytest.importorskip("hatchling.builders.wheel", reason="needs hatchling")
+    from hatchling.builders.sdist import SdistBuilder
+
+    out = str(tmp_path_factory.mktemp("dist"))
+
+    def names(kind):
+        builder = {"wheel": build.WheelBuilder, "sdist": SdistBuilder}[kind](str(ROOT))
+        path = next(builder.build(directory=out, versions=["standard"]))
+        if kind == "sdist":
+            with tarfile.open(path) as archive:
+                return {name.partition("/")[2] for name in archive.getnames()}
+        return set(zipfile.ZipFile(path).namelist())
+
+    return names
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(built):
+    names = built("wheel")
+    info = f"tensorfold-{tensorfold.__version__}.dist-info/"
+    package = ROOT / "src" / "tensorfold"
+    wanted = {f"tensorfold/{path.relative_to(package)}" for path in package.rglob("*") if path.is_file()}
+    wanted = {name for name in wanted if "__pycache__" not in name}
+    assert {name for name in names if not name.startswith(info)} == wanted
+    assert {f"{info}licenses/LICENSE", f"{info}entry_points.txt"} <= names
+    for part in ("py.typed", "recipes/demo.yaml", "html_report/templates/page.html", "html_report/templates/page.js"):
+        assert f"tensorfold/{part}" in names
+
+
+def test_the_sdist_can_be_built_and_read(built):
+    names = built("sdist")
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "src/tensorfold/py.typed"} <= names
+    assert not any("__pycache__" in name for name in names)
+
+
+def test_every_requirement_is_bounded():
+    extras = [requirement for extra in PROJECT["optional-dependencies"].values() for requirement in extra]
+    for requirement in [*PROJECT["dependencies"], *extras]:
+        if not requirement.startswith("tensorfold["):
+            assert re.search(r">=[\d.]+,<\d", requirement), requirement
+
+
+def test_the_command_line_starts_without_the_heavy_libraries():
+    """--help and usage errors answer at once: neither torch nor transformers is imported for them."""
+    program = """
+import sys
+from tensorfold.cli import run
+for arguments in (["--help"], ["fold", "--help"], ["eval", "--help"], ["fold"], ["--version"]):
+    try:
+        run(arguments)
+    except SystemExit:
+        pass
+heavy = {"torch", "transformers", "numpy", "scipy", "pydantic", "huggingface_hub", "matplotlib", "plotly", "datasets"}
+sys.exit(",".join(sorted(heavy & sys.modules.keys())))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: tensorfold" in done.stdout
+
+
+def test_the_shell_completes_commands(tmp_path):
+    """The script that ``--show-completion`` prints, and the words it gets for a half-typed command."""
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "PYTHONPATH": ":".join(sys.path),
+        "SHELL": "/bin/bash",
+    }
+    completing = {"_TENSORFOLD_COMPLETE": "complete_bash", "COMP_WORDS": "tensorfold re", "COMP_CWORD": "1"}
+    program = [sys.executable, "-m", "tensorfold"]
+    done = subprocess.run(
+        program, capture_output=True, text=True, timeout=120, env={**environment, **completing}, check=False
+    )
+    assert set(done.stdout.split()) == {"report", "recipes"}, done.stderr
+
+
+def test_the_changelog_opens_with_what_is_unreleased():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## \[(.+?)\]", text, re.MULTILINE) == ["Unreleased", tensorfold.__version__]
