@@ -28,6 +28,7 @@ LAYERS = [
     ["feedback", "search"],
     ["batches", "fold_inputs"],
     ["folding"],
+    ["streaming"],
     ["onnx_graph"],
     ["export"],
     ["healing", "benchmark"],

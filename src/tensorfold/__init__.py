@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tensorfold.methods import MPO, Graded, Kronecker, LowRank, TokenMPS
     from tensorfold.planning import plan
     from tensorfold.recipe import Recipe, Rule
+    from tensorfold.streaming import fold_directory
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ _HOME = {
     "bench": "benchmark.run",
     "evaluate": "evaluation",
     "fold": "folding",
+    "fold_directory": "streaming",
     "heal": "healing.run",
     "load": "hf.loading",
     "plan": "planning",
@@ -72,6 +74,7 @@ __all__ = [
     "bench",
     "evaluate",
     "fold",
+    "fold_directory",
     "heal",
     "load",
     "nn",

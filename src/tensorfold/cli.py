@@ -28,6 +28,9 @@ from tensorfold.errors import InputError, TensorfoldError
 if TYPE_CHECKING:
     from tensorfold.hf.sources import Source
     from tensorfold.recipe import Recipe
+    from tensorfold.streaming import Stream
+
+log = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="tensorfold",
@@ -119,9 +122,11 @@ def fold(
     A calibrated fold keeps what is done in OUT.fold until OUT is there; the same command goes on from it.
     """
     from tensorfold.cache import check_target
+    from tensorfold.folding import FoldReport
     from tensorfold.folding import fold as fold_model
     from tensorfold.hf.loading import save
     from tensorfold.ranks import Ranks
+    from tensorfold.streaming import fold_stream, model_facts
     from tensorfold.texts import describe, load_text
 
     check_target(out)
@@ -133,24 +138,28 @@ def fold(
     with ranks.together():
         documents = load_text(text, split="validation") if text else None
         source = _source(model, chosen)
-        loaded, tokenizer = source.model(), source.tokenizer()
+        stream = None if text else _stream(source, chosen)
+        loaded = source.model() if stream is None else None
+        tokenizer = source.tokenizer()
         bar = sys.stderr.isatty()
-        partial = Path(f"{out}.fold") if text else None
-        report = fold_model(
-            loaded, chosen, tokenizer, documents, calibration_tokens=tokens, checkpoint=partial, progress=bar
-        )
-        result = report.to_dict()
-        if ranks.is_first:
+
+        def card(report: FoldReport) -> dict[str, Any]:
             label = f"{report.calibration_tokens} tokens of {describe(text, 'validation')}" if text else None
-            done = _label(recipe, keep, targets, untie, effort)
-            card = {"base_model": source.name, "recipe": done, "calibration": label, **result}
-            # Without what differs from one run to the next: equal folds give equal files.
-            del card["seconds"]
-            save(loaded, tokenizer, out, {**card, "tensorfold": tensorfold.__version__})
-            if partial is not None:
-                shutil.rmtree(partial, ignore_errors=True)
+            return model_facts(source, _label(recipe, keep, targets, untie, effort), report, label)
+
+        if stream is not None:
+            report = fold_stream(stream, out, tokenizer, card, bar)
+        else:
+            partial = Path(f"{out}.fold") if text else None
+            options: dict[str, Any] = {"calibration_tokens": tokens, "checkpoint": partial, "progress": bar}
+            report = fold_model(loaded, chosen, tokenizer, documents, **options)
+            if ranks.is_first:
+                save(loaded, tokenizer, out, card(report))
+                if partial is not None:
+                    shutil.rmtree(partial, ignore_errors=True)
     if ranks.is_first:
-        _emit(as_json, {**result, "out": str(out)}, lambda: f"{report}\nwritten to {out} in {report.seconds:.0f} s")
+        result = {**report.to_dict(), "out": str(out)}
+        _emit(as_json, result, lambda: f"{report}\nwritten to {out} in {report.seconds:.0f} s")
 
 
 @app.command("eval")
@@ -288,6 +297,18 @@ def _source(model: str | None, recipe: Recipe) -> Source:
     if name is None:
         raise InputError("no MODEL given, and the recipe names none; needed a hub id, a directory or a .gguf file.")
     return find_model(name)
+
+
+def _stream(source: Source, recipe: Recipe) -> Stream | None:
+    """The fold from disk to disk, where the checkpoint and the recipe allow it; else the model has to be loaded."""
+    from tensorfold.hf.stored import NotStoredError
+    from tensorfold.streaming import plan_stream
+
+    try:
+        return plan_stream(source, recipe)
+    except NotStoredError as error:
+        log.debug("the model is loaded whole: %s", error)
+        return None
 
 
 def _label(recipe: str | None, keep: float | None, targets: str | None, untie: bool, effort: str | None = None) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -179,15 +180,27 @@ def save(
         InputError: ``path`` exists and is not an empty directory, or cannot be written.
         TensorfoldError: The disk is full, or refuses to take the files.
     """
+    with new_directory(path, replace=replace) as partial:
+        model.save_pretrained(partial)
+        save_beside(partial, tokenizer, card)
+
+
+@contextmanager
+def new_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """A directory to fill that becomes ``path`` when the block ends without an error; raises what :func:`save` does."""
     try:
         with atomic_directory(Path(path), replace=replace) as partial:
-            model.save_pretrained(partial)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
-            (partial / "README.md").write_text(model_card(card), encoding="utf-8")
-            (partial / "tensorfold.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+            yield partial
     except (SafetensorError, OSError) as error:
         raise TensorfoldError(f"{path}: could not be written: {reason(error)}; nothing was left of it.") from error
+
+
+def save_beside(directory: Path, tokenizer: Any, card: dict[str, Any]) -> None:
+    """Write tokenizer, README and ``tensorfold.json`` to a directory with weights and configuration."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    (directory / "README.md").write_text(model_card(card), encoding="utf-8")
+    (directory / "tensorfold.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
 def reason(error: BaseException) -> str:

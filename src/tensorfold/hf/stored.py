@@ -1,0 +1,174 @@
+"""The weights of a checkpoint where they lie: looked up tensor by tensor, with the model itself on the meta device."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from tensorfold.anatomy import empty_model
+from tensorfold.errors import InputError
+from tensorfold.hf.loading import load_config, reason
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class NotStoredError(InputError):
+    """The weights on the disk are not, one by one, those of the model; loading it whole may still make them so."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A model on the meta device, and where each of its weights is.
+
+    Attributes:
+        files: Of every name in the model's state dictionary but those of tied weights: the file, and the name in it.
+    """
+
+    directory: Path
+    model: PreTrainedModel
+    files: Mapping[str, tuple[Path, str]]
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight, mapped from its file: nothing is read before it is used, and nothing stays when it is let go."""
+        path, key = self.files[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: {key} cannot be read ({reason(error)}); copy the checkpoint again.") from error
+
+    def signature(self) -> dict[str, object]:
+        """By name, what must be the same wherever this checkpoint is read."""
+        sizes = {str(path.name): path.stat().st_size for path, _ in self.files.values()}
+        weights = {name: (tuple(t.shape), str(t.dtype)) for name, t in self.model.state_dict().items()}
+        return {"configuration": self.model.config.to_json_string(), **sizes, **weights}
+
+
+def find_stored(path: str) -> Stored:
+    """The weights of a directory that ``save_pretrained`` wrote, or of a hub id whose snapshot is on this machine.
+
+    Raises:
+        NotStoredError: They are not all there as safetensors of one floating dtype, under the model's own names and in
+            its own shapes, or loading would change them.
+        InputError: There is no such model, or none can be built from its configuration.
+    """
+    config = load_config(path)
+    if getattr(config, "quantization_config", None) is not None:
+        raise NotStoredError(f"{path}: its weights are quantised or folded.")
+    directory = _directory(path)
+    found = _tensors(directory)
+    dtypes = {dtype for _, _, dtype in found.values() if dtype.is_floating_point}
+    if len(dtypes) != 1 or config.dtype not in (None, *dtypes):
+        shown = ", ".join(sorted(str(dtype) for dtype in dtypes)) or "no floating dtype"
+        raise NotStoredError(f"{directory}: holds {shown}, its configuration says {config.dtype}.")
+    [config.dtype] = dtypes
+    model = empty_model(config)
+    if _is_converted(model):
+        raise NotStoredError(f"{type(model).__name__}: transformers converts its weights on loading.")
+    if model._keep_in_fp32_modules_strict and config.dtype in _HALF:
+        raise NotStoredError(f"{type(model).__name__}: keeps some of its weights in float32.")
+    if model._keep_in_fp32_modules and config.dtype == torch.float16:
+        raise NotStoredError(f"{type(model).__name__}: keeps some of its weights in float32.")
+    files = {name: (file, key) for name, (file, key) in _matched(directory, model, found).items()}
+    _describe_generation(directory, model)
+    return Stored(directory, model, files)
+
+
+def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a checkpoint of the model holds, by name: its state dictionary less tied weights, as the model's tensors.
+
+    Raises:
+        NotStoredError: A tensor is there under two names, without being known as tied.
+    """
+    left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+    own = {name: model.get_parameter_or_buffer(name) for name in model.state_dict() if name not in left_out}
+    if len({id(tensor) for tensor in own.values()}) != len(own):
+        raise NotStoredError(f"{type(model).__name__}: shares weights in a way of its own.")
+    return own
+
+
+def save_configuration(model: PreTrainedModel, directory: Path) -> None:
+    """Write what ``save_pretrained`` writes beside the weights."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    if model.can_generate():
+        model.generation_config.save_pretrained(directory)
+
+
+def _directory(path: str) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(cached_file(path, "config.json")).parent
+    except OSError as error:
+        raise NotStoredError(f"{path}: no snapshot of it on this machine.") from error
+
+
+def _tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], torch.dtype]]:
+    """By its name: the file, the shape and the dtype of every tensor; from headers alone."""
+    files = [directory / "model.safetensors"]
+    index = directory / "model.safetensors.index.json"
+    try:
+        if not files[0].is_file():
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted({directory / name for name in weight_map.values()})
+        found = {}
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
+                    part = tensors.get_tensor(name)
+                    found[name] = file, tuple(part.shape), part.dtype
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NotStoredError(f"{directory}: no safetensors that can be read ({reason(error)}).") from error
+    return found
+
+
+def _matched(
+    directory: Path, model: PreTrainedModel, found: Mapping[str, tuple[Path, tuple[int, ...], torch.dtype]]
+) -> dict[str, tuple[Path, str]]:
+    """Where each of the model's tensors is; a checkpoint of the body alone lacks the first part of every name."""
+    own = own_tensors(model)
+    ignored = re.compile("|".join(f"({pattern})" for pattern in model._keys_to_ignore_on_load_unexpected or ()) or "$^")
+    files = {}
+    for key, (file, shape, dtype) in found.items():
+        name = next((n for n in (key, f"{model.base_model_prefix}.{key}") if n in own), None)
+        if name is None and ignored.search(key):
+            continue
+        if name is None or name in files:
+            raise NotStoredError(f"{directory}: {key} is none of the model's weights, or there twice.")
+        if (shape, dtype) != (tuple(own[name].shape), own[name].dtype):
+            raise NotStoredError(f"{directory}: {key} is {dtype} {shape}; the model's is {own[name].shape}.")
+        files[name] = file, key
+    absent = [name for name in own if name not in files]
+    if absent:
+        raise NotStoredError(f"{directory}: has no {absent[0]}.")
+    return files
+
+
+def _is_converted(model: PreTrainedModel) -> bool:
+    """Whether transformers renames or rearranges this architecture's weights between the files and the model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def _describe_generation(directory: Path, model: PreTrainedModel) -> None:
+    """As ``from_pretrained`` does: the file beside the weights, else what the configuration says of generation."""
+    if not model.can_generate():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    except OSError:
+        model.generation_config = GenerationConfig.from_pretrained(
+            directory, config_file_name="config.json", _from_model_config=True
+        )
