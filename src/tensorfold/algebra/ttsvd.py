@@ -2,8 +2,9 @@
 
 Sources: Oseledets, "Tensor-Train Decomposition", SIAM J. Sci. Comput. 33 (2011), Algorithm 1; Van Loan & Pitsianis,
 "Approximation with Kronecker Products" (1993). Sweeping left to right, each unfolding is projected on its leading left
-singular vectors, found through the Gram matrix of its smaller side: exact to working precision, deterministic, and
-cheap for the thin unfoldings that Kronecker shapes have.
+singular vectors. Its shape decides how they are found: from the Gram matrix of its smaller side, exact to working
+precision and cheap for the thin unfoldings that Kronecker shapes have; or, where few of many are wanted, by a block
+Krylov space (Musco & Musco, arXiv 1504.05477), which never forms the Gram matrix. Both are deterministic.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from tensorfold.errors import SpecError
 # A matrix up to this many elements is worked on in fp64 as a whole (64 MB); beyond it only Gram matrices are fp64.
 _WHOLE_FP64 = 2**23
 _CHUNK = 2**21
+_THIN = 32  # columns of a thin matrix at most
+
+# A Krylov space is worth it where the smaller side is at least _WIDE, and _MANY times the vectors wanted.
+_WIDE, _MANY = 256, 24
+_GAIN = 1e-7  # of the remaining energy; less than this from two steps running, and the space is good enough
 
 
 def tt_svd(weight: Tensor, spec: Spec) -> list[Tensor]:
@@ -39,8 +45,12 @@ def tt_svd(weight: Tensor, spec: Spec) -> list[Tensor]:
     Raises:
         SpecError: ``weight`` has another shape than ``spec``, or is not finite.
     """
-    working = torch.float64 if weight.numel() <= _WHOLE_FP64 else torch.float32
     result = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+    _check_shape(weight, spec)
+    thin = _thin_cores(weight, spec, result)
+    if thin is not None:
+        return thin
+    working = torch.float64 if weight.numel() <= _WHOLE_FP64 else torch.float32
     rest = unfold(check_weight(weight, spec).to(working), spec)
     cores = []
     for r, m, n, s in spec.core_shapes[:-1]:
@@ -52,16 +62,53 @@ def tt_svd(weight: Tensor, spec: Spec) -> list[Tensor]:
     return [core.to(result).contiguous() for core in balance(cores)]
 
 
+def _thin_cores(weight: Tensor, spec: Spec, result: torch.dtype) -> list[Tensor] | None:
+    """The two cores where the unfolding has far more rows than columns, in two passes over it; None for other shapes.
+
+    With V the leading eigenvectors of the small Gram matrix the best approximation of the unfolding R is ``(R V) Vᵀ``,
+    whose columns have the norms σ already: no basis has to be made orthogonal, and no copy in fp64 is needed, because
+    an error in V counts only by its square. Where the small factor has one row or column, W itself is the unfolding.
+    """
+    if spec.sites != 2:
+        return None
+    (_, m1, n1, r), (_, m2, n2, _) = spec.core_shapes
+    if m2 * n2 > _THIN or m1 * n1 < 32 * m2 * n2:
+        return None
+    padded = pad(weight, spec).to(result)
+    by_rows = n2 == 1  # blocks (small, n1), else (n1, small)
+    if by_rows or m2 == 1:
+        blocks = padded.reshape(m1, m2, n1) if by_rows else padded.reshape(m1, n1, n2)
+    else:
+        blocks = padded.reshape(m1, m2, n1, n2).transpose(1, 2).reshape(m1, n1, m2 * n2)
+    gram = torch.bmm(blocks, blocks.mT) if by_rows else torch.bmm(blocks.mT, blocks)
+    total = gram.sum(0, dtype=torch.float64)
+    if not bool(torch.isfinite(total).all()):
+        return None  # the values are not, or too large to square
+    right = leading_eigenvectors(total, r)  # (m2·n2, r)
+    if by_rows:
+        left = torch.bmm(right.T.to(result).expand(m1, -1, -1), blocks).mT
+    else:
+        left = torch.bmm(blocks, right.to(result).expand(m1, -1, -1))  # (m1, n1, r)
+    norms = torch.linalg.vector_norm(left, dim=(0, 1), dtype=torch.float64)
+    root = torch.where(norms > 0, norms, torch.ones_like(norms)).sqrt()  # √σ on each side, as balance would put it
+    second = (right * norms / root).T.to(result).reshape(r, m2, n2, 1)
+    return [(left / root.to(result)).reshape(1, m1, n1, r).contiguous(), second.contiguous()]
+
+
 def check_weight(weight: Tensor, spec: Spec) -> Tensor:
     """``weight`` itself, after checking that its shape is the spec's and that it holds neither NaN nor infinity."""
+    _check_shape(weight, spec)
+    if not torch.isfinite(weight).all():
+        raise SpecError("weight holds NaN or infinity; repair the checkpoint, or exclude this module.")
+    return weight
+
+
+def _check_shape(weight: Tensor, spec: Spec) -> None:
     if tuple(weight.shape) != (spec.out_features, spec.in_features):
         raise SpecError(
             f"weight of shape {tuple(weight.shape)}; the spec needs ({spec.out_features}, {spec.in_features}), "
             "always (out, in)."
         )
-    if not torch.isfinite(weight).all():
-        raise SpecError("weight holds NaN or infinity; repair the checkpoint, or exclude this module.")
-    return weight
 
 
 def pad(weight: Tensor, spec: Spec) -> Tensor:
@@ -90,15 +137,57 @@ def gram(matrix: Tensor) -> Tensor:
 def left_basis(matrix: Tensor, rank: int) -> Tensor:
     """Orthonormal basis of the ``rank`` leading left singular vectors of ``matrix``; shape (rows, rank).
 
-    Eigenvectors of the smaller Gram matrix, completed by QR where they are those of the other side.
+    From a Krylov space where few of many are wanted, else eigenvectors of the smaller Gram matrix; those of the other
+    side are completed by QR.
     """
     rows, columns = matrix.shape
+    if min(rows, columns) >= max(_WIDE, _MANY * rank):
+        right = _krylov(matrix, rank)
+        if right is not None:
+            return _fix_signs(torch.linalg.qr(matrix @ right).Q)
     if rows <= columns:
         basis = leading_eigenvectors(gram(matrix), rank).to(matrix.dtype)
     else:
         right = leading_eigenvectors(gram(matrix.T), rank).to(matrix.dtype)
         basis = torch.linalg.qr(matrix @ right).Q
     return _fix_signs(basis)
+
+
+def _krylov(matrix: Tensor, rank: int) -> Tensor | None:
+    """Orthonormal leading right singular vectors, shape (columns, rank), but for a vanishing part of their energy.
+
+    Golub and Kahan's process with a block of vectors, made orthogonal to all before them. It starts from the same
+    random numbers every time.
+
+    Returns:
+        None where the space has grown so large that the Gram matrix would have cost less.
+    """
+    columns, dtype = matrix.shape[1], matrix.dtype
+    energy = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(columns, rank, generator=generator, dtype=dtype).to(matrix.device)
+    space, images = torch.empty(columns, 0, dtype=dtype, device=matrix.device), matrix[:, :0]
+    kept, idle = 0.0, 0
+    while space.shape[1] + block.shape[1] <= min(matrix.shape) // 2:
+        size = torch.linalg.vector_norm(block)
+        for _ in range(2):  # once leaves what rounding put back
+            block = block - space @ (space.T @ block)
+        if energy == 0.0 or bool(torch.linalg.vector_norm(block) <= 16 * torch.finfo(dtype).eps * size):
+            break  # the space holds all there is
+        block = torch.linalg.qr(block).Q
+        space, images = torch.cat([space, block], 1), torch.cat([images, matrix @ block], 1)
+        values, vectors = torch.linalg.eigh((images.T @ images).double())
+        before, kept = kept, float(values[-rank:].sum())
+        idle = idle + 1 if kept - before <= _GAIN * max(energy - kept, 0.0) + 1e-15 * energy else 0
+        if idle == 2:
+            break
+        block = matrix.T @ images[:, -block.shape[1] :]
+    else:
+        return None
+    if space.shape[1] < rank:
+        return None
+    values, vectors = torch.linalg.eigh((images.T @ images).double())
+    return space @ _fix_signs(vectors[:, -rank:].flip(-1)).to(dtype)
 
 
 def leading_eigenvectors(symmetric: Tensor, count: int) -> Tensor:
