@@ -27,6 +27,7 @@ SUBSTITUTES = {
     "--train TRAIN": "--train TEXT",
     "wikitext-2": "TEXT",
     "--tokens 24000": "--tokens 300",
+    "--recipe low-rank-80": "--recipe low-rank-80 --calibrate TEXT --tokens 300",
     "--max-tokens 8192": "--max-tokens 256 --protocol disjoint-64",
     "--steps 240": "--steps 2",
     "--block 512": "--block 32",

@@ -70,7 +70,7 @@ for arguments in (["--help"], ["fold", "--help"], ["eval", "--help"], ["fold"], 
         run(arguments)
     except SystemExit:
         pass
-heavy = {"torch", "transformers", "numpy", "scipy", "pydantic", "huggingface_hub", "matplotlib", "plotly", "datasets"}
+heavy = {"torch", "transformers", "numpy", "scipy", "huggingface_hub", "matplotlib", "plotly", "datasets"}
 sys.exit(",".join(sorted(heavy & sys.modules.keys())))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)

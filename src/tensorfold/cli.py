@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -59,8 +59,10 @@ Untie = Annotated[
     ),
 ]
 EffortOption = Annotated[
-    Literal["low", "medium", "high"] | None,
-    typer.Option("--effort", help="With --keep and --calibrate: how long the text is looked at. Default: medium."),
+    str | None,
+    typer.Option(
+        "--effort", help="With --keep: low, medium or high, how long calibration text is looked at. Default: medium."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 
