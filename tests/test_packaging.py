@@ -71,7 +71,7 @@ for arguments in (["--help"], ["fold", "--help"], ["eval", "--help"], ["fold"], 
     except SystemExit:
         pass
 heavy = {"torch", "transformers", "numpy", "scipy", "huggingface_hub", "matplotlib", "plotly", "datasets"}
-sys.exit(",".join(sorted(heavy & sys.modules.keys())))
+sys.exit(",".join(sorted(heavy & sys.modules.keys())) or 0)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -227,7 +227,7 @@ def check_judge(
         {"tasks": tasks, "include_path": include_path, "limit": limit},
     )
     foreign = [name for name, value in (of_text if protocol == HARNESS else of_tasks).items() if value is not None]
-    needed = "tasks, such as wikitext" if protocol == HARNESS else "a text; tasks are for protocol lm-eval"
+    needed = "tasks (--tasks wikitext)" if protocol == HARNESS else "a text (--text); tasks are for protocol lm-eval"
     if foreign:
         raise InputError(f"protocol {protocol}: got {' and '.join(foreign)}, which it does not take; needed {needed}.")
     if (tasks if protocol == HARNESS else text) is None:

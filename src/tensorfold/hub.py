@@ -105,7 +105,7 @@ def push_to_hub(
 
 def _is_repo_id(name: str) -> bool:
     try:
-        huggingface_hub.utils.validate_repo_id(name)
+        huggingface_hub.utils.validate_repo_id(name)  # type: ignore[attr-defined]
     except HFValidationError:
         return False
     return True
