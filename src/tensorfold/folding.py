@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from tensorfold.algebra.any_spec import AnySpec
 from tensorfold.algebra.permutation import search_row_order
-from tensorfold.algebra.solve import relative_error
+from tensorfold.algebra.solve import Factors, relative_error
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.statistics import Metrics, Statistics
+from tensorfold.algebra.token_mps import TokenMPSSpec
 from tensorfold.anatomy import Matrix, check_foldable, dense_weight, matrices
 from tensorfold.batches import Text, batches
 from tensorfold.block_checkpoints import BlockCheckpoints
@@ -235,7 +236,11 @@ def _solutions(
     def unsolved(matrix: Matrix) -> dict[str, Tensor]:
         return _unsolved(matrix, planned.modules[matrix.name])
 
-    yield from ranks.share(batch, _cost, solve, unsolved)
+    divided = [matrix for matrix in batch if ranks.count > 1 and planned.methods[matrix.name].rowwise]
+    yield from ranks.share([matrix for matrix in batch if matrix not in divided], _cost, solve, unsolved)
+    for matrix in divided:
+        works_on(matrix.name)
+        yield matrix, _solve_rows(ranks, matrix, planned)
 
 
 def _saved(batch: list[Matrix], tensors: Mapping[str, Tensor]) -> Iterator[tuple[Matrix, dict[str, Tensor]]]:
@@ -307,6 +312,33 @@ def _solve(matrix: Matrix, planned: Plan, known: Statistics) -> dict[str, Tensor
         factors = method.solve(weight, spec, known)
     except SpecError as error:
         raise SpecError(f"{matrix.name}: {error}") from None
+    return _state(matrix, planned, factors, weight, known)
+
+
+def _solve_rows(ranks: Ranks, matrix: Matrix, planned: Plan) -> dict[str, Tensor]:
+    """The same of a table whose rows are fitted by themselves, as many by every rank."""
+    spec, method = planned.modules[matrix.name], planned.methods[matrix.name]
+    assert isinstance(spec, TokenMPSSpec)
+    weight = dense_weight(matrix.module).detach()
+    share = -(-spec.vocabulary // ranks.count)
+    parts = [range(first, min(first + share, spec.vocabulary)) for first in range(0, spec.vocabulary, share)]
+
+    def solve(part: range) -> dict[str, Tensor]:
+        cores = method.solve(weight[part.start : part.stop], replace(spec, vocabulary=len(part))).cores
+        return {str(k): core for k, core in enumerate(cores)}
+
+    def unsolved(part: range) -> dict[str, Tensor]:
+        dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+        shapes = replace(spec, vocabulary=len(part)).core_shapes
+        return {str(k): weight.new_empty(shape, dtype=dtype) for k, shape in enumerate(shapes)}
+
+    solved = dict(ranks.share(parts, len, solve, unsolved))
+    cores = [torch.cat([solved[part][str(k)] for part in parts]) for k in range(len(spec.core_shapes))]
+    return _state(matrix, planned, Factors(cores), weight, NOTHING)
+
+
+def _state(matrix: Matrix, planned: Plan, factors: Factors, weight: Tensor, known: Statistics) -> dict[str, Tensor]:
+    spec, method = planned.modules[matrix.name], planned.methods[matrix.name]
     folded = solved_module(matrix, spec, factors)
     if known.means is not None and isinstance(folded, MPOLinear) and folded.bias is not None:
         given, wanted = known.means

@@ -65,6 +65,11 @@ class Method(ABC):
         """Whether it asks for the very vectors that a tied head reads, beside their second moment."""
         return False
 
+    @property
+    def rowwise(self) -> bool:
+        """Whether every row is fitted by itself, so that parts of a table give the cores of the whole."""
+        return False
+
     def check(self, spec: OwnSpec, calibrated: bool) -> None:
         """Raise :class:`InputError` if :meth:`solve` could not fill this spec, with statistics where ``calibrated``."""
         if self.token_order == "frequency" and not calibrated:

@@ -326,6 +326,10 @@ class TokenMPS(Method):
         return TokenMPSSpec(out_features, in_features, modes, self.rank)
 
     @property
+    def rowwise(self) -> bool:
+        return True
+
+    @property
     def fits_text(self) -> bool:
         return False
 
