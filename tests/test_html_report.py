@@ -12,7 +12,7 @@ import pytest
 
 import tensorfold
 from browser import CHROMIUM, Page, look
-from tensorfold import MPO, LowRank, Recipe, Rule, TokenMPS, write_report
+from tensorfold import MPO, Auto, LowRank, Recipe, Rule, TokenMPS, write_report
 from tensorfold.errors import InputError
 from tensorfold.hf.loading import save
 from tensorfold.html_report import page
@@ -361,3 +361,21 @@ def test_in_a_browser_nothing_hostile_runs(browse, copy, tmp_path):
     assert seen["images"] == 0
     assert seen["drawn"] == seen["charts"] > 0
     assert seen["scroll"] <= 390
+
+
+def test_a_search_shows_where_the_budget_went(tiny, tokenizer, prose, tmp_path):
+    model = tiny("llama")
+    report = tensorfold.fold(model, Auto(keep=0.5), tokenizer, [prose], calibration_tokens=256)
+    save(model, tokenizer, tmp_path / "auto", report.to_dict())
+    write_report([tmp_path / "auto"], tmp_path / "report.html", prompt=None)
+    drawn = parse(tmp_path / "report.html").figures["choices-0"]["data"]
+    lines = {trace["text"]: trace for trace in drawn if trace["mode"] == "lines"}
+    marks = {trace["text"]: trace for trace in drawn if trace["mode"] == "markers"}
+    assert lines.keys() == marks.keys() == report.choices.keys()
+    for name, choice in report.choices.items():
+        assert lines[name]["x"] == [size for size, _ in choice.curve]
+        assert marks[name]["x"] == [choice.parameters]
+    card = tmp_path / "auto" / CARD
+    card.write_text(json.dumps({"choices": {"a": 1, "b": {"parameters": "x", "curve": 3}, HOSTILE: {"curve": [[]]}}}))
+    write_report([tmp_path / "auto"], tmp_path / "broken.html", prompt=None)
+    assert "choices-0" not in parse(tmp_path / "broken.html").figures

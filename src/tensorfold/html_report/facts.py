@@ -54,6 +54,14 @@ class Folded:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """What a search gave a layer, and its error at other sizes: pairs of parameters and error."""
+
+    parameters: float
+    curve: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """All that the page shows of one directory; ``notes`` say what is missing or could not be read."""
 
@@ -71,6 +79,7 @@ class ModelFacts:
     healed: dict[str, Any] | None
     heal_log: tuple[dict[str, Any], ...]
     bench: dict[str, Any] | None
+    choices: dict[str, Chosen] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -136,6 +145,7 @@ def read_directory(path: Path, label: str, step: Callable[[str], None] = lambda 
         healed=dict(healed) if isinstance(healed, Mapping) else None,
         heal_log=_log(path / HEAL_LOG, notes),
         bench=_optional(lambda: read_object(path / BENCH), notes),
+        choices=_choices(card.get("choices")),
         notes=tuple(notes),
     )
 
@@ -195,6 +205,19 @@ def _text(value: Any) -> str | None:
 def _folded(spec: AnySpec, details: Any, spectra: tuple[Tensor, ...]) -> Folded:
     details = details if isinstance(details, Mapping) else {}
     return Folded(spec, number(details.get("error")), _text(details.get("metric")), spectra)
+
+
+def _choices(stored: Any) -> dict[str, Chosen]:
+    """Those of a card that can be drawn; a card may have been edited by hand."""
+    found = {}
+    for name, choice in stored.items() if isinstance(stored, Mapping) else ():
+        points = choice.get("curve") if isinstance(choice, Mapping) else None
+        size = number(choice.get("parameters")) if isinstance(choice, Mapping) else None
+        pairs = [p for p in points if isinstance(p, list) and len(p) == 2] if isinstance(points, list) else []
+        curve = [(x, y) for x, y in ((number(a), number(b)) for a, b in pairs) if x is not None and y is not None]
+        if size is not None and curve:
+            found[str(name)] = Chosen(size, tuple(curve))
+    return found
 
 
 def _spectra(

@@ -182,6 +182,44 @@ def spectra(model: ModelFacts, name: str) -> Chart | None:
     return _chart(name, model.label, note, figure, 360)
 
 
+def choices(model: ModelFacts, name: str) -> Chart | None:
+    """Error against size of every layer that shared a budget, and what it was given; None where there is none."""
+    figure = go.Figure()
+    kinds: dict[str, int] = {}
+    for module, chosen in model.choices.items():
+        _, kind = place(module)
+        colour = _colour(kinds.setdefault(kind, len(kinds)))
+        figure.add_scatter(
+            x=[x for x, _ in chosen.curve],
+            y=[y for _, y in chosen.curve],
+            mode="lines",
+            name=_plain(kind),
+            line={"width": 1, "color": colour},
+            opacity=0.5,
+            text=_plain(module),
+            hovertemplate="%{text}<br>%{x:,} parameters: error %{y:.3g}<extra></extra>",
+        )
+        given = [(x, y) for x, y in chosen.curve if x == chosen.parameters]
+        figure.add_scatter(
+            x=[x for x, _ in given],
+            y=[y for _, y in given],
+            mode="markers",
+            name=_plain(kind),
+            marker={"size": 6, "color": colour},
+            text=_plain(module),
+            hovertemplate="%{text}<br>given %{x:,} parameters: error %{y:.3g}<extra></extra>",
+        )
+    if not kinds:
+        return None
+    figure.update_xaxes(title_text="parameters")
+    figure.update_yaxes(title_text="error of the best low rank")
+    note = (
+        "What every layer would lose of its output at other sizes, measured by what errors cost the loss, and the size "
+        "that the search gave it: where a parameter buys as much as in every other layer."
+    )
+    return _chart(name, model.label, note, figure, 360)
+
+
 def losses(models: Sequence[tuple[int, ModelFacts]], name: str) -> Chart | None:
     """Training and validation loss of end-to-end healing by step, None where no log has any."""
     figure = go.Figure()

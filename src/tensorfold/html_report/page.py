@@ -131,6 +131,7 @@ def _charts(models: Sequence[ModelFacts]) -> dict[str, list[Chart]]:
             if len(found) > 1
         ],
         "errors": [figures.error_map(model, highest, f"errors-{index}") for index, model in indexed],
+        "choices": [figures.choices(model, f"choices-{index}") for index, model in indexed],
         "spectra": [figures.spectra(model, f"spectra-{index}") for index, model in indexed],
         "losses": [
             figures.losses(indexed, "losses"),
