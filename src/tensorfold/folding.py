@@ -27,7 +27,7 @@ from tensorfold.errors import SpecError
 from tensorfold.fold_inputs import check_same, checked_plan, documents, identity, key_of, text_windows, token_counts_of
 from tensorfold.hf.quantizer import mark_folded
 from tensorfold.hf.swap import empty_module, solved_module, swap
-from tensorfold.memory import release_file_pages
+from tensorfold.memory import release_file_pages, release_heap
 from tensorfold.method import NOTHING
 from tensorfold.methods import Method
 from tensorfold.nn import MPOLinear
@@ -215,6 +215,7 @@ def _fold_all(
                 bar.advance(task)
             if kept and saved is None:
                 kept.save(index, states, {})
+            release_heap()
     return planned, found, errors
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import suppress
 
 from torch import Tensor
 
@@ -24,6 +25,12 @@ def release_file_pages(tensor: Tensor) -> None:
     length = (tensor.data_ptr() + tensor.numel() * tensor.element_size() - start) // _PAGE * _PAGE
     if length > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_PAGEOUT)
+
+
+def release_heap() -> None:
+    """Let the C library hand freed memory back, of which it keeps hundreds of megabytes after a backward pass."""
+    with suppress(AttributeError, OSError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_file_mapped(address: int) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from tensorfold.block_checkpoints import BlockCheckpoints
 from tensorfold.calibrate import BlockStream, second_moments
 from tensorfold.errors import InputError
 from tensorfold.gradients import gradient_moments
+from tensorfold.memory import release_heap
 from tensorfold.planning import Budget, Plan
 
 _POINTS = 12  # of a curve, in reports
@@ -64,6 +67,7 @@ class Search:
     efforts: dict[str, Effort] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
     starts: dict[str, list[Tensor]] = field(default_factory=dict)
+    folder: tempfile.TemporaryDirectory[str] | None = None  # of the gradients' files, removed with this object
 
     def take_gradient(self, name: str) -> Tensor | None:
         """That of one layer, which is then forgotten: together they are as large as half the model."""
@@ -113,7 +117,8 @@ def search(
     sample = windows[: -(-tokens // windows.shape[1])]
     stream = BlockStream(model, sample)  # names the block whose activations are not finite, which gradients cannot
     works_on("gradients")
-    gradients = gradient_moments(model, sample, {name: matrix.module for name, matrix in members.items()})
+    folder = tempfile.TemporaryDirectory()
+    gradients = _gradients(model, sample, members, Path(folder.name))
     curves = _curves(stream, members, gradients, works_on)
     choices = {}
     for budget in budgets:
@@ -129,7 +134,24 @@ def search(
         tensors = {name: packed.values for name, packed in gradients.items()}
         tensors |= {f"{name}.{k}": core for name, cores in starts.items() for k, core in enumerate(cores)}
         store.save(0, tensors, {name: asdict(choice) for name, choice in choices.items()})
-    return _carried_out(planned, members, choices), Search(gradients, efforts, choices, starts)
+    return _carried_out(planned, members, choices), Search(gradients, efforts, choices, starts, folder)
+
+
+def _gradients(
+    model: PreTrainedModel, windows: Tensor, matrices: Mapping[str, Matrix], folder: Path
+) -> dict[str, Packed]:
+    """Of half of the matrices at a time; on a CPU they then wait on the disk, as large together as half the model."""
+    names = list(matrices)
+    found: dict[str, Packed] = {}
+    for part in (names[len(names) // 2 :], names[: len(names) // 2]):
+        new = gradient_moments(model, windows, {name: matrices[name].module for name in part})
+        for name, packed in new.items():
+            if packed.values.device.type == "cpu":
+                packed.spill(folder / str(len(found)))
+            found[name] = packed
+        del new
+        release_heap()
+    return found
 
 
 def _has_groups(matrix: Matrix) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from tensorfold.memory import release_file_pages
 
 
 class Packed:
@@ -18,6 +21,13 @@ class Packed:
     def add(self, vectors: Tensor) -> None:
         """Add ``vectorsᵀ vectors`` of vectors (n, size)."""
         self.values += (vectors.T @ vectors).flatten()[_upper(self.size, self.values.device)]
+
+    def spill(self, path: Path) -> None:
+        """Keep the values in a file from now on, mapped to memory when they are asked for."""
+        mapped = torch.from_file(str(path), shared=True, size=self.values.numel())
+        mapped.copy_(self.values)
+        self.values = mapped
+        release_file_pages(mapped)
 
     def full(self, scale: float = 1.0) -> Tensor:
         """``scale`` times the whole matrix."""
