@@ -32,3 +32,29 @@ def test_the_picogpt_study(tmp_path):
     before = (tmp_path / "runs.jsonl").read_bytes()
     subprocess.run(command, check=True, timeout=120)
     assert (tmp_path / "runs.jsonl").read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_fold_scale_study(tmp_path):
+    """A tiny checkpoint is made, folded and removed; every fit is timed."""
+    log = tmp_path / "log.jsonl"
+    command = [sys.executable, STUDIES / "speed/fold_scale.py", "--work", tmp_path / "work", "--log", log, "--quick"]
+    subprocess.run(command, check=True, timeout=600)
+    fold, *fits = map(json.loads, log.read_text().splitlines())
+    assert fold["matrices"] == 9
+    assert fold["parameters_after"] < fold["parameters_before"]
+    assert fold["peak_mb"] > 0
+    assert [fit["width"] for fit in fits] == [64, 64, 128, 128]
+    assert not list((tmp_path / "work").glob("*/*"))
+
+
+def test_the_int8_study(dense_directory, text_file, tmp_path):
+    """Four forms of a tiny model, each with its bytes, its speed and its perplexity."""
+    log = tmp_path / "log.jsonl"
+    command = [sys.executable, STUDIES / "speed/int8.py", "--model", dense_directory, "--text", text_file, "--log", log]
+    subprocess.run([*command, "--quick"], check=True, timeout=600)
+    forms = {entry["form"]: entry for entry in map(json.loads, log.read_text().splitlines())}
+    assert list(forms) == ["dense fp32", "folded fp32", "dense int8", "folded int8"]
+    sizes = [forms[name]["bytes"] for name in ("dense fp32", "folded fp32", "dense int8", "folded int8")]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(entry["perplexity"] > 1 and entry["decode_tokens_per_second"] > 0 for entry in forms.values())

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tensorfold.evaluation import evaluate
     from tensorfold.folding import fold
     from tensorfold.healing.run import heal
+    from tensorfold.hf.int8 import quantize
     from tensorfold.hf.loading import load
     from tensorfold.hf.vocabulary import append_tokens
     from tensorfold.html_report.page import write_report
@@ -54,6 +55,7 @@ _HOME = {
     "load": "hf.loading",
     "plan": "planning",
     "push_to_hub": "hub",
+    "quantize": "hf.int8",
     "write_report": "html_report.page",
 }
 
@@ -80,6 +82,7 @@ __all__ = [
     "nn",
     "plan",
     "push_to_hub",
+    "quantize",
     "write_report",
 ]
 

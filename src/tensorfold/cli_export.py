@@ -17,6 +17,7 @@ class Target(StrEnum):
 
     dense = "dense"
     onnx = "onnx"
+    int8 = "int8"
 
 
 def export(
@@ -28,7 +29,8 @@ def export(
         typer.Option(
             "--to",
             help="dense: a plain transformers directory, matrices multiplied out. onnx: a float32 graph that keeps "
-            "the factors, with any batch size and length, without a KV cache.",
+            "the factors, with any batch size and length, without a KV cache. int8: still folded, every weight in "
+            "eight bits with a scale a row; for inference only, and for tensorfold.load.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Directory to write; must not exist, or be empty.")],
@@ -58,8 +60,8 @@ def export(
         typer.echo(f"written without a tokenizer: {error}", err=True)
         tokenizer = None
 
-    from tensorfold.export import export_dense, export_onnx
+    from tensorfold.export import export_dense, export_int8, export_onnx
 
-    write = export_onnx if to is Target.onnx else export_dense
+    write = {Target.dense: export_dense, Target.onnx: export_onnx, Target.int8: export_int8}[to]
     report = write(loaded, out, tokenizer, name=source.name)
     typer.echo(json.dumps(report.to_dict()) if as_json else str(report))

@@ -1,4 +1,4 @@
-"""Handing a folded model to other tools: as a plain transformers directory, or as an ONNX graph."""
+"""Handing a folded model on: as a plain transformers directory, as an ONNX graph, or in int8."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from tensorfold.anatomy import count_parameters
 from tensorfold.cache import atomic_directory, check_target
 from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.hf.int8 import quantize
 from tensorfold.hf.loading import load, reason
 from tensorfold.hf.plain import check_floating, plain_config, plain_model
 from tensorfold.onnx_graph import check_packages, compare, probe, trace
@@ -65,12 +66,31 @@ ids = numpy.array([[1, 2, 3]])  # (batch, length), int64, any batch size and len
 """
 
 
+_INT8_README = """# {name}, weights in int8
+
+```python
+import tensorfold
+
+model = tensorfold.load(PATH)  # raises if any weight is missing
+# after the import, AutoModelForCausalLM.from_pretrained(PATH) works too
+```
+
+Every linear layer, table and large core holds whole numbers of eight bits and a scale a row; activations, norms and
+biases are in floating point. For inference only: it is smaller, and slower where few
+tokens are computed at a time.
+
+- in floating point: {before:,} bytes
+- written by tensorfold {version} from {name}
+"""
+
+
 @dataclass(frozen=True)
 class ExportReport:
     """What was written.
 
-    ``parameters``: of the exported model, shared ones once. ``bytes``: of its weight files. ``difference``: the largest
-    between a logit of what was written and of the model it was written from, on random tokens.
+    ``parameters``: of the exported model, shared ones and the scales of int8 once. ``bytes``: of its weight files.
+    ``difference``: the largest between a logit of what was written and of the model it was written from, on random
+    tokens; in int8 it is what the eight bits cost.
     """
 
     to: str
@@ -158,6 +178,38 @@ def export_onnx(
             _check("onnx", difference, largest)
             size = sum(file.stat().st_size for file in partial.glob("model.onnx*"))
     return ExportReport("onnx", str(out), parameters, size, difference, round(time.monotonic() - started, 3))
+
+
+def export_int8(
+    model: PreTrainedModel, out: str | Path, tokenizer: Any = None, *, name: str = "the model"
+) -> ExportReport:
+    """Write ``model`` with its weights in int8, see :func:`tensorfold.quantize`; whole or not at all.
+
+    Args:
+        model: Folded or not; is in int8 afterwards.
+        out, tokenizer, name: As for :func:`export_dense`.
+
+    Raises:
+        InputError: ``out`` cannot be written, or the model is quantised already.
+        TensorfoldError: The disk is full.
+    """
+    started = time.monotonic()
+    check_target(Path(out))
+    with _evaluating(model), torch.no_grad():
+        ids, mask = probe(model, 2, 16)
+        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        bytes_before = quantize(model).bytes_before
+        with _directory(out) as partial:
+            model.save_pretrained(partial)
+            text = _INT8_README.format(name=name, before=bytes_before, version=_version())
+            _write_beside(partial, tokenizer, text)
+            size = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
+            written = load(partial)
+        got = written.to(ids.device)(input_ids=ids, attention_mask=mask, use_cache=False).logits  # type: ignore[arg-type]
+    difference = (got - expected).abs().max().item()
+    return ExportReport(
+        "int8", str(out), count_parameters(model), size, difference, round(time.monotonic() - started, 3)
+    )
 
 
 @contextmanager

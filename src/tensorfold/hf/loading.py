@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from tensorfold.anatomy import count_parameters, empty_model
 from tensorfold.cache import atomic_directory
 from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.hf.int8 import install_int8
 from tensorfold.hf.quantizer import NAME, TensorfoldConfig
 from tensorfold.hf.swap import install
 from tensorfold.nn import FoldedModule
@@ -94,6 +95,7 @@ def folded_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     folding = folding_of(config)
     if folding is not None:
         install(model, folding.specs, folding.tied, folding.split)
+        install_int8(model, folding.int8)
     return model
 
 

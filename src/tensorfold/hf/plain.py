@@ -54,8 +54,10 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_floating(model: PreTrainedModel) -> None:
-    """Raise :class:`InputError` for a model whose weights are packed by another quantizer."""
+    """Raise :class:`InputError` for a model whose weights are packed by another quantizer, or in int8 by ours."""
     quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, TensorfoldQuantizer) and quantizer.quantization_config.int8:
+        raise InputError("the model is in int8; needed floating-point weights: start from what was quantised.")
     if quantizer is not None and not isinstance(quantizer, TensorfoldQuantizer):
         method = getattr(model.config.quantization_config, "quant_method", "unknown method")
         raise InputError(f"the model is quantised ({method}); needed floating-point weights: load it dequantised.")

@@ -5,7 +5,7 @@ transformers calls any method that changes modules before loading a quantizer; i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -20,29 +20,37 @@ if TYPE_CHECKING:
 
 NAME = "tensorfold"
 FORMAT = 1
+FORMAT_INT8 = 2  # with modules in int8, which a reader of the first format would take for damage
 
 
 @register_quantization_config(NAME)
 class TensorfoldConfig(QuantizationConfigMixin):
-    """What a folded checkpoint's ``config.json`` says: the spec of every folded module, and which heads are tied.
+    """What a folded checkpoint's ``config.json`` says: the spec of every folded module, which heads are tied, and which
+    modules, folded or not, are in int8.
 
     Raises:
         InputError: A newer format than this version reads, or a spec that no operator can have.
     """
+
+    int8: tuple[str, ...] | list[str] = ()  # in the file only where there are any
 
     def __init__(
         self,
         modules: Mapping[str, dict[str, Any]] | None = None,
         tied: Mapping[str, str] | None = None,
         split: Mapping[str, list[int]] | None = None,
-        format: int = FORMAT,
+        format: int | None = None,
+        int8: Iterable[str] = (),
         **_: Any,
     ) -> None:
         self.quant_method = NAME  # type: ignore[assignment]
-        self.format = format
-        if format != FORMAT:
+        if int8:
+            self.int8 = [str(name) for name in int8]
+        self.format = (FORMAT_INT8 if int8 else FORMAT) if format is None else format
+        if self.format not in (FORMAT, FORMAT_INT8):
             raise InputError(
-                f"checkpoint: folded format {format!r}; this version reads {FORMAT}. Use the version that wrote it."
+                f"checkpoint: folded format {format!r}; this version reads {FORMAT} and {FORMAT_INT8}. Use the version "
+                "that wrote it."
             )
         if not isinstance(modules, Mapping) or not isinstance(tied or {}, Mapping):
             raise InputError("checkpoint: quantization_config has no mapping of modules; the file is damaged.")
@@ -68,6 +76,10 @@ class TensorfoldQuantizer(HfQuantizer):
 
         config = self.quantization_config
         install(model, config.specs, config.tied, config.split)
+        if config.int8:
+            from tensorfold.hf.int8 import install_int8
+
+            install_int8(model, config.int8)
         return model
 
     def is_serializable(self) -> bool:
@@ -78,11 +90,11 @@ class TensorfoldQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return True
+        return not self.quantization_config.int8
 
     @property
     def is_qat_trainable(self) -> bool:
-        return True
+        return not self.quantization_config.int8
 
     @property
     def is_compileable(self) -> bool:
@@ -93,7 +105,11 @@ def mark_folded(
     model: PreTrainedModel, specs: Mapping[str, AnySpec], tied: Mapping[str, str], split: Mapping[str, list[int]]
 ) -> None:
     """Give a model that was folded in memory the configuration that ``from_pretrained`` would have given it."""
-    config = TensorfoldConfig({name: spec.to_dict() for name, spec in specs.items()}, tied, split)
+    mark(model, TensorfoldConfig({name: spec.to_dict() for name, spec in specs.items()}, tied, split))
+
+
+def mark(model: PreTrainedModel, config: TensorfoldConfig) -> None:
+    """Give a model in memory this configuration, and the quantizer that writes it."""
     model.config.quantization_config = config
     model.hf_quantizer = TensorfoldQuantizer(config, pre_quantized=True)
     model.is_quantized = True  # type: ignore[assignment]

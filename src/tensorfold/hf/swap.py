@@ -71,12 +71,12 @@ def swap(model: PreTrainedModel, matrix: Matrix, module: Folded) -> None:
     if matrix.module is model.get_input_embeddings():
         # transformers' own method looks for a dense weight.
         model.resize_token_embeddings = MethodType(resize_token_embeddings, model)  # type: ignore[method-assign]
-    _set(model, matrix.name, module)
+    set_module(model, matrix.name, module)
     if matrix.tied_head is None:
         return
     assert isinstance(module, MPOEmbedding | TokenMPSEmbedding | GradedEmbedding)
     old = model.get_submodule(matrix.tied_head)
-    _set(model, matrix.tied_head, module.head(getattr(old, "bias", None)))
+    set_module(model, matrix.tied_head, module.head(getattr(old, "bias", None)))
     tied = {f"{matrix.tied_head}.{name}": f"{matrix.name}.{name}" for name, _ in module.named_parameters()}
     weight = f"{matrix.tied_head}.weight"
     others = {key: value for key, value in (model._tied_weights_keys or {}).items() if key != weight}
@@ -117,7 +117,8 @@ def install(
         swap(model, matrix, empty_module(matrix, spec))
 
 
-def _set(model: PreTrainedModel, name: str, module: nn.Module) -> None:
+def set_module(model: PreTrainedModel, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another, as one that needs no initialisation."""
     model.set_submodule(name, module)
     parent = model.get_submodule(name.rpartition(".")[0])
     # Some initialisers (GPT-2's) reach into their children by name and would look for the dense weight.

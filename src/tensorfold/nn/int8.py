@@ -1,0 +1,222 @@
+"""Weights as whole numbers of eight bits: dense layers, tables, and the cores of folded modules.
+
+    w ≈ scale · code        code in −127 … 127, scale = max |w| / 127 over the numbers that share it
+
+A scale belongs to an output row of a dense matrix, to a row of a table, and in a core (left bond, out mode, in mode,
+right bond) to each pair of left bond and out mode; so no weight is off by more than half its scale. Biases, bond
+scalars, norms, and cores whose scales would be too many (fewer than four numbers to one) stay as they are.
+
+Weights are for inference only. They take a quarter of the memory of float32, and are turned back into floating point in
+every forward that uses them, one module at a time, which costs time: int8 is for size, and slower than float32 where
+few tokens are computed at once. torch's own product with int8 weights on the processor, ``_weight_int8pack_mm``, is
+private, and crashed on small bf16 matrices in torch 2.13; it is not used.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensorfold.nn.folded import FoldedModule
+from tensorfold.nn.linear import MPOLinear, MPOModule
+from tensorfold.nn.token_mps import TokenMPSEmbedding
+
+_LARGEST = 127
+_SHARE = 4  # numbers to a scale at least; part of the format, so it depends on shapes alone
+
+
+def quantize_rows(weight: Tensor, lead: int = 1) -> tuple[Tensor, Tensor]:
+    """Codes (int8, shape of ``weight``) and scales (its dtype, shape of its first ``lead`` axes, then ones)."""
+    values = weight.detach().float()
+    peak = values.abs().amax(tuple(range(lead, weight.dim())), keepdim=True)
+    # Rounded to the dtype it is stored in before it is used, so that nothing is lost by storing it.
+    scale = torch.where(peak > 0, peak / _LARGEST, torch.ones_like(peak)).to(weight.dtype)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    codes = (values / scale.float()).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
+    return codes, scale
+
+
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The weights, in ``dtype`` (the scales' own if None)."""
+    dtype = dtype or scale.dtype
+    return codes.to(dtype) * scale.to(dtype)
+
+
+def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x Wᵀ + b`` for W as codes (out, in) and scales (out,): ``(..., in)`` → ``(..., out)``."""
+    # Scaling the outputs, not the weights: exact codes in the product, and no second matrix in memory.
+    y = F.linear(x, codes.to(x.dtype)) * scale.to(x.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    """The parameter itself, if it is one: it may be tied."""
+    parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
+    parameter.requires_grad_(False)
+    return parameter
+
+
+class Int8Linear(nn.Module):
+    """A dense linear layer; codes (out, in), scales (out,)."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = codes.shape
+        self.codes, self.scale = _frozen(codes), _frozen(scale)
+        self.bias = None if bias is None else _frozen(bias)
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
+        """Of a weight (out, in) and its bias (out,)."""
+        codes, scale = quantize_rows(weight)
+        return cls(codes, scale[:, 0], bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape ``(..., in_features)`` → ``(..., out_features)``."""
+        return int8_linear(x, self.codes, self.scale, self.bias)
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix, shape (out_features, in_features)."""
+        return dequantize(self.codes, self.scale[:, None], dtype)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}"
+
+
+class Int8Embedding(nn.Module):
+    """A table; codes (vocabulary, width), scales (vocabulary,). A lookup reads the rows asked for.
+
+    Args:
+        constant: Factor on every row, as Gemma applies it.
+    """
+
+    def __init__(self, codes: Tensor, scale: Tensor, constant: float = 1.0) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = codes.shape
+        self.constant = constant
+        self.codes, self.scale = _frozen(codes), _frozen(scale)
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, constant: float = 1.0) -> Self:
+        """Of a table (vocabulary, width)."""
+        codes, scale = quantize_rows(weight)
+        return cls(codes, scale[:, 0], constant)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Integers of shape ``(...)`` → ``(..., width)``."""
+        return _scaled(dequantize(self.codes[index], self.scale[index][..., None]), self.constant)
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The table, shape (vocabulary, width)."""
+        return dequantize(self.codes, self.scale[:, None], dtype)
+
+    def head(self, bias: Tensor | None = None) -> Int8Linear:
+        """The tied output head over these very parameters, not copies."""
+        return Int8Linear(self.codes, self.scale, bias)
+
+    def extra_repr(self) -> str:
+        return f"vocabulary={self.num_embeddings}, width={self.embedding_dim}"
+
+
+class Int8Folded(nn.Module):
+    """A folded module, linear or embedding or head, whose large cores are codes.
+
+    Low rank is two int8 products. A ``TokenMPS`` table turns back the tokens that are asked for. Everything else turns
+    its cores back in every forward, and then computes as the folded module does.
+
+    Args:
+        folded: The module; its tensors are taken over, or made into codes.
+        shared: A table's, whose parameters this is to use where it is its tied head.
+    """
+
+    def __init__(self, folded: FoldedModule, shared: Int8Folded | None = None) -> None:
+        super().__init__()
+        lead = 2 if isinstance(folded, MPOModule) else 1
+        self.codes, self.scales = nn.ParameterDict(), nn.ParameterDict()
+        self.others = nn.ParameterDict()
+        for name, tensor in folded.named_parameters():
+            key = name.replace(".", "_")
+            if shared is not None and key in shared.codes:
+                self.codes[key], self.scales[key] = shared.codes[key], shared.scales[key]
+            elif shared is not None and key in shared.others:
+                self.others[key] = shared.others[key]
+            elif name.startswith("cores.") and tensor.numel() >= _SHARE * math.prod(tensor.shape[:lead]):
+                codes, scale = quantize_rows(tensor, lead)
+                self.codes[key], self.scales[key] = _frozen(codes), _frozen(scale)
+            else:
+                self.others[key] = _frozen(tensor)
+        for name, buffer in folded.named_buffers():
+            self.register_buffer(name, buffer)
+        # What computes, without numbers of its own; in a list, so that it is no submodule.
+        self._folded = [copy.deepcopy(folded).to("meta")]
+        self._names = {name.replace(".", "_"): name for name, _ in folded.named_parameters()}
+
+    @property
+    def spec(self) -> Any:
+        return self._folded[0].spec
+
+    def tensors(self, dtype: torch.dtype | None = None) -> Mapping[str, Tensor]:
+        """Parameters and buffers of the folded module, in floating point."""
+        found: dict[str, Tensor] = dict(self.named_buffers(recurse=False))
+        for key, name in self._names.items():
+            if key in self.codes:
+                found[name] = dequantize(self.codes[key], self.scales[key], dtype)
+            else:
+                found[name] = self.others[key]
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the folded module's."""
+        folded = self._folded[0]
+        if isinstance(folded, TokenMPSEmbedding):
+            flat = x.reshape(-1)
+            rows = folded.rows([self._slices(f"cores_{k}", flat) for k in range(len(folded.cores))])
+            return _scaled(rows.reshape(*x.shape, folded.embedding_dim), folded.scale)
+        pair = self._low_rank()
+        if pair is not None:
+            (left, left_scale), (right, right_scale) = pair
+            bias = self.others.get("bias", None)
+            return int8_linear(int8_linear(x, right, right_scale), left, left_scale, bias)
+        return torch.func.functional_call(folded, dict(self.tensors()), (x,))
+
+    def _slices(self, key: str, index: Tensor) -> Tensor:
+        if key in self.codes:
+            return dequantize(self.codes[key][index], self.scales[key][index])
+        return self.others[key][index]
+
+    def _low_rank(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+        """Codes and scales of U (out, r) and V (r, in), where the matrix is U V and nothing else."""
+        folded = self._folded[0]
+        if not isinstance(folded, MPOLinear) or set(self.codes) != {"cores_0", "cores_1"}:
+            return None
+        spec = folded.spec
+        ends = ((1, spec.out_features, 1), (1, spec.in_features, 1))
+        shapes = [self.codes[f"cores_{k}"].shape for k in range(2)]
+        plain = folded.scalars is None and folded.out_position is None and folded.in_order is None
+        if not plain or (tuple(shapes[0][:3]), tuple(shapes[1][1:])) != ends:
+            return None
+        left, right = self.codes["cores_0"], self.codes["cores_1"]
+        return (
+            (left[0, :, 0], self.scales["cores_0"].reshape(-1)),
+            (right[:, 0, :, 0], self.scales["cores_1"].reshape(-1)),
+        )
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix, multiplied out in ``dtype``."""
+        tensors = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in self.tensors().items()}
+        folded = copy.deepcopy(self._folded[0])
+        folded.load_state_dict(tensors, assign=True)
+        return folded.to_dense(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{type(self._folded[0]).__name__}, {self.spec}"
+
+
+def _scaled(rows: Tensor, constant: float) -> Tensor:
+    return rows if constant == 1.0 else rows * torch.tensor(constant, dtype=rows.dtype, device=rows.device)
