@@ -46,6 +46,25 @@ def table(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
+def second(rows: list[Run]) -> str:
+    dense = next(row for row in rows if row["method"] == "dense")
+    lines = [
+        "| targets | kept | whitened SVD | parameters | auto | parameters | × SVD | accuracy, SVD | auto |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"| dense | 1.0 | {dense['perplexity']:.3f} | {dense['parameters']:,} | | | | {dense['accuracy']:.1%} | |",
+    ]
+    pairs = [(svd, auto) for svd in rows for auto in rows if (svd["method"], auto["method"]) == ("svd", "auto")]
+    for svd, auto in pairs:
+        if (svd["targets"], svd["keep"]) == (auto["targets"], auto["keep"]):
+            ratio = auto["perplexity"] / svd["perplexity"]
+            lines.append(
+                f"| {svd['targets']} | {svd['keep']} | {svd['perplexity']:.3f} | {svd['parameters']:,} | "
+                f"**{auto['perplexity']:.3f}** | {auto['parameters']:,} | {ratio:.3f} | "
+                f"{svd['accuracy']:.1%} | {auto['accuracy']:.1%} |"
+            )
+    return "\n".join(lines)
+
+
 def key(run: Run) -> tuple[Any, ...]:
     return run["targets"], run["keep"], run["tokens"], run["part"]
 
@@ -94,9 +113,13 @@ def save(figure: Any, name: str) -> None:
 def main() -> None:
     runs = [json.loads(line) for line in (HERE / "runs.jsonl").read_text().splitlines()]
     readme = HERE / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split("<!-- tables -->")
-    after = rest.split("<!-- end of tables -->")[1]
-    readme.write_text(f"{before}<!-- tables -->\n\n{table(runs)}\n\n<!-- end of tables -->{after}", encoding="utf-8")
+    other = [json.loads(line) for line in (HERE / "second_model.jsonl").read_text().splitlines()]
+    text = readme.read_text(encoding="utf-8")
+    for mark, new in (("tables", table(runs)), ("second model", second(other))):
+        before, rest = text.split(f"<!-- {mark} -->")
+        after = rest.split(f"<!-- end of {mark} -->")[1]
+        text = f"{before}<!-- {mark} -->\n\n{new}\n\n<!-- end of {mark} -->{after}"
+    readme.write_text(text, encoding="utf-8")
     calibration(runs)
     ranks(runs)
 
