@@ -291,23 +291,26 @@ def no_space_for_tensors(*_, **__):
 
 
 @pytest.mark.parametrize(
-    ("writer", "failure"),
+    ("writer", "failure", "calibrated"),
     [
-        ("transformers.modeling_utils.safe_save_file", no_space_for_tensors),
-        ("transformers.PreTrainedTokenizerBase.save_pretrained", no_space),
-        ("pathlib.Path.write_text", no_space),
-        ("os.fsync", no_space),
+        ("transformers.modeling_utils.safe_save_file", no_space_for_tensors, True),
+        ("tensorfold.hf.shards.ShardWriter.write", no_space, False),
+        ("transformers.PreTrainedTokenizerBase.save_pretrained", no_space, False),
+        ("pathlib.Path.write_text", no_space, False),
+        ("os.fsync", no_space, False),
     ],
 )
-def test_full_disk(command, dense_directory, workplace, monkeypatch, writer, failure):
+def test_full_disk(command, dense_directory, workplace, text_file, monkeypatch, writer, failure, calibrated):
     monkeypatch.setattr(writer, failure)
-    outcome = command("fold", dense_directory, *HALF, "--out", "out")
+    calibrate = ("--recipe", "low-rank-80", "--calibrate", text_file, "--tokens", "300")
+    outcome = command("fold", dense_directory, *(calibrate if calibrated else HALF), "--out", "out")
     monkeypatch.undo()
     assert outcome.status == 2
     assert outcome.out == ""
     assert outcome.err.startswith("tensorfold: The disk is full")
     assert outcome.err.count("\n") == 1
-    assert os.listdir(workplace) == []
+    # What a calibrated fold had solved is kept for the next attempt.
+    assert os.listdir(workplace) == (["out.fold"] if calibrated else [])
 
 
 def test_files_that_the_system_refuses_to_write(command, dense_directory, workplace):

@@ -356,7 +356,7 @@ def of_gate(**settings):
         (of_gate(out_modes=[10**12, 1], out_features=48), ["config.json describes"]),
         (lambda folding: folding.update(modules=[GATE]), ["modules"]),
         (lambda folding: folding["modules"].update({GATE: 9}), []),
-        (lambda folding: folding.update(format=2), ["format 2"]),
+        (lambda folding: folding.update(format=3), ["format 3"]),
         (lambda folding: folding.update(tied={}), ["model.embed_tokens", "lm_head"]),
     ],
 )  # fmt: skip
