@@ -71,7 +71,7 @@ def gradient_moments(model: PreTrainedModel, windows: Tensor, modules: Mapping[s
             raise InputError(
                 f"{name}: the loss's gradients there hold NaN or infinity; load the model in bf16 or fp32."
             )
-        sums[name].values /= windows.numel()
+        sums[name].divide(windows.numel())
     return sums
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
-
-from tensorfold.memory import release_file_pages
 
 
 class Packed:
@@ -16,23 +15,34 @@ class Packed:
 
     def __init__(self, size: int, device: torch.device | str = "cpu", values: Tensor | None = None) -> None:
         self.size = size
-        self.values = torch.zeros(size * (size + 1) // 2, device=device) if values is None else values
+        self._values = torch.zeros(size * (size + 1) // 2, device=device) if values is None else values
+        self._path: Path | None = None
+
+    @property
+    def values(self) -> Tensor:
+        """The upper triangle, row by row; read anew at every call where it is in a file."""
+        if self._path is None:
+            return self._values
+        return torch.from_numpy(np.fromfile(self._path, dtype=np.float32))
 
     def add(self, vectors: Tensor) -> None:
         """Add ``vectorsᵀ vectors`` of vectors (n, size)."""
-        self.values += (vectors.T @ vectors).flatten()[_upper(self.size, self.values.device)]
+        self._values += (vectors.T @ vectors).flatten()[_upper(self.size, self._values.device)]
+
+    def divide(self, by: float) -> None:
+        """Divide all numbers."""
+        self._values /= by
 
     def spill(self, path: Path) -> None:
-        """Keep the values in a file from now on, mapped to memory when they are asked for."""
-        mapped = torch.from_file(str(path), shared=True, size=self.values.numel())
-        mapped.copy_(self.values)
-        self.values = mapped
-        release_file_pages(mapped)
+        """Keep the values in a file from now on; nothing can be added any more."""
+        self._values.cpu().numpy().tofile(path)
+        self._path, self._values = path, torch.empty(0)
 
     def full(self, scale: float = 1.0) -> Tensor:
         """``scale`` times the whole matrix."""
-        out = self.values.new_empty(self.size, self.size)
-        out.view(-1)[_upper(self.size, self.values.device)] = self.values * scale
+        values = self.values
+        out = values.new_empty(self.size, self.size)
+        out.view(-1)[_upper(self.size, values.device)] = values * scale
         lower = torch.ones(self.size, self.size, dtype=torch.bool, device=out.device).tril_(-1)
         out[lower] = out.T[lower]
         return out
