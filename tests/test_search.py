@@ -232,6 +232,13 @@ def test_an_interrupted_fold_goes_on_where_it_was(tiny, tokenizer, prose, tmp_pa
 def test_a_checkpoint_of_another_fold_is_refused(tiny, tokenizer, prose, tmp_path):
     options = {"calibration_tokens": 512, "checkpoint": tmp_path / "done"}
     tensorfold.fold(tiny("llama"), Auto(keep=0.5), tokenizer, [prose], **options)
+    flipped = tiny("llama")
+    down = flipped.model.layers[0].mlp.down_proj.weight
+    down.data = down.data.flip(0)
+    others = {"configuration": tiny("llama", hidden_act="gelu"), "weights": flipped, "dtype": tiny("llama").bfloat16()}
+    for model in others.values():
+        with pytest.raises(InputError, match="another fold"):
+            tensorfold.fold(model, Auto(keep=0.5), tokenizer, [prose], **options)
     with pytest.raises(InputError, match="another fold"):
         tensorfold.fold(tiny("llama"), Auto(keep=0.6), tokenizer, [prose], **options)
 

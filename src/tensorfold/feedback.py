@@ -176,8 +176,10 @@ def _adds_to_output(stream: BlockStream, index: int, module: nn.Module) -> bool:
     def disturb(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         random = torch.randn(output.shape, generator=generator).to(output)
-        noise.append(random * output.square().mean().sqrt())
-        return output + noise[-1]
+        # As large as the stream, so that rounding in it does not hide the noise; and as rounded when it was added.
+        disturbed = output + random * before.float().square().mean().sqrt().to(output.dtype)
+        noise.append(disturbed - output)
+        return disturbed
 
     with torch.no_grad():
         before = stream.run(index, hidden)
@@ -188,7 +190,8 @@ def _adds_to_output(stream: BlockStream, index: int, module: nn.Module) -> bool:
             handle.remove()
     if len(noise) != 1 or noise[0].shape != before.shape:
         return False
-    return bool((after - before - noise[0]).norm() <= _DIRECT * noise[0].norm())
+    change = after.float() - before.float()
+    return bool((change - noise[0].float()).norm() < _DIRECT * noise[0].float().norm())
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -92,12 +92,22 @@ def identity(
     given: dict[str, object] = {
         "recipe": repr((recipe.fold, recipe.layers, recipe.untie)),
         "calibration text": [
-            None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest()
+            None if given is None else (list(given.shape), hashlib.sha256(given.numpy().tobytes()).hexdigest())
             for given in (windows, counts)
         ],
+        "configuration": json.dumps(
+            {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")},
+            sort_keys=True,
+            default=str,
+        ),
     }
     for name, parameter in model.named_parameters():
-        given[name] = tuple(parameter.shape) if parameter.is_meta else torch.hash_tensor(parameter).item()
+        kind = (str(parameter.dtype), list(parameter.shape))
+        if parameter.is_meta:
+            given[name] = kind
+            continue
+        content = parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        given[name] = (*kind, hashlib.sha256(content.data).hexdigest())
     return given
 
 

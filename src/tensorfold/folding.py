@@ -248,7 +248,8 @@ def _saved(batch: list[Matrix], tensors: Mapping[str, Tensor]) -> Iterator[tuple
     """The same from a checkpoint."""
     for matrix in batch:
         prefix = f"{matrix.name}."
-        yield matrix, {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        yield matrix, {key: value.to(matrix.parameter.device) for key, value in own.items()}
 
 
 def _reorders(planned: Plan, matrix: Matrix) -> bool:

@@ -67,7 +67,15 @@ class Statistics:
     def reordered(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Statistics:
         """Of ``W[rows][:, columns]``, for a linear layer."""
         inputs, gradients = Metrics(self.inputs, self.gradients).reordered(rows, columns)
-        return replace(self, inputs=inputs, gradients=gradients)
+        target, means = self.target, self.means
+        if target is not None:
+            target = target if rows is None else target[rows.to(target.device)]
+            target = target if columns is None else target[:, columns.to(target.device)]
+        if means is not None:
+            given, wanted = means
+            given = given if columns is None else given[columns.to(given.device)]
+            means = Means(given, wanted if rows is None else wanted[rows.to(wanted.device)])
+        return replace(self, inputs=inputs, gradients=gradients, target=target, means=means, start=None)
 
     @property
     def known(self) -> bool:
