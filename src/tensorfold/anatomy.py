@@ -161,6 +161,15 @@ def check_foldable(model: PreTrainedModel) -> None:
         raise InputError(f"the model is quantised ({method}); needed floating-point weights: load it dequantised.")
 
 
+def by_block(found: Mapping[str, Matrix], name: str) -> dict[int, dict[str, Matrix]]:
+    """The matrices inside the blocks, by the index of their block; ``name`` is that of the list of blocks."""
+    inside: dict[int, dict[str, Matrix]] = {}
+    for key, matrix in found.items():
+        if key.startswith(f"{name}."):
+            inside.setdefault(int(key.removeprefix(f"{name}.").partition(".")[0]), {})[key] = matrix
+    return inside
+
+
 def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
     """Every weight that could be folded, by module name, in model order; a tied head belongs to its embedding."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensorfold.algebra.statistics import Statistics
-from tensorfold.anatomy import Matrix, blocks, dense_weight
+from tensorfold.anatomy import Matrix, blocks, by_block, dense_weight
 from tensorfold.calibrate import BlockStream, inputs_of
 from tensorfold.feedback import Reference
 from tensorfold.gradients import gradient_moments
@@ -43,11 +43,7 @@ def batches(
         return
     embeddings = [matrix for matrix in chosen.values() if matrix.kind == "embedding"]
     linears = {name: matrix for name, matrix in chosen.items() if matrix.kind == "linear"}
-    prefix = blocks(model)[0] + "." if linears else ""
-    inside: dict[int, dict[str, Matrix]] = {}
-    for name, matrix in linears.items():
-        if name.startswith(prefix):
-            inside.setdefault(int(name.removeprefix(prefix).partition(".")[0]), {})[name] = matrix
+    inside = by_block(linears, blocks(model)[0]) if linears else {}
     effort = [found.efforts[name] for name in linears if name in found.efforts]
     reference = Reference(model, windows, linears) if any(each.feedback for each in effort) else None
     if embeddings:
@@ -66,7 +62,8 @@ def batches(
             yield [batch[name] for name in stage], measure
         if index < max(inside):
             stream.advance(index)
-    outside = {name: matrix for name, matrix in linears.items() if not name.startswith(prefix)}
+    placed = {name for batch in inside.values() for name in batch}
+    outside = {name: matrix for name, matrix in linears.items() if name not in placed}
     if outside:
         yield list(outside.values()), partial(_of_outside, stream, outside)
 

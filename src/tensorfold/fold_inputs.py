@@ -16,6 +16,7 @@ from tensorfold.anatomy import matrices
 from tensorfold.calibrate import calibration_windows, token_counts
 from tensorfold.errors import InputError
 from tensorfold.hf.swap import scale_of
+from tensorfold.methods import Method
 from tensorfold.planning import Plan, plan
 from tensorfold.ranks import Ranks
 from tensorfold.recipe import Recipe
@@ -59,10 +60,7 @@ def checked_plan(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> Pl
     for name, method in planned.methods.items():
         # Of tables, text knows the one that it goes in by, and none of positions.
         known = name not in available or available[name].kind == "linear" or available[name].group == "embedding"
-        try:
-            method.check(planned.modules[name], calibrated and known)
-        except InputError as error:
-            raise type(error)(f"{name}: {error}") from None
+        check_method(method, name, planned, calibrated and known)
     chosen = available if recipe.changes_modules else {name: available[name] for name in planned.modules}
     for matrix in chosen.values():
         if matrix.parameter.is_meta:
@@ -72,6 +70,14 @@ def checked_plan(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> Pl
         if matrix.kind == "embedding" and matrix.name in planned.modules:
             scale_of(matrix)
     return planned
+
+
+def check_method(method: Method, name: str, planned: Plan, calibrated: bool) -> None:
+    """Raise :class:`InputError`, naming the matrix, if its method cannot fill the spec that is planned for it."""
+    try:
+        method.check(planned.modules[name], calibrated)
+    except InputError as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def token_counts_of(
@@ -85,12 +91,17 @@ def token_counts_of(
     return token_counts(tokenizer, documents, planned.modules[table or ""].out_features)
 
 
+def identity_of(recipe: Recipe) -> str:
+    """What of a recipe decides the result of a fold."""
+    return repr((recipe.fold, recipe.layers, recipe.untie))
+
+
 def identity(
     model: PreTrainedModel, recipe: Recipe, windows: Tensor | None, counts: Tensor | None
 ) -> dict[str, object]:
     """All that decides the result of a fold, by name."""
     given: dict[str, object] = {
-        "recipe": repr((recipe.fold, recipe.layers, recipe.untie)),
+        "recipe": identity_of(recipe),
         "calibration text": [
             None if given is None else (list(given.shape), hashlib.sha256(given.numpy().tobytes()).hexdigest())
             for given in (windows, counts)
@@ -116,8 +127,12 @@ def key_of(given: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 
 
-def check_same(ranks: Ranks, given: dict[str, object]) -> None:
-    """Find out before the model is touched if the ranks would fold different models into one.
+def check_same(ranks: Ranks, given: dict[str, object], what: str = "model, recipe and text") -> None:
+    """Find out before anything is touched if the ranks would fold different models into one.
+
+    Args:
+        given: All that decides the result, by name.
+        what: Is needed to be the same, in words.
 
     Raises:
         InputError: They would; the message names what differs.
@@ -127,6 +142,6 @@ def check_same(ranks: Ranks, given: dict[str, object]) -> None:
         different = [what for what in {**first, **other} if first.get(what) != other.get(what)]
         if different:
             raise InputError(
-                f"fold: {different[0]} of rank {rank} is not that of rank 0; needed the same model, recipe and text on "
-                "every rank. Give all of them the same files."
+                f"fold: {different[0]} of rank {rank} is not that of rank 0; needed the same {what} on every rank. "
+                "Give all of them the same files."
             )

@@ -200,7 +200,7 @@ def _fold_all(
             chosen = {name: matrix for name, matrix in chosen.items() if name in planned.modules}
             bar.update(task, total=len(chosen))
         for index, (batch, measure) in enumerate(batches(model, chosen, planned, text, found), start=1):
-            kept = store if not any(_reorders(planned, matrix) for matrix in batch) else None
+            kept = store if not any(planned.methods[matrix.name].reorders_hidden for matrix in batch) else None
             saved = kept.load(index) if kept else None
             solutions = (
                 _solutions(ranks, model, planned, batch, measure, works_on)
@@ -235,7 +235,7 @@ def _solutions(
         return _solve(matrix, planned, known.pop(matrix.name, NOTHING))
 
     def unsolved(matrix: Matrix) -> dict[str, Tensor]:
-        return _unsolved(matrix, planned.modules[matrix.name])
+        return _unsolved(matrix, planned.modules[matrix.name], matrix.parameter.device)
 
     divided = [matrix for matrix in batch if ranks.count > 1 and planned.methods[matrix.name].rowwise]
     yield from ranks.share([matrix for matrix in batch if matrix not in divided], _cost, solve, unsolved)
@@ -252,11 +252,6 @@ def _saved(batch: list[Matrix], tensors: Mapping[str, Tensor]) -> Iterator[tuple
         yield matrix, {key: value.to(matrix.parameter.device) for key, value in own.items()}
 
 
-def _reorders(planned: Plan, matrix: Matrix) -> bool:
-    """Whether folding it reorders the hidden units of its MLP."""
-    return getattr(planned.methods.get(matrix.name), "permute", "none") != "none"
-
-
 def _align_hidden_units(
     ranks: Ranks,
     model: PreTrainedModel,
@@ -267,12 +262,12 @@ def _align_hidden_units(
 ) -> dict[str, Statistics]:
     """Reorder the hidden units of MLPs whose method asks for it; the statistics follow them."""
 
-    if not any(_reorders(planned, matrix) for matrix in batch):
+    reordered = {matrix.name for matrix in batch if planned.methods[matrix.name].reorders_hidden}
+    if not reordered:
         return known
-    names = {matrix.name for matrix in batch}
 
     def members(units: HiddenUnits) -> list[Matrix]:
-        return [m for m in (*units.ups, units.down) if m.name in names and _reorders(planned, m)]
+        return [matrix for matrix in (*units.ups, units.down) if matrix.name in reordered]
 
     def search(units: HiddenUnits) -> dict[str, Tensor]:
         works_on(f"hidden units of {units.down.name}")
@@ -350,9 +345,9 @@ def _state(matrix: Matrix, planned: Plan, factors: Factors, weight: Tensor, know
     return {**folded.state_dict(), _ERROR: torch.tensor(reached, dtype=torch.float64)}
 
 
-def _unsolved(matrix: Matrix, spec: AnySpec) -> dict[str, Tensor]:
+def _unsolved(matrix: Matrix, spec: AnySpec, device: torch.device) -> dict[str, Tensor]:
     """Uninitialised memory for what :func:`_solve` returns."""
-    state = empty_module(matrix, spec).to_empty(device=matrix.parameter.device).state_dict()
+    state = empty_module(matrix, spec).to_empty(device=device).state_dict()
     return {**state, _ERROR: torch.empty((), dtype=torch.float64)}
 
 

@@ -66,6 +66,11 @@ class Method(ABC):
         return False
 
     @property
+    def reorders_hidden(self) -> bool:
+        """Whether folding a layer reorders the hidden units of its MLP, and so touches that layer's neighbours."""
+        return False
+
+    @property
     def rowwise(self) -> bool:
         """Whether every row is fitted by itself, so that parts of a table give the cores of the whole."""
         return False

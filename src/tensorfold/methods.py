@@ -129,6 +129,10 @@ class Kronecker(Method):
             raise InputError(f"kronecker: got permute: {self.permute} and {other}; needed one of the two.")
 
     @property
+    def reorders_hidden(self) -> bool:
+        return self.permute != "none"
+
+    @property
     def token_order(self) -> TokenOrder:
         return self.order
 

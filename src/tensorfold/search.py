@@ -17,7 +17,7 @@ from tensorfold.algebra.low_rank import error_curve
 from tensorfold.algebra.packed import Packed
 from tensorfold.algebra.spec import Spec, attainable_ranks
 from tensorfold.algebra.ttsvd import tt_svd
-from tensorfold.anatomy import Matrix, blocks, dense_weight
+from tensorfold.anatomy import Matrix, blocks, by_block, dense_weight
 from tensorfold.auto import EFFORTS, Effort
 from tensorfold.block_checkpoints import BlockCheckpoints
 from tensorfold.calibrate import BlockStream, second_moments
@@ -171,7 +171,7 @@ def _shapes(
     A shape whose matrices cannot have the rank that the error of low rank needs is not fitted: the curve bounds it.
     """
     found = {}
-    for index, batch in _by_block(stream, matrices):
+    for index, batch in _at_entrances(stream, matrices):
         moments = second_moments(lambda index=index: stream.advance(index), {n: m.module for n, m in batch.items()})  # type: ignore[misc]
         for name, matrix in batch.items():
             choice = choices[name]
@@ -230,7 +230,7 @@ def _curves(
 ) -> dict[str, Tensor]:
     """Squared error of the best matrix of every rank, on the dense model."""
     found = {}
-    for index, batch in _by_block(stream, matrices):
+    for index, batch in _at_entrances(stream, matrices):
         works_on(f"curves of {stream.name}.{index}")
         modules = {name: matrix.module for name, matrix in batch.items()}
         moments = second_moments(lambda index=index: stream.advance(index), modules)  # type: ignore[misc]
@@ -246,14 +246,11 @@ def _spec(matrix: Matrix, choice: Choice) -> Spec:
     return Spec((matrix.out_features, 1), (choice.groups, matrix.in_features // choice.groups), (choice.rank,))
 
 
-def _by_block(stream: BlockStream, matrices: Mapping[str, Matrix]) -> Iterator[tuple[int, dict[str, Matrix]]]:
+def _at_entrances(stream: BlockStream, matrices: Mapping[str, Matrix]) -> Iterator[tuple[int, dict[str, Matrix]]]:
     """The matrices of every block that has any, with the stream at its entrance."""
-    inside: dict[int, dict[str, Matrix]] = {}
-    for name, matrix in matrices.items():
-        inside.setdefault(int(name.removeprefix(f"{stream.name}.").partition(".")[0]), {})[name] = matrix
-    for index in sorted(inside):
+    for index, batch in sorted(by_block(matrices, stream.name).items()):
         stream.advance_to(index)
-        yield index, inside[index]
+        yield index, batch
 
 
 def _divide(

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from tensorfold.anatomy import Matrix, check_foldable, dense_weight
 from tensorfold.cache import check_target
 from tensorfold.errors import InputError
-from tensorfold.folding import _ERROR, FoldReport, _cost, _solve
+from tensorfold.fold_inputs import check_method, check_same, identity_of
+from tensorfold.folding import _ERROR, FoldReport, _cost, _solve, _unsolved
 from tensorfold.hf.loading import new_directory, save_beside
 from tensorfold.hf.quantizer import mark_folded
 from tensorfold.hf.shards import ShardWriter
@@ -127,16 +128,13 @@ def plan_stream(source: Source, recipe: Recipe) -> Stream:
     """
     if recipe.changes_modules:
         raise NotStoredError("the recipe unties, drops or splits parts of the model first.")
-    if any(getattr(rule.method, "permute", "none") != "none" for rule in recipe.fold):
+    if any(rule.method.reorders_hidden for rule in recipe.fold):
         raise NotStoredError("the recipe reorders hidden units, which ties the fits of an MLP together.")
     stored = find_stored(source.path)
     check_foldable(stored.model)
     planned, chosen = prepare(stored.model, recipe)
     for name, matrix in chosen.items():
-        try:
-            planned.methods[name].check(planned.modules[name], False)
-        except InputError as error:
-            raise type(error)(f"{name}: {error}") from None
+        check_method(planned.methods[name], name, planned, calibrated=False)
         if matrix.kind == "embedding":
             scale_of(matrix)
     return Stream(stored, recipe, planned, chosen)
@@ -152,7 +150,9 @@ def fold_stream(stream: Stream, out: Path, tokenizer: Any, card: Card, progress:
     planned, model = stream.planned, stream.stored.model
     ranks = Ranks.find(cpu=True)
     with ranks.together():
-        _check_same(ranks, stream)
+        if ranks.count > 1:
+            given = {"recipe": identity_of(stream.recipe), **stream.stored.signature()}
+            check_same(ranks, given, "model and recipe")
         for matrix in stream.chosen.values():
             swap(model, matrix, empty_module(matrix, planned.modules[matrix.name]))
         tied = {matrix.name: matrix.tied_head for matrix in stream.chosen.values() if matrix.tied_head is not None}
@@ -175,22 +175,6 @@ def fold_stream(stream: Stream, out: Path, tokenizer: Any, card: Card, progress:
                 save_configuration(model, partial)
                 save_beside(partial, tokenizer, card(report))
     return report
-
-
-def _check_same(ranks: Ranks, stream: Stream) -> None:
-    """Find out before anything is written if the ranks would fold different models into one."""
-    if ranks.count == 1:
-        return
-    recipe = stream.recipe
-    given = {"recipe": repr((recipe.fold, recipe.layers, recipe.untie)), **stream.stored.signature()}
-    first, *others = ranks.gather(given)
-    for rank, other in enumerate(others, start=1):
-        different = [what for what in {**first, **other} if first.get(what) != other.get(what)]
-        if different:
-            raise InputError(
-                f"fold: {different[0]} of rank {rank} is not that of rank 0; needed the same model and recipe on every "
-                "rank. Give all of them the same files."
-            )
 
 
 def _copy_all(stream: Stream, writer: ShardWriter) -> None:
@@ -221,8 +205,7 @@ def _fold_all(ranks: Ranks, stream: Stream, writer: ShardWriter | None, progress
         return _solve(_read(stored, matrix), planned, NOTHING)
 
     def unsolved(matrix: Matrix) -> dict[str, Tensor]:
-        state = empty_module(matrix, planned.modules[matrix.name]).to_empty(device="cpu").state_dict()
-        return {**state, _ERROR: torch.empty((), dtype=torch.float64)}
+        return _unsolved(matrix, planned.modules[matrix.name], torch.device("cpu"))
 
     with bar, torch.no_grad():
         for matrix, solution in ranks.share(list(stream.chosen.values()), _cost, solve, unsolved):

@@ -76,7 +76,7 @@ def _from_floor(curve: Curve) -> int:
 def _spend(curves: Mapping[str, Curve], chosen: dict[str, int], left: float) -> dict[str, int]:
     """Take single steps, the best gain for its cost first, while any fits in what is left."""
     while True:
-        best, gain = "", 0.0
+        best, gain, paid = "", 0.0, 0.0
         for name, curve in curves.items():
             index = chosen[name]
             if index + 1 >= len(curve.costs):
@@ -84,10 +84,10 @@ def _spend(curves: Mapping[str, Curve], chosen: dict[str, int], left: float) -> 
             price = float(curve.costs[index + 1] - curve.costs[index])
             saved = float(curve.losses[index] - curve.losses[index + 1])
             if price <= left and saved > gain * max(price, 1e-30):
-                best, gain = name, saved / max(price, 1e-30)
+                best, gain, paid = name, saved / max(price, 1e-30), price
         if not best:
             return chosen
-        left -= float(curves[best].costs[chosen[best] + 1] - curves[best].costs[chosen[best]])
+        left -= paid
         chosen[best] += 1
 
 
