@@ -53,7 +53,7 @@ def test_gradients_of_every_way_are_derivatives(spec):
 @pytest.mark.parametrize("spec", [EXPANDING, CONTRACTING], ids=["expanding", "contracting"])
 def test_kronecker_products_copy_no_activations(spec, tokens, training):
     way = choose(spec, tokens, training)
-    assert way.macs == spec.macs
+    assert spec.macs <= way.macs < 1.05 * spec.macs  # a product with a small factor makes eight rows at a time
     assert way.order is None
     assert all(step.order is None for step in way.steps)
 
@@ -70,19 +70,19 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("spec", [EXPANDING, CONTRACTING, Spec.kronecker(48, 24, (8, 4))], ids=str)
-def test_what_the_layout_does_not_copy_is_not_copied(spec):
+def test_what_the_layout_does_not_copy_is_not_copied():
     """Batched products too: torch's ``matmul`` would copy the state of one whose core is a parameter."""
-    layer = MPOLinear(spec).eval()
     forms = set()
-    for machine in (Machine(), Machine(permuted=1.0)):
-        way = choose(spec, 64, machine=machine)
-        forms |= {step.form for step in way.steps}
-        assert way.order is None
-        assert not any(step.order or step.core for step in way.steps)
-        with torch.no_grad(), Calls() as calls:
-            apply(torch.randn(64, spec.in_features), layer.factors(), spec, layer.bias, way)
-        assert not {"clone", "copy_", "contiguous", "_to_copy", "cat", "constant_pad_nd"} & set(calls.names)
+    for spec in (EXPANDING, CONTRACTING, Spec.kronecker(48, 24, (8, 4))):
+        layer = MPOLinear(spec).eval()
+        for machine in (Machine(), Machine(permuted=1.0)):
+            way = choose(spec, 64, machine=machine)
+            forms |= {step.form for step in way.steps}
+            assert way.order is None
+            assert not any(step.order or step.core for step in way.steps)
+            with torch.no_grad(), Calls() as calls:
+                apply(torch.randn(64, spec.in_features), layer.factors(), spec, layer.bias, way)
+            assert not {"clone", "copy_", "contiguous", "_to_copy", "cat", "constant_pad_nd"} & set(calls.names)
     assert forms - {"rows"}
 
 

@@ -144,6 +144,7 @@ def test_the_market_has_every_kind_of_step():
     assert any(step.order for step in steps)
     assert any(step.turned for step in steps)
     assert any(step.more_d for step in steps)
+    assert any(step.block > 1 for step in steps)
     assert any(isinstance(step.tree, tuple) and len(way.steps) > 1 for spec in MARKET.values() for way in ways_of(spec)
                for step in way.steps)  # fmt: skip
 

@@ -75,7 +75,11 @@ def _product(state: Tensor, cores: Sequence[Tensor], step: Step, tokens: int, bi
     if step.form == "rows":
         if step.order is not None:
             state = state.reshape(tokens, *step.state).permute(0, *(1 + k for k in step.order)).contiguous()
-        return F.linear(state.reshape(tokens * step.left, step.c + step.more_c), core, bias)
+        if step.block > 1:
+            eye = torch.eye(step.block, dtype=core.dtype, device=core.device)
+            core = (eye[:, None, :, None] * core[:, None]).reshape(step.block * step.d, step.block * step.c)
+        rows = tokens * step.left // step.block
+        return F.linear(state.reshape(rows, step.block * (step.c + step.more_c)), core, bias)
     # Not matmul, which copies the state where the core is a parameter, even when no gradient is asked for.
     if step.form == "front":
         state = state.reshape(tokens, step.left, step.c).mT

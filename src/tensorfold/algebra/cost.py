@@ -9,6 +9,9 @@ from typing import Any
 
 from tensorfold.algebra.spec import Spec
 
+# Sums of fewer numbers, one after the other, are no faster than a copy into another order.
+_SHORTEST_SUM = 16
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -37,6 +40,8 @@ class Machine:
             paid = rows * columns * depth / self.macs
         written = batch * rows * columns
         moved = (rows * depth * batch + depth * columns + written) / self.numbers
+        if columns == 1 and depth < _SHORTEST_SUM:
+            moved = max(moved, rows * depth * batch / self.permuted)
         return calls * self.call + max(batch * paid, moved) + self.pages(written)
 
     def copy(self, numbers: float) -> float:

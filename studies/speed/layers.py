@@ -1,0 +1,146 @@
+"""Every folded layer of the shipped recipes against the dense one: forward, and forward with backward.
+
+    OMP_NUM_THREADS=2 python studies/speed/layers.py [--only PATTERN] [--rounds 9] [--quick]
+    python studies/speed/table.py
+
+Models of GPT-2's, PicoGPT's and SmolLM2's shapes with random float32 weights, folded to random cores: only shapes
+matter here. Layers of equal shape are timed once, whichever recipes have them, at 1, 16, 128, 1024 and 4096 tokens, in
+turn with the ``nn.Linear`` or ``nn.Embedding`` of the same size. The ways are chosen by the speeds of this machine,
+which are measured first (``tensorfold.nn.calibrate_machine``). Appends to ``layers.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+import tensorfold
+from tensorfold import LowRank, Recipe, Rule
+from tensorfold.benchmark.layers import Group, bench_layer, groups
+from tensorfold.benchmark.timing import Spread, interleave
+from tensorfold.hf.swap import empty_module, swap
+from tensorfold.nn import MPOLinear
+from tensorfold.picogpt import PicoGPTConfig
+from tensorfold.planning import prepare
+from tensorfold.recipe import shipped_recipes
+
+LOG = Path(__file__).with_suffix(".jsonl")
+TOKENS = (1, 16, 128, 1024, 4096)
+DISTILGPT2 = "tensorgpt-distilgpt2"
+
+# Of SmolLM2-135M, two layers; the others have the same shapes.
+SMOLLM2 = LlamaConfig(
+    vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9,
+    num_key_value_heads=3, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def systems() -> Iterator[tuple[str, PreTrainedConfig, Recipe]]:
+    """What is folded: a name, the model's configuration, the recipe."""
+    for name in shipped_recipes():
+        recipe = Recipe.load(name)
+        if name.startswith("picogpt"):
+            yield name, PicoGPTConfig(vocab_size=65), recipe
+        elif recipe.model is None or "smollm2" in recipe.model:
+            yield name, SMOLLM2, recipe
+        else:
+            yield name, GPT2Config(n_layer=6 if name == DISTILGPT2 else 12), recipe
+    for keep in (0.8, 0.5):  # what a search mostly chooses
+        yield f"pivots-{keep}", SMOLLM2, Recipe((Rule("all-linear", LowRank(keep=keep, pivots=True)),))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", help="Systems whose names match.")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--log", type=Path, default=LOG)
+    parser.add_argument("--quick", action="store_true", help="One system, few tokens, to see that it runs.")
+    given = parser.parse_args()
+    tensorfold.nn.calibrate_machine()
+    tokens, rounds = ((1, 16), 1) if given.quick else (TOKENS, given.rounds)
+    facts = {
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+    }
+    seen: dict[object, str] = {}
+    for name, config, recipe in systems():
+        if not fnmatch.fnmatch(name, "picogpt-mpo-16" if given.quick else given.only):
+            continue
+        for group in groups(folded(config, recipe), None):
+            key = (type(group.module), group.module.spec, getattr(group.module, "bias", None) is None)
+            if key in seen:
+                continue
+            seen[key] = name
+            layer, notes = bench_layer(group, tokens, rounds, time.perf_counter, (), False, lambda: None)
+            entry = {
+                "system": name,
+                **facts,
+                **layer.to_dict(),
+                "notes": notes,
+                "training": trained(group, tokens, rounds),
+            }
+            with given.log.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+            ratios = {point.timing.tokens: str(point.timing.speedup["dense"]) for point in layer.points}
+            back = {point["tokens"]: point["speedup"] for point in entry["training"]}
+            print(name, layer.kind, layer.spec, ratios, back, flush=True)
+
+
+def folded(config: PreTrainedConfig, recipe: Recipe) -> PreTrainedModel:
+    """A model with random weights, and random cores where the recipe folds."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    plan, matrices = prepare(model, recipe)
+    for name, matrix in matrices.items():
+        module = empty_module(matrix, plan.modules[name]).to_empty(device="cpu")
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        for kind, order in module.named_buffers():
+            order.copy_(
+                torch.randperm(len(order)) if kind in ("in_order", "out_position") else torch.arange(len(order))
+            )
+        swap(model, matrix, module)
+    return model
+
+
+def trained(group: Group, tokens: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+    """Forward and backward of a linear layer and of the dense one: seconds of each, and how many times as fast."""
+    module = group.module
+    if not isinstance(module, MPOLinear):
+        return []
+    dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+    found = []
+    for count in tokens:
+        x = torch.randn(count, module.in_features)
+        back = torch.randn(count, module.out_features)
+        calls = {"model": _step(module, x, back), "dense": _step(dense, x, back)}
+        samples = interleave(calls, rounds, time.perf_counter, lambda: None)
+        ratios = [d / m for m, d in zip(samples["model"], samples["dense"], strict=True)]
+        seconds = {name: Spread.of(values).median for name, values in samples.items()}
+        found.append({"tokens": count, "seconds": seconds, "speedup": str(Spread.of(ratios))})
+    return found
+
+
+def _step(layer: nn.Module, x: Tensor, back: Tensor) -> Callable[[], None]:
+    def step() -> None:
+        layer.zero_grad(set_to_none=True)
+        layer(x.detach().requires_grad_()).backward(back)
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
