@@ -210,7 +210,7 @@ def test_an_interrupted_fold_goes_on_where_it_was(tiny, tokenizer, prose, tmp_pa
         return tensorfold.fold(model, Recipe(fold=rules), tokenizer, [prose], **options), model.state_dict()
 
     report, expected = fold()
-    solve, calls = folding._solve, []
+    solve, calls = folding.solve_matrix, []
 
     def breaks(matrix, *rest):
         calls.append(matrix.name)
@@ -218,7 +218,7 @@ def test_an_interrupted_fold_goes_on_where_it_was(tiny, tokenizer, prose, tmp_pa
             raise KeyboardInterrupt
         return solve(matrix, *rest)
 
-    monkeypatch.setattr(folding, "_solve", breaks)
+    monkeypatch.setattr(folding, "solve_matrix", breaks)
     with pytest.raises(KeyboardInterrupt):
         fold(tmp_path / "done")
     before = len(calls)
