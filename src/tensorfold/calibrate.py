@@ -76,7 +76,7 @@ class BlockStream:
     index of the block whose entrance it stands at.
 
     Args:
-        model: Left in evaluation mode while the stream is used; :func:`calibrating` restores it.
+        model: In evaluation mode, and without gradients, for as long as the stream is used.
         windows: Token indices, shape (windows, length).
         allocate: Makes the tensor for ``hidden`` from shape and dtype; on the model's device if None.
 
@@ -272,18 +272,6 @@ def inputs_of(forward: Callable[[], None], module: nn.Module) -> Tensor:
     if not all(bool(part.isfinite().all()) for part in seen):
         raise InputError(f"{type(module).__name__}: its inputs on the calibration text hold NaN or infinity.")
     return torch.cat(seen)
-
-
-@contextmanager
-def calibrating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, no gradients, and the model's own mode back afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def _check_finite(hidden: Tensor, block: str) -> None:

@@ -20,7 +20,7 @@ from tensorfold.algebra.statistics import Statistics
 from tensorfold.anatomy import Matrix, check_foldable, dense_weight, matrices
 from tensorfold.batches import Text, batches
 from tensorfold.block_checkpoints import BlockCheckpoints
-from tensorfold.calibrate import calibrating
+from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.fold_inputs import check_same, checked_plan, documents, identity, key_of, text_windows, token_counts_of
 from tensorfold.hf.quantizer import mark_folded
 from tensorfold.hf.swap import empty_module, swap
@@ -188,7 +188,7 @@ def _fold_all(
         bar.update(task, description=what)
         log.debug("rank %d of %d: %s", ranks.index, ranks.count, what)
 
-    with bar, calibrating(model):
+    with bar, evaluation_mode(model), torch.no_grad():
         if text.windows is not None and planned.budgets:
             planned, found = search(model, planned, chosen, text.windows, store, works_on)
             chosen = {name: matrix for name, matrix in chosen.items() if name in planned.modules}
