@@ -1,6 +1,7 @@
 """Budgets: error curves, their division, and folds that choose for themselves."""
 
 import copy
+import gc
 import itertools
 
 import pytest
@@ -11,7 +12,7 @@ from tensorfold import Auto, InputError, LowRank, Recipe, Rule, Spec, SpecError,
 from tensorfold.algebra.allocation import Curve, allocate, pivoted_costs
 from tensorfold.algebra.contract import to_dense
 from tensorfold.algebra.low_rank import error_curve, whitened_low_rank
-from tensorfold.algebra.packed import Packed
+from tensorfold.algebra.packed import Packed, numbers
 from tensorfold.algebra.solve import relative_error
 from tensorfold.anatomy import matrices
 from tensorfold.planning import plan
@@ -53,13 +54,36 @@ def test_no_other_matrix_of_that_rank_is_nearer(shape):
         assert relative_error(weight, to_dense(other, spec), metric, outputs) >= best
 
 
-def test_packed_moments_are_the_whole_ones():
-    x = random(50, 7).float()
-    packed = Packed(7)
+@pytest.mark.parametrize("size", [7, 64, 150])
+def test_packed_moments_are_the_whole_ones(size, tmp_path):
+    x = random(50, size).float()
+    packed = Packed(size)
     for part in x.split(13):
         packed.add(part)
-    torch.testing.assert_close(packed.full(0.5), 0.5 * x.T @ x)
-    assert packed.values.numel() == 28
+    packed.divide(2)
+    torch.testing.assert_close(packed.full(0.5), 0.25 * x.T @ x)
+    assert torch.equal(packed.full(), packed.full().T)
+    assert packed.values.numel() == numbers(size) <= size * (size + 64) / 2
+    whole = packed.full()
+    packed.spill(tmp_path / "values")
+    assert torch.equal(packed.full(), whole)
+    assert torch.equal(Packed(size, path=tmp_path / "values").full(), whole)
+    (tmp_path / "values").write_bytes(b"short")
+    with pytest.raises(OSError, match="needed"):
+        packed.full()
+
+
+def test_packed_moments_leave_nothing_in_memory():
+    def held():
+        gc.collect()
+        return sum(each.numel() * each.element_size() for each in gc.get_objects() if type(each) is torch.Tensor)
+
+    before = held()
+    packed = Packed(201)
+    packed.add(random(5, 201).float())
+    packed.full()
+    del packed
+    assert held() == before
 
 
 def curves(count, choices=5, seed=0):
