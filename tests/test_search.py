@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tensorfold
-from tensorfold import Auto, InputError, LowRank, Recipe, Rule, Spec, SpecError, folding
+from tensorfold import Auto, InputError, LowRank, Recipe, Rule, Spec, SpecError, folding, search
 from tensorfold.algebra.allocation import Curve, allocate, pivoted_costs
 from tensorfold.algebra.contract import to_dense
 from tensorfold.algebra.low_rank import error_curve, whitened_low_rank
@@ -251,6 +251,63 @@ def test_an_interrupted_fold_goes_on_where_it_was(tiny, tokenizer, prose, tmp_pa
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[key], expected[key]) for key in expected)
     assert (again.errors, again.choices, again.plan.modules) == (report.errors, report.choices, report.plan.modules)
+
+
+@pytest.fixture
+def kept_fold(tiny, tokenizer, prose, tmp_path):
+    """``kept_fold()``: the state of a folded model, with a checkpoint in ``tmp_path / "done"``."""
+
+    def fold(checkpoint=True):
+        model = tiny("llama")
+        options = {"calibration_tokens": 512, "checkpoint": tmp_path / "done" if checkpoint else None}
+        tensorfold.fold(model, Auto(keep=0.5), tokenizer, [prose], **options)
+        return model.state_dict()
+
+    return fold
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_gradients_are_one_set_of_files_from_the_start(kept_fold, tmp_path, monkeypatch):
+    """Nothing as large as all of them is ever in one file, which would have to be held while it is written."""
+    expected = kept_fold(checkpoint=False)
+    monkeypatch.setattr(search.tempfile, "TemporaryDirectory", None)
+    assert same(kept_fold(), expected)
+    done = tmp_path / "done"
+    kept = [path.stat().st_size for path in (done / "gradients").iterdir()]
+    assert sorted(kept) == sorted(4 * numbers(size) for size in [48, 48, 32] * 2)
+    assert sum((done / f"block-000{k}" / "cores.safetensors").stat().st_size for k in range(2)) < min(kept)
+
+
+def test_a_search_that_was_interrupted_has_its_gradients(kept_fold, monkeypatch):
+    expected, curve, calls = kept_fold(checkpoint=False), search.error_curve, []
+
+    def breaks(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return curve(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(search, "error_curve", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            kept_fold()
+    monkeypatch.setattr(search, "gradient_moments", None)
+    assert same(kept_fold(), expected)
+
+
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_damaged_gradients_are_taken_again(kept_fold, tmp_path, monkeypatch, caplog, damage):
+    expected, taken, again = kept_fold(), search.gradient_moments, []
+    file = tmp_path / "done" / "gradients" / "0002"
+    file.unlink() if damage == "gone" else file.write_bytes(file.read_bytes()[::-1])
+    monkeypatch.setattr(search, "gradient_moments", lambda *given: again.append(1) or taken(*given))
+    monkeypatch.setattr(folding, "solve_matrix", None)  # what was solved with them stays good
+    assert same(kept_fold(), expected)
+    assert again
+    assert "block-0000 cannot be used" in caplog.text
 
 
 def test_a_checkpoint_of_another_fold_is_refused(tiny, tokenizer, prose, tmp_path):

@@ -37,6 +37,8 @@ from tensorfold.surgery import HiddenUnits, hidden_units, reorder_hidden
 
 log = logging.getLogger(__name__)
 
+_LAYOUT = 2  # of checkpoints: what their blocks hold
+
 
 @dataclass(frozen=True)
 class FoldReport:
@@ -142,7 +144,8 @@ def fold(
         if ranks.count > 1:
             check_same(ranks, identity(model, recipe, windows, counts))
         elif checkpoint is not None and windows is not None:
-            store = BlockCheckpoints(Path(checkpoint), key_of(identity(model, recipe, windows, counts)), "fold")
+            given = {**identity(model, recipe, windows, counts), "layout": _LAYOUT}
+            store = BlockCheckpoints(Path(checkpoint), key_of(given), "fold")
         planned, chosen = prepare(model, recipe)
         planned, found, errors = _fold_all(
             ranks, model, planned, chosen, Text(windows, counts), store, progress and ranks.is_first
@@ -193,7 +196,7 @@ def _fold_all(
             planned, found = search(model, planned, chosen, text.windows, store, works_on)
             chosen = {name: matrix for name, matrix in chosen.items() if name in planned.modules}
             bar.update(task, total=len(chosen))
-        for index, (batch, measure) in enumerate(batches(model, chosen, planned, text, found), start=1):
+        for index, (batch, measure) in enumerate(batches(model, chosen, planned, text, found), start=2):
             kept = store if not any(planned.methods[matrix.name].reorders_hidden for matrix in batch) else None
             saved = kept.load(index) if kept else None
             solutions = (

@@ -89,7 +89,7 @@ def search(
 
     Args:
         windows: Calibration text, shape (windows, length).
-        store: What was found is read from its block 0, or written there.
+        store: Gradients are read from its block 0 and choices from its block 1, or written there.
 
     Returns:
         The plan with the ranks chosen, without the layers that stay dense; and what was found on the way.
@@ -104,22 +104,17 @@ def search(
         return planned, Search()
     efforts = {name: EFFORTS[budget.method.effort] for budget in budgets for name in budget.names}
     members = {name: chosen[name] for name in chosen if name in efforts}
-    stored = store.load(0) if store else None
+    tokens = max((effort.gradient_tokens or windows.numel()) for effort in efforts.values())
+    sample = windows[: -(-tokens // windows.shape[1])]
+    gradients, folder = _gradients(model, sample, members, store, works_on)
+    stored = store.load(1) if store else None
     if stored is not None:
         values, outcome = stored
         choices = {name: Choice(**choice) for name, choice in outcome.items()}
-        gradients = {
-            name: Packed(members[name].out_features, values=values[name]) for name in choices if name in values
-        }
         starts = {name: [values[f"{name}.{k}"] for k in range(2)] for name in choices if f"{name}.0" in values}
+        gradients = {name: packed for name, packed in gradients.items() if not choices[name].dense}
         return _carried_out(planned, members, choices), Search(gradients, efforts, choices, starts)
-    tokens = max((effort.gradient_tokens or windows.numel()) for effort in efforts.values())
-    sample = windows[: -(-tokens // windows.shape[1])]
-    stream = BlockStream(model, sample)  # names the block whose activations are not finite, which gradients cannot
-    works_on("gradients")
-    folder = tempfile.TemporaryDirectory()
-    gradients = _gradients(model, sample, members, Path(folder.name))
-    curves = _curves(stream, members, gradients, works_on)
+    curves = _curves(BlockStream(model, sample), members, gradients, works_on)
     choices = {}
     for budget in budgets:
         choices |= _divide(budget, planned, members, curves)
@@ -131,27 +126,46 @@ def search(
         choices |= {name: choice for name, (choice, _) in fitted.items()}
         starts = {name: cores for name, (_, cores) in fitted.items() if cores}
     if store:
-        tensors = {name: packed.values for name, packed in gradients.items()}
-        tensors |= {f"{name}.{k}": core for name, cores in starts.items() for k, core in enumerate(cores)}
-        store.save(0, tensors, {name: asdict(choice) for name, choice in choices.items()})
+        tensors = {f"{name}.{k}": core for name, cores in starts.items() for k, core in enumerate(cores)}
+        store.save(1, tensors, {name: asdict(choice) for name, choice in choices.items()})
     return _carried_out(planned, members, choices), Search(gradients, efforts, choices, starts, folder)
 
 
 def _gradients(
-    model: PreTrainedModel, windows: Tensor, matrices: Mapping[str, Matrix], folder: Path
-) -> dict[str, Packed]:
-    """Of half of the matrices at a time; on a CPU they then wait on the disk, as large together as half the model."""
-    names = list(matrices)
+    model: PreTrainedModel,
+    windows: Tensor,
+    matrices: Mapping[str, Matrix],
+    store: BlockCheckpoints | None,
+    works_on: Callable[[str], None],
+) -> tuple[dict[str, Packed], tempfile.TemporaryDirectory[str] | None]:
+    """Second moments, as large together as half the model, so that they wait on the disk until their matrix is folded.
+
+    Without a checkpoint a CPU keeps them in the temporary directory that is returned, and an accelerator in its memory.
+    """
+    names = {name: f"{k:04d}" for k, name in enumerate(matrices)}
+    stored = store.load(0) if store else None
+    if store and stored is not None:
+        kept, place = stored[1], store.folder("gradients")
+        sizes = {name: (matrices[name].out_features, matrices[name].parameter.device) for name in kept}
+        return {name: Packed(*sizes[name], path=place / file) for name, file in kept.items()}, None
+    BlockStream(model, windows)  # names the block whose activations are not finite, which gradients cannot
+    works_on("gradients")
+    folder = None if store else tempfile.TemporaryDirectory()
+    place = store.folder("gradients") if store else Path(folder.name if folder else "")
     found: dict[str, Packed] = {}
-    for part in (names[len(names) // 2 :], names[: len(names) // 2]):
+    order = list(matrices)
+    for part in (order[len(order) // 2 :], order[: len(order) // 2]):  # the rest is on the disk by then
         new = gradient_moments(model, windows, {name: matrices[name].module for name in part})
         for name, packed in new.items():
-            if packed.values.device.type == "cpu":
-                packed.spill(folder / str(len(found)))
+            if store or packed.values.device.type == "cpu":
+                packed.spill(place / names[name])
             found[name] = packed
         del new
         release_heap()
-    return found
+    if store:
+        kept = {name: names[name] for name in found}
+        store.save(0, {}, kept, [place / file for file in kept.values()])
+    return found, folder
 
 
 def _has_groups(matrix: Matrix) -> bool:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tensorfold.cache import write_file
+
 _PANEL = 64  # rows
 
 
@@ -61,8 +63,13 @@ class Packed:
         self.values.div_(by)
 
     def spill(self, path: Path) -> None:
-        """Keep the values in a file from now on; nothing can be added any more."""
-        self.values.cpu().numpy().tofile(path)
+        """Keep the values in a file from now on; nothing can be added any more.
+
+        Raises:
+            InputError: The file cannot be written.
+            TensorfoldError: The disk is full.
+        """
+        write_file(path, self.values.cpu().numpy().tobytes())
         self.path, self._values = path, None
 
     def full(self, scale: float = 1.0) -> Tensor:
