@@ -66,7 +66,7 @@ def _state(matrix: Matrix, planned: Plan, factors: Factors, weight: Tensor, know
     folded = solved_module(matrix, spec, factors)
     if known.means is not None and isinstance(folded, MPOLinear) and folded.bias is not None:
         given, wanted = known.means
-        folded.bias.data += (wanted - folded.to_dense(torch.float32) @ given).to(folded.bias.dtype)
+        folded.bias.data += (wanted - folded.to_dense(torch.float64) @ given.double()).to(folded.bias.dtype)
     metrics = known.metrics() if matrix.kind == "linear" or method.fits_text else Metrics()
     reached = relative_error(weight, folded.to_dense(torch.float64), *metrics)
     return {**folded.state_dict(), ERROR: torch.tensor(reached, dtype=torch.float64)}
