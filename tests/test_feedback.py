@@ -1,13 +1,16 @@
 """What a layer is fitted to, from the calls that it gets in the dense model and in the folded one."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import tensorfold
 from tensorfold import Auto
-from tensorfold.anatomy import Matrix, dense_weight
-from tensorfold.feedback import RIDGE, _Call, _Sums
+from tensorfold.anatomy import Matrix, dense_weight, matrices
+from tensorfold.calibrate import BlockStream, second_moments
+from tensorfold.feedback import RIDGE, Reference, _Call, _Sums
 
 
 def normal(*shape, seed):
@@ -103,3 +106,68 @@ def test_constant_features_do_not_end_a_fold(tiny, tokenizer, prose, gain, level
         tensorfold.fold(model, Auto(keep=0.9), tokenizer, [prose], calibration_tokens=512)
         got = model(ids).logits
     assert (got - wanted).norm() < 0.3 * (wanted - wanted.mean()).norm()
+
+
+class Twice(nn.Module):
+    """An MLP whose first layer is applied again to what it gave, beside one that sees only the first input."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.again, self.once, self.down = nn.Linear(32, 32, bias), nn.Linear(32, 32, bias), nn.Linear(32, 32, bias)
+
+    def forward(self, x):
+        return self.down(self.again(torch.tanh(self.again(x))) * torch.sigmoid(self.once(x)))
+
+
+@pytest.fixture(params=[False, True], ids=["no bias", "bias"])
+def twice(request, tiny):
+    """A model with such an MLP in every block."""
+    model = tiny("llama")
+    torch.manual_seed(1)
+    for block in model.model.layers:
+        block.mlp = Twice(request.param)
+    return model.eval()
+
+
+def test_moments_of_a_layer_that_is_called_twice_are_of_both_calls(twice):
+    mlp, x = twice.model.layers[0].mlp, normal(50, 32, seed=1).float()
+    with torch.no_grad():
+        moments = second_moments(lambda: mlp(x), dict(mlp.named_children()))
+        both = torch.cat([x, torch.tanh(mlp.again(x))])
+    torch.testing.assert_close(moments["again"], both.T @ both / 100)
+    torch.testing.assert_close(moments["once"], x.T @ x / 50)
+
+
+def test_a_layer_that_is_called_twice_is_fitted_to_both_calls(twice):
+    windows = torch.randint(5, 290, (4, 30), generator=torch.Generator().manual_seed(1))
+    dense = copy.deepcopy(twice)
+    mlp = twice.model.layers[0].mlp
+    chosen = {
+        name: each for name, each in matrices(twice).items() if name.endswith(("0.mlp.again", "0.self_attn.o_proj"))
+    }
+    stage = {name: each for name, each in chosen.items() if name.endswith("again")}
+    reference = Reference(twice, windows, chosen)
+    other = twice.model.layers[0].self_attn.o_proj = copy.deepcopy(twice.model.layers[0].self_attn.o_proj)
+    other.weight.data *= 0.5  # stands for a fold before it
+    stream = BlockStream(twice, windows)
+    known = reference.statistics(stream, 0, stage, last=False)[next(iter(stage))]
+    calls = {}
+    for which, model in (("dense", dense), ("folded", twice)):
+        seen = calls[which] = []
+        handle = model.model.layers[0].mlp.again.register_forward_hook(
+            lambda _, args, __, seen=seen: seen.append(args[0])
+        )
+        for window in windows:
+            model(window[None], use_cache=False)
+        handle.remove()
+    x, y = (torch.cat([each.flatten(0, 1) for each in calls[which]]).double() for which in ("dense", "folded"))
+    weight, bias = mlp.again.weight.detach(), mlp.again.bias
+    _, target = regression(weight, x, y, torch.zeros(len(x), 32), centred=bias is not None)
+    torch.testing.assert_close(known.target.double(), target, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(known.target, weight, atol=1e-2)
+
+
+@pytest.mark.parametrize("effort", ["low", "medium", "high"])
+def test_models_with_such_layers_are_folded(twice, tokenizer, prose, effort):
+    report = tensorfold.fold(twice, Auto(keep=0.5, effort=effort), tokenizer, [prose], calibration_tokens=512)
+    assert any(name.endswith("again") for name in report.choices)
