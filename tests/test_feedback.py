@@ -29,7 +29,7 @@ def sums(matrix, dense, folded, lacks=None, windows=8):
     for x, y, lack in zip(
         dense.float()[None].chunk(windows, 1), folded.float()[None].chunk(windows, 1), lacks, strict=True
     ):
-        found.add([_Call(x, x)], [_Call(y, y)], lack)
+        found.add([_Call(x, x)], [_Call(y, y)], lack, x.shape[1])
     return found
 
 
@@ -87,7 +87,7 @@ def test_a_feature_that_never_varies_weighs_nothing(value):
 def test_without_pairs_the_moment_is_about_the_origin():
     matrix, inputs = layer(True), normal(800, 4, seed=1) + torch.tensor([0.0, 10.1, -3.0, 1.0])
     found = sums(matrix, inputs, inputs)
-    found.add([], [_Call(inputs.float(), inputs)], None)
+    found.add([], [_Call(inputs.float(), inputs)], None, len(inputs))
     known = found.statistics("layer")
     assert (known.target, known.means) == (None, None)
     torch.testing.assert_close(known.inputs, (inputs.T @ inputs / 800).float())
@@ -106,6 +106,18 @@ def test_constant_features_do_not_end_a_fold(tiny, tokenizer, prose, gain, level
         tensorfold.fold(model, Auto(keep=0.9), tokenizer, [prose], calibration_tokens=512)
         got = model(ids).logits
     assert (got - wanted).norm() < 0.3 * (wanted - wanted.mean()).norm()
+
+
+def test_experts_have_pairs_where_they_are_sent_the_same_tokens():
+    matrix, states = layer(False), normal(60, 4, seed=1).float()
+    sent, others = states[:40], states[20:]
+    for folded, paired in ((sent + 1e-3, True), (others, False), (sent[1:], False)):
+        found = _Sums(matrix)
+        found.add([_Call(sent, sent)], [_Call(folded, folded)], None, len(states))
+        assert (found.statistics("layer").target is not None) == paired
+    found = _Sums(matrix)
+    found.add([_Call(sent, sent)], [_Call(others, others)], None, 40)  # all tokens: nobody has chosen any
+    assert found.statistics("layer").target is not None
 
 
 class Twice(nn.Module):

@@ -87,7 +87,7 @@ class Reference:
                 lack = None
                 if direct[name] and len(dense[name]) == len(folded[name]) == 1:
                     lack = (left - dense[name][0].output) - (leaves - folded[name][0].output)
-                sums[name].add(dense[name], folded[name], lack)
+                sums[name].add(dense[name], folded[name], lack, self.stream.hidden.shape[1])
             if last:
                 self.stream.hidden[k : k + 1] = left
         if last:
@@ -118,9 +118,11 @@ class _Sums:
         self.given, self.wanted, self.lack = (_Mean(size, like.device) for size in (n, n, m))
         self.tokens, self.paired = 0, True
 
-    def add(self, dense: list[_Call], folded: list[_Call], lack: Tensor | None) -> None:
-        """Of one window: the calls in the order in which they were made."""
-        self.paired &= [call.input.shape for call in dense] == [call.input.shape for call in folded]
+    def add(self, dense: list[_Call], folded: list[_Call], lack: Tensor | None, length: int) -> None:
+        """Of one window of ``length`` tokens: the calls in the order in which they were made."""
+        self.paired = self.paired and len(dense) == len(folded)
+        for call, other in zip(dense, folded, strict=False):
+            self.paired = self.paired and _same_tokens(call.input, other.input, length)
         if not folded:
             return
         centred = self.matrix.bias is not None
@@ -179,6 +181,21 @@ class _Mean:
     def about(self, count: int) -> Tensor:
         """The mean of ``count`` vectors less the origin, fp64."""
         return self.sum / count
+
+
+def _same_tokens(dense: Tensor, folded: Tensor, length: int) -> bool:
+    """Whether two calls were given the same tokens in the same order, of a window of ``length``.
+
+    A router may send an expert as many tokens in both models, but others. Where it does not get all of them, each
+    vector has to be as near to its partner as to any other.
+    """
+    if dense.shape != folded.shape:
+        return False
+    x, y = _flat(dense), _flat(folded)
+    if len(x) == length:
+        return True
+    distances = torch.cdist(y, x, compute_mode="donot_use_mm_for_euclid_dist")  # (n, n)
+    return bool((distances.diagonal() <= distances.amin(1)).all())
 
 
 def _watch(forward: Callable[[], Tensor], stage: Mapping[str, Matrix]) -> tuple[dict[str, list[_Call]], Tensor]:
