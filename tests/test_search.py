@@ -3,12 +3,13 @@
 import copy
 import gc
 import itertools
+import re
 
 import pytest
 import torch
 
 import tensorfold
-from tensorfold import Auto, InputError, LowRank, Recipe, Rule, Spec, SpecError, folding, search
+from tensorfold import Auto, InputError, LowRank, Recipe, Rule, Spec, SpecError, calibrate, folding, search
 from tensorfold.algebra.allocation import Curve, allocate, pivoted_costs
 from tensorfold.algebra.contract import to_dense
 from tensorfold.algebra.low_rank import error_curve, whitened_low_rank
@@ -337,6 +338,27 @@ def test_budgets_are_of_what_they_say(tiny, tokenizer, prose, budget):
     }
     assert 0.45 < used[budget] / sum(dense.values()) <= 0.5
     assert (used["bytes"] / sum(dense.values()) > 0.5) == (budget != "bytes")
+
+
+@pytest.mark.parametrize("split", [None, 3])
+def test_a_budget_that_cannot_hold_the_floors_is_refused_before_the_text_is_read(
+    tiny, tokenizer, prose, monkeypatch, split
+):
+    """Of bytes a rank of one takes its row order along, which an equal share of the parameters does not."""
+    monkeypatch.setattr(calibrate.BlockStream, "__init__", None)
+    targets, architecture = (["c_attn"], "gpt2") if split else ("mlp", "llama")
+    recipe = lambda keep: Recipe((Rule(targets, Auto(keep=keep, budget="bytes"), split=split),))  # noqa: E731
+    options = {"tokenizer": tokenizer, "calibration": [prose], "calibration_tokens": 512}
+    with pytest.raises(SpecError, match="keep at least") as refused:
+        tensorfold.fold(tiny(architecture), recipe(0.08), **options)
+    enough = float(re.search(r"keep at least ([\d.]+)", str(refused.value))[1])
+    monkeypatch.undo()
+    with pytest.raises(SpecError, match="keep at least"):
+        tensorfold.fold(tiny(architecture), recipe(enough - 0.01), **options)
+    report = tensorfold.fold(tiny(architecture), recipe(enough), **options)
+    assert report.choices
+    without = {key: value for key, value in options.items() if key == "tokenizer"}
+    assert tensorfold.fold(tiny(architecture), recipe(0.08), **without).choices == {}
 
 
 def test_high_effort_finds_columns_that_share_a_basis(tiny, tokenizer, prose, tmp_path):

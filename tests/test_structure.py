@@ -22,6 +22,7 @@ LAYERS = [
     ["recipe", "report"],
     ["shapes"],
     ["planning"],
+    ["budgets"],
     ["texts", "tokens"],
     ["hf"],
     ["calibrate", "evaluation", "gradients", "harness", "hub", "sampling"],

@@ -20,6 +20,7 @@ from tensorfold.algebra.statistics import Statistics
 from tensorfold.anatomy import Matrix, check_foldable, dense_weight, matrices
 from tensorfold.batches import Text, batches
 from tensorfold.block_checkpoints import BlockCheckpoints
+from tensorfold.budgets import Choice
 from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.fold_inputs import check_same, checked_plan, documents, identity, key_of, text_windows, token_counts_of
 from tensorfold.hf.quantizer import mark_folded
@@ -31,7 +32,7 @@ from tensorfold.planning import Plan, prepare
 from tensorfold.ranks import Ranks
 from tensorfold.recipe import Recipe
 from tensorfold.report import module_table, progress_bar
-from tensorfold.search import Choice, Search, search
+from tensorfold.search import Search, search
 from tensorfold.solving import ERROR, cost_of, solve_matrix, solve_rows, unsolved_state
 from tensorfold.surgery import HiddenUnits, hidden_units, reorder_hidden
 

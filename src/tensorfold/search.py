@@ -7,50 +7,25 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tensorfold.algebra.allocation import Curve, allocate, pivoted_costs
 from tensorfold.algebra.als import weighted_als
 from tensorfold.algebra.low_rank import error_curve
 from tensorfold.algebra.packed import Packed
 from tensorfold.algebra.spec import Spec, attainable_ranks
 from tensorfold.algebra.ttsvd import tt_svd
-from tensorfold.anatomy import Matrix, blocks, by_block, dense_weight
+from tensorfold.anatomy import Matrix, by_block, dense_weight
 from tensorfold.auto import EFFORTS, Effort
 from tensorfold.block_checkpoints import BlockCheckpoints
+from tensorfold.budgets import Choice, divide, searched
 from tensorfold.calibrate import BlockStream, second_moments
-from tensorfold.errors import InputError
 from tensorfold.gradients import gradient_moments
 from tensorfold.memory import release_heap
-from tensorfold.planning import Budget, Plan
+from tensorfold.planning import Plan
 
-_POINTS = 12  # of a curve, in reports
 _GROUPS = (2, 3, 4)  # of columns
 _SWEEPS = 4  # of a candidate shape: what it gains later decides nothing
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What one matrix was given, and what it would have lost at other sizes.
-
-    Attributes:
-        rank: Its rank, or bond; the smaller side of the matrix where it stays dense.
-        groups: Of columns that share a basis; 1 is low rank with pivots.
-        rivals: Errors of the other shapes that were fitted at this size, by spec.
-        curve: Pairs of parameters and relative error ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖``, over all sizes.
-    """
-
-    rank: int
-    parameters: int
-    dense: bool
-    curve: tuple[tuple[int, float], ...]
-    groups: int = 1
-    rivals: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "curve", tuple((int(size), float(error)) for size, error in self.curve))
 
 
 @dataclass(frozen=True)
@@ -94,12 +69,7 @@ def search(
     Returns:
         The plan with the ranks chosen, without the layers that stay dense; and what was found on the way.
     """
-    try:
-        prefix = blocks(model)[0] + "."
-    except InputError:
-        return planned, Search()
-    shares = [(budget, [name for name in budget.names if name.startswith(prefix)]) for budget in planned.budgets]
-    budgets = [replace(budget, names=tuple(names)) for budget, names in shares if names]
+    budgets = searched(model, planned)
     if not budgets:
         return planned, Search()
     efforts = {name: EFFORTS[budget.method.effort] for budget in budgets for name in budget.names}
@@ -117,7 +87,7 @@ def search(
     curves = _curves(BlockStream(model, sample), members, gradients, works_on)
     choices = {}
     for budget in budgets:
-        choices |= _divide(budget, planned, members, curves)
+        choices |= divide(budget, planned, members, curves)
     gradients = {name: packed for name, packed in gradients.items() if not choices[name].dense}
     shaped = {name: matrix for name, matrix in members.items() if efforts[name].shapes and _has_groups(matrix)}
     starts = {}
@@ -265,28 +235,3 @@ def _at_entrances(stream: BlockStream, matrices: Mapping[str, Matrix]) -> Iterat
     for index, batch in sorted(by_block(matrices, stream.name).items()):
         stream.advance_to(index)
         yield index, batch
-
-
-def _divide(
-    budget: Budget, planned: Plan, matrices: Mapping[str, Matrix], losses: Mapping[str, Tensor]
-) -> dict[str, Choice]:
-    method, curves = budget.method, {}
-    for name in budget.names:
-        matrix = matrices[name]
-        costs = pivoted_costs(matrix.out_features, matrix.in_features)[1:]  # from rank 1
-        if method.budget == "bytes":  # in units of a parameter; an order is int64, and the dense matrix has none
-            costs[:-1] += matrix.out_features * 8 / matrix.parameter.element_size()
-        floor = min(method.floor * method.keep * matrix.parameter.numel(), planned.modules[name].parameters)
-        curves[name] = Curve(losses[name][1:], costs, floor)
-    total = int(method.keep * sum(matrices[name].parameter.numel() for name in budget.names))
-    ranks = {name: index + 1 for name, index in allocate(curves, total).items()}
-    return {name: _choice(ranks[name], losses[name], matrices[name]) for name in budget.names}
-
-
-def _choice(rank: int, losses: Tensor, matrix: Matrix) -> Choice:
-    costs = pivoted_costs(matrix.out_features, matrix.in_features)[1:]
-    whole = len(costs)
-    errors = (losses / losses[0].clamp_min(torch.finfo(losses.dtype).tiny)).sqrt()
-    points = sorted({rank, *(max(1, round(whole * k / _POINTS)) for k in range(1, _POINTS + 1))})
-    curve = tuple((int(costs[r - 1]), round(float(errors[r]), 6)) for r in points)
-    return Choice(rank, int(costs[rank - 1]), rank == whole, curve)
