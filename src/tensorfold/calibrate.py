@@ -208,11 +208,16 @@ class BlockStream:
         return second_moments(forward, modules)
 
 
-def second_moments(forward: Callable[[], None], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def second_moments(
+    forward: Callable[[], None], modules: Mapping[str, nn.Module], all_called: bool = True
+) -> dict[str, Tensor]:
     """Run ``forward`` and return, for each module, ``C = Xᵀ X / tokens`` of the inputs X it saw, in fp32.
 
     Modules that are given the very same tensors (query, key and value; gate and up) share one accumulation and one
     result. Shape of each C: (in_features, in_features).
+
+    Args:
+        all_called: Whether a module that is never called is an error; otherwise it has none.
 
     Raises:
         InputError: A module saw NaN or infinity, or was never called; the message names it.
@@ -253,7 +258,9 @@ def second_moments(forward: Callable[[], None], modules: Mapping[str, nn.Module]
     for name in modules:
         keys = tuple(key for key in sums if name in key)
         if not sum(tokens[key] for key in keys):
-            raise InputError(f"{name}: not called on the calibration text, so it has no statistics; exclude it.")
+            if all_called:
+                raise InputError(f"{name}: not called on the calibration text, so it has no statistics; exclude it.")
+            continue
         if keys not in averages:
             total = sums[keys[0]] if len(keys) == 1 else torch.stack([sums[key] for key in keys]).sum(0)
             averages[keys] = total / sum(tokens[key] for key in keys)

@@ -172,6 +172,8 @@ class _Mean:
 
     def centre(self, vectors: Tensor) -> Tensor:
         """The vectors (n, size) less the origin, which is the mean of the first ones; they are added to the sum."""
+        if not len(vectors):  # of an expert that was sent nothing
+            return vectors
         if not self.started:
             self.origin, self.started = vectors.mean(0, dtype=torch.float64).float().double(), True
         vectors = vectors - self.origin.float()
@@ -192,7 +194,7 @@ def _same_tokens(dense: Tensor, folded: Tensor, length: int) -> bool:
     if dense.shape != folded.shape:
         return False
     x, y = _flat(dense), _flat(folded)
-    if len(x) == length:
+    if len(x) in (0, length):
         return True
     distances = torch.cdist(y, x, compute_mode="donot_use_mm_for_euclid_dist")  # (n, n)
     return bool((distances.diagonal() <= distances.amin(1)).all())

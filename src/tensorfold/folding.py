@@ -161,7 +161,7 @@ def fold(
             return "weight"
         if matrix.kind == "embedding":
             return "text" if planned.methods[matrix.name].fits_text else "weight"
-        return "loss" if matrix.name in found.efforts else "activation"
+        return "loss" if matrix.name in found.choices else "activation"
 
     return FoldReport(
         planned,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,9 +21,10 @@ from tensorfold.auto import EFFORTS, Effort
 from tensorfold.block_checkpoints import BlockCheckpoints
 from tensorfold.budgets import Choice, divide, searched
 from tensorfold.calibrate import BlockStream, second_moments
+from tensorfold.errors import InputError
 from tensorfold.gradients import gradient_moments
 from tensorfold.memory import release_heap
-from tensorfold.planning import Plan
+from tensorfold.planning import Budget, Plan
 
 _GROUPS = (2, 3, 4)  # of columns
 _SWEEPS = 4  # of a candidate shape: what it gains later decides nothing
@@ -35,6 +37,7 @@ class Search:
     Attributes:
         gradients: Second moments of the loss's gradient at their outputs, taken once from the dense model.
         efforts: Of every such layer.
+        choices: Of those that the text of the search met.
         starts: Cores that were fitted to the dense model, of layers with other shapes than low rank.
     """
 
@@ -82,14 +85,14 @@ def search(
         values, outcome = stored
         choices = {name: Choice(**choice) for name, choice in outcome.items()}
         starts = {name: [values[f"{name}.{k}"] for k in range(2)] for name in choices if f"{name}.0" in values}
-        gradients = {name: packed for name, packed in gradients.items() if not choices[name].dense}
+        gradients = _still_needed(gradients, choices)
         return _carried_out(planned, members, choices), Search(gradients, efforts, choices, starts)
     curves = _curves(BlockStream(model, sample), members, gradients, works_on)
     choices = {}
-    for budget in budgets:
+    for budget in _met(budgets, curves, sample, windows):
         choices |= divide(budget, planned, members, curves)
-    gradients = {name: packed for name, packed in gradients.items() if not choices[name].dense}
-    shaped = {name: matrix for name, matrix in members.items() if efforts[name].shapes and _has_groups(matrix)}
+    gradients = _still_needed(gradients, choices)
+    shaped = {name: members[name] for name in choices if efforts[name].shapes and _has_groups(members[name])}
     starts = {}
     if shaped:
         fitted = _shapes(BlockStream(model, sample), shaped, gradients, choices, curves, works_on)
@@ -136,6 +139,32 @@ def _gradients(
         kept = {name: names[name] for name in found}
         store.save(0, {}, kept, [place / file for file in kept.values()])
     return found, folder
+
+
+def _still_needed(gradients: Mapping[str, Packed], choices: Mapping[str, Choice]) -> dict[str, Packed]:
+    return {name: packed for name, packed in gradients.items() if name in choices and not choices[name].dense}
+
+
+def _met(budgets: list[Budget], curves: Mapping[str, Tensor], sample: Tensor, windows: Tensor) -> list[Budget]:
+    """The budgets less the layers that the sample did not meet, such as experts that none of its tokens was sent to.
+
+    Nothing is known of what those cost the loss; they keep their equal shares, and are fitted to their inputs alone.
+
+    Raises:
+        InputError: There is one, though the sample is all the text.
+    """
+    left = [name for budget in budgets for name in budget.names if name not in curves]
+    if left and len(sample) == len(windows):
+        raise InputError(f"{left[0]}: not called on the calibration text, so it has no statistics; exclude it.")
+    if left:
+        warnings.warn(
+            f"{len(left)} layers are not called on the first {sample.numel()} tokens of the calibration text, from "
+            f"{left[0]} on; each gets an equal share of its budget, and is fitted to its inputs without the loss's "
+            "gradients. effort: high looks at all of the text.",
+            stacklevel=2,
+        )
+    met = [replace(budget, names=tuple(name for name in budget.names if name in curves)) for budget in budgets]
+    return [budget for budget in met if budget.names]
 
 
 def _has_groups(matrix: Matrix) -> bool:
@@ -212,13 +241,15 @@ def _curves(
     gradients: Mapping[str, Packed],
     works_on: Callable[[str], None],
 ) -> dict[str, Tensor]:
-    """Squared error of the best matrix of every rank, on the dense model."""
+    """Squared error of the best matrix of every rank, on the dense model, of those that the text meets."""
     found = {}
     for index, batch in _at_entrances(stream, matrices):
         works_on(f"curves of {stream.name}.{index}")
         modules = {name: matrix.module for name, matrix in batch.items()}
-        moments = second_moments(lambda index=index: stream.advance(index), modules)  # type: ignore[misc]
+        moments = second_moments(lambda index=index: stream.advance(index), modules, all_called=False)  # type: ignore[misc]
         for name, matrix in batch.items():
+            if name not in moments or name not in gradients:
+                continue
             weight = dense_weight(matrix.module).detach()
             found[name] = error_curve(weight, moments[name], gradients[name].full())
     return found
