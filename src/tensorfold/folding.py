@@ -194,7 +194,7 @@ def _fold_all(
 
     with bar, evaluation_mode(model), torch.no_grad():
         if text.windows is not None and planned.budgets:
-            planned, found = search(model, planned, chosen, text.windows, store, works_on)
+            planned, found = search(model, planned, chosen, text.windows, ranks, store, works_on)
             chosen = {name: matrix for name, matrix in chosen.items() if name in planned.modules}
             bar.update(task, total=len(chosen))
         for index, (batch, measure) in enumerate(batches(model, chosen, planned, text, found), start=2):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,6 +26,7 @@ from tensorfold.errors import InputError
 from tensorfold.gradients import gradient_moments
 from tensorfold.memory import release_heap
 from tensorfold.planning import Budget, Plan
+from tensorfold.ranks import Ranks
 
 _GROUPS = (2, 3, 4)  # of columns
 _SWEEPS = 4  # of a candidate shape: what it gains later decides nothing
@@ -58,12 +60,14 @@ def search(
     planned: Plan,
     chosen: Mapping[str, Matrix],
     windows: Tensor,
+    ranks: Ranks,
     store: BlockCheckpoints | None = None,
     works_on: Callable[[str], None] = lambda _: None,
 ) -> tuple[Plan, Search]:
     """Divide every budget of the plan among its layers; those outside the blocks keep their equal shares.
 
-    The curves are exact: eigenvalues give the error of the best matrix of every rank, so no rank is tried.
+    The curves are exact: eigenvalues give the error of the best matrix of every rank, so no rank is tried. On several
+    ranks all measure, and take the choices of the first: on unequal machines the last digit may decide otherwise.
 
     Args:
         windows: Calibration text, shape (windows, length).
@@ -91,13 +95,20 @@ def search(
     choices = {}
     for budget in _met(budgets, curves, sample, windows):
         choices |= divide(budget, planned, members, curves)
+    choices = ranks.gather(choices if ranks.is_first else None)[0]
     gradients = _still_needed(gradients, choices)
     shaped = {name: members[name] for name in choices if efforts[name].shapes and _has_groups(members[name])}
     starts = {}
     if shaped:
         fitted = _shapes(BlockStream(model, sample), shaped, gradients, choices, curves, works_on)
         choices |= {name: choice for name, (choice, _) in fitted.items()}
-        starts = {name: cores for name, (_, cores) in fitted.items() if cores}
+        choices = ranks.gather(choices if ranks.is_first else None)[0]
+        starts = {
+            name: cores if ranks.is_first else _no_cores(members[name], choices[name])
+            for name, (_, cores) in fitted.items()
+            if choices[name].groups > 1
+        }
+        ranks.broadcast((core for cores in starts.values() for core in cores), owner=0)
     if store:
         tensors = {f"{name}.{k}": core for name, cores in starts.items() for k, core in enumerate(cores)}
         store.save(1, tensors, {name: asdict(choice) for name, choice in choices.items()})
@@ -219,6 +230,13 @@ def _grouped(matrix: Matrix, groups: int, parameters: int) -> Spec | None:
     out_modes, in_modes = (matrix.out_features, 1), (groups, matrix.in_features // groups)
     bond = min(parameters // (out_modes[0] * groups + in_modes[1]), *attainable_ranks(out_modes, in_modes))
     return Spec(out_modes, in_modes, (bond,)) if bond else None
+
+
+def _no_cores(matrix: Matrix, choice: Choice) -> list[Tensor]:
+    """Uninitialised memory for those that were fitted to a matrix."""
+    like = dense_weight(matrix.module)
+    dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+    return [torch.empty(shape, dtype=dtype, device=like.device) for shape in _spec(matrix, choice).core_shapes]
 
 
 def _carried_out(planned: Plan, members: Mapping[str, Matrix], choices: Mapping[str, Choice]) -> Plan:
