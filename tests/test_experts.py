@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tensorfold
-from tensorfold import Auto, InputError, search
+from tensorfold import Auto, InputError, folding, search
 from tensorfold.auto import EFFORTS, Effort
 from tensorfold.calibrate import calibration_windows
 
@@ -94,6 +94,8 @@ def test_high_effort_meets_it(routed, tokenizer, prose):
     assert sum("experts.1" in name for name in report.choices) == 4
 
 
-def test_one_that_no_text_meets_is_refused_by_name(routed, tokenizer, prose):
+@pytest.mark.parametrize("effort", ["low", "medium", "high"])
+def test_one_that_no_text_meets_is_refused_by_name(routed, tokenizer, prose, monkeypatch, effort):
+    monkeypatch.setattr(folding, "solve_matrix", None)  # before anything is folded
     with pytest.raises(InputError, match=r"experts\.1\.up: not called on the calibration text.*exclude it"):
-        tensorfold.fold(routed(never=True), Auto(keep=0.5, effort="high"), tokenizer, [prose], calibration_tokens=512)
+        tensorfold.fold(routed(never=True), Auto(keep=0.5, effort=effort), tokenizer, [prose], calibration_tokens=512)

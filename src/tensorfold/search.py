@@ -22,7 +22,6 @@ from tensorfold.auto import EFFORTS, Effort
 from tensorfold.block_checkpoints import BlockCheckpoints
 from tensorfold.budgets import Choice, divide, searched
 from tensorfold.calibrate import BlockStream, second_moments
-from tensorfold.errors import InputError
 from tensorfold.gradients import gradient_moments
 from tensorfold.memory import release_heap
 from tensorfold.planning import Budget, Plan
@@ -93,7 +92,7 @@ def search(
         return _carried_out(planned, members, choices), Search(gradients, efforts, choices, starts)
     curves = _curves(BlockStream(model, sample), members, gradients, works_on)
     choices = {}
-    for budget in _met(budgets, curves, sample, windows):
+    for budget in _met(model, budgets, members, curves, sample, windows):
         choices |= divide(budget, planned, members, curves)
     choices = ranks.gather(choices if ranks.is_first else None)[0]
     gradients = _still_needed(gradients, choices)
@@ -156,22 +155,31 @@ def _still_needed(gradients: Mapping[str, Packed], choices: Mapping[str, Choice]
     return {name: packed for name, packed in gradients.items() if name in choices and not choices[name].dense}
 
 
-def _met(budgets: list[Budget], curves: Mapping[str, Tensor], sample: Tensor, windows: Tensor) -> list[Budget]:
+def _met(
+    model: PreTrainedModel,
+    budgets: list[Budget],
+    matrices: Mapping[str, Matrix],
+    curves: Mapping[str, Tensor],
+    sample: Tensor,
+    windows: Tensor,
+) -> list[Budget]:
     """The budgets less the layers that the sample did not meet, such as experts that none of its tokens was sent to.
 
     Nothing is known of what those cost the loss; they keep their equal shares, and are fitted to their inputs alone.
 
     Raises:
-        InputError: There is one, though the sample is all the text.
+        InputError: The rest of the text does not meet one either.
     """
-    left = [name for budget in budgets for name in budget.names if name not in curves]
-    if left and len(sample) == len(windows):
-        raise InputError(f"{left[0]}: not called on the calibration text, so it has no statistics; exclude it.")
+    left = {name: matrix for name, matrix in matrices.items() if name not in curves}
     if left:
+        stream = BlockStream(model, windows)
+        for index, batch in _at_entrances(stream, left):
+            # Found now, not when its block is folded; it names the layer.
+            second_moments(lambda index=index: stream.advance(index), {n: m.module for n, m in batch.items()})  # type: ignore[misc]
         warnings.warn(
             f"{len(left)} layers are not called on the first {sample.numel()} tokens of the calibration text, from "
-            f"{left[0]} on; each gets an equal share of its budget, and is fitted to its inputs without the loss's "
-            "gradients. effort: high looks at all of the text.",
+            f"{next(iter(left))} on; each gets an equal share of its budget, and is fitted to its inputs without the "
+            "loss's gradients. effort: high looks at all of the text.",
             stacklevel=2,
         )
     met = [replace(budget, names=tuple(name for name in budget.names if name in curves)) for budget in budgets]
