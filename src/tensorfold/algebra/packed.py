@@ -55,12 +55,14 @@ class Packed:
 
     def add(self, vectors: Tensor) -> None:
         """Add ``vectorsᵀ vectors`` of vectors (n, size)."""
-        for rows, panel in self._panels(self.values):
+        assert self._values is not None  # a file's would be lost
+        for rows, panel in self._panels(self._values):
             panel.addmm_(vectors[:, rows].T, vectors[:, rows.start :])
 
     def divide(self, by: float) -> None:
         """Divide all numbers."""
-        self.values.div_(by)
+        assert self._values is not None
+        self._values.div_(by)
 
     def spill(self, path: Path) -> None:
         """Keep the values in a file from now on; nothing can be added any more.
