@@ -1,13 +1,15 @@
-"""What calibration text says of tables, where heads are not plain products."""
+"""Batches that are folded together, and what text says of tables where heads are not plain products."""
+
+import copy
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
 import tensorfold
-from tensorfold import Graded
+from tensorfold import Auto, Graded, Kronecker, Recipe, Rule, folding
 from tensorfold.anatomy import matrices
-from tensorfold.batches import _scale_of_logits
+from tensorfold.batches import _scale_of_logits, _undivided
 from tensorfold.calibrate import inputs_of
 
 SIZES = {
@@ -34,3 +36,42 @@ def test_scaled_and_capped_logits_are_told_apart(name, tokenizer, prose):
     assert scale == (None if expected is None else pytest.approx(expected, rel=1e-4))
     tensorfold.fold(model, Graded(keep=0.4), tokenizer, [prose], calibration_tokens=256)
     assert torch.isfinite(model(windows, use_cache=False).logits).all()
+
+
+def test_families_are_folded_with_the_first_of_them():
+    stages = [["q", "k"], ["o"], ["gate", "up"], ["down"]]
+    assert _undivided(stages, [{"gate", "up", "down"}]) == [["q", "k"], ["o"], ["gate", "up", "down"]]
+    assert _undivided(stages, [{"up", "down"}, {"k", "o"}]) == [["q", "k", "o"], ["gate", "up", "down"]]
+    assert _undivided(stages, []) == _undivided(stages, [{"elsewhere"}]) == stages
+
+
+EXACT = Kronecker(factor=(8, 4), terms=32, permute="hidden")
+MIXED = {
+    "attention": ([Rule("mlp", EXACT), Rule("attention", Auto(keep=0.9))], 3),
+    "expanding": ([Rule(["down_proj"], EXACT), Rule("mlp", Auto(keep=0.9))], 1),
+    "contracting": ([Rule(["up_proj", "gate_proj"], EXACT), Rule("mlp", Auto(keep=0.9, effort="high"))], 2),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_hidden_units_are_reordered_beside_layers_that_share_a_budget(
+    tiny, tokenizer, prose, tmp_path, monkeypatch, name
+):
+    """One order for all matrices of an MLP that ask for it, though those of other rules are folded by and by."""
+    rules, together = MIXED[name]
+    views, find = [], folding.search_row_order
+    monkeypatch.setattr(folding, "search_row_order", lambda given: views.append(len(given)) or find(given))
+    dense, states = tiny("llama"), []
+    ids = torch.arange(20, 120)[None]
+    for checkpoint in (None, tmp_path / "done", tmp_path / "done"):
+        model = copy.deepcopy(dense)
+        options = {"calibration_tokens": 512, "checkpoint": checkpoint}
+        report = tensorfold.fold(model, Recipe(tuple(rules)), tokenizer, [prose], **options)
+        states.append(model.state_dict())
+        with torch.no_grad():
+            wanted, got = dense(ids).logits, model(ids).logits
+        assert (got - wanted).norm() < 0.03 * (wanted - wanted.mean()).norm()
+    assert views == [together] * 2 * 3
+    assert report.choices
+    for state in states[1:]:
+        assert all(torch.equal(state[key], states[0][key]) for key in states[0])

@@ -1,21 +1,18 @@
 """Each protocol against a reference that shares no code with it: Hugging Face's recipe and plain loops."""
 
-import functools
-import itertools
 import json
 import math
-import random
 import string
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from random_words import prose
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.evaluation import PROTOCOLS, Evaluation, evaluate, get_protocol
-from tensorfold.tokens import Encoder
 
 CHARACTERS = ["<s>", "</s>", "<unk>", *string.printable]
 VOCABULARY = len(CHARACTERS)
@@ -57,16 +54,6 @@ FAMILIES = {"gpt2": gpt2, "llama": llama}
 @pytest.fixture(params=FAMILIES)
 def model(request):
     return FAMILIES[request.param]().eval()
-
-
-def prose(characters: int, seed: int = 0) -> str:
-    """Words of unequal letters, so that windows differ in difficulty."""
-    rng = random.Random(seed)
-    words = ("".join(rng.choices("etaoinshr", k=rng.randint(1, 7))) for _ in itertools.count())
-    text = ""
-    while len(text) < characters:
-        text += next(words) + rng.choice([" ", " ", " ", "\n"])
-    return text[: characters - 1] + "."
 
 
 PASSAGES = [prose(60 + 17 * k, seed=k) + " " + word for k, word in enumerate(["on", "star", "hen", "rattan", "a"])]
@@ -240,61 +227,6 @@ def test_a_start_token_is_added_where_that_is_the_default_and_an_end_token_never
     result = evaluate(model, character_tokenizer(template="<s> $A </s>"), text)
     assert result.perplexity == pytest.approx(expected, rel=1e-5)
     assert result.tokens == tokens == 300
-
-
-class Spy:
-    """Records how many characters a tokenizer is given."""
-
-    def __init__(self, tokenize) -> None:
-        self.tokenize, self.lengths, self.bos_token_id = tokenize, [], None
-
-    def __call__(self, text, **options):
-        self.lengths.append(len(text))
-        return {"input_ids": self.tokenize(text)}
-
-
-@functools.cache
-def trained(kind: str):
-    tokenizer = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE())
-    special = {"special_tokens": ["<unk>"]}
-    trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, **special)
-    if kind == "byte-level":
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    elif kind == "unigram":
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-        trainer = trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", show_progress=False, **special)
-    else:
-        tokenizer.normalizer = normalizers.Replace(" ", "▁")  # merges run across words
-    tokenizer.train_from_iterator([prose(300, seed=k) for k in range(30)], trainer)
-    return lambda text: tokenizer.encode(text).ids
-
-
-@pytest.mark.parametrize("kind", ["byte-level", "unigram", "no pre-tokeniser"])
-@pytest.mark.parametrize("count", [2, 57, 1000])
-def test_a_prefix_is_tokenised_as_the_whole_text_is(kind, count):
-    tokenize = trained(kind)
-    for text in (prose(40_000), prose(40_000).replace(" ", "     ").replace("\n", "\n \n")):
-        spy = Spy(tokenize)
-        assert Encoder(spy).first(text, count) == tokenize(text)[:count]
-        assert sum(spy.lengths) < len(text)
-
-
-@pytest.mark.parametrize("text", ["x" * 9000, prose(9000)])
-def test_a_tokeniser_that_looks_at_the_whole_text_gets_it(text):
-    def reversing(text):
-        return [ord(c) + len(text) for c in text]
-
-    assert Encoder(Spy(reversing)).first(text, 100) == reversing(text)[:100]
-
-
-def test_few_tokens_from_many_characters_still_give_the_asked_for_count():
-    def one_a_line(text):
-        return [len(line) for line in text.splitlines(keepends=True)]
-
-    text = "".join("word " * (20 + k % 7) + "\n" for k in range(3000))
-    spy = Spy(one_a_line)
-    assert Encoder(spy).first(text, 100) == one_a_line(text)[:100]
-    assert max(spy.lengths) < len(text)
 
 
 def test_long_texts_raise_no_length_warning(model):

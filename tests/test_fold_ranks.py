@@ -15,7 +15,7 @@ import torch
 import yaml
 
 import tensorfold
-from tensorfold import LowRank, SpecError
+from tensorfold import Auto, LowRank, SpecError, search
 from tensorfold.cli import run
 from tensorfold.ranks import Ranks, schedule
 
@@ -219,6 +219,38 @@ def test_every_rank_has_the_folded_model(tiny, on_ranks, tmp_path):
         assert errors == expected.errors
         assert state.keys() == alone.state_dict().keys()
         assert all(torch.equal(state[name], tensor) for name, tensor in alone.state_dict().items())
+
+
+@pytest.mark.parametrize("effort", ["medium", "high"])
+def test_ranks_that_measure_differently_take_the_choices_of_the_first(
+    effort, tiny, tokenizer, prose, on_ranks, tmp_path
+):
+    """Rank 1 finds other curves, and shapes with other cores."""
+
+    def folded():
+        model = tiny("llama", intermediate_size=96)
+        for block in model.model.layers:  # groups of columns with one basis, which high effort finds
+            generator = torch.Generator().manual_seed(3)
+            basis, mix = torch.randn(3, 24, generator=generator), torch.randn(32, 4, 3, generator=generator)
+            block.mlp.down_proj.weight.data = torch.einsum("ogk,kn->ogn", mix, basis).reshape(32, 96) * 0.1
+        report = tensorfold.fold(model, Auto(keep=0.3, effort=effort), tokenizer, [prose], calibration_tokens=256)
+        return model.state_dict(), report.choices
+
+    def work(rank):
+        if rank == 1:
+            curve, als = search.error_curve, search.weighted_als
+            search.error_curve = lambda weight, *metrics: curve(weight, *metrics) * (1 + weight[0, 0].abs() * 100)
+            search.weighted_als = lambda *given, **options: als(*given, **{**options, "sweeps": 1})
+        torch.save(folded(), tmp_path / f"rank-{rank}")
+
+    assert [status for status, *_ in on_ranks(2, work)] == [0, 0]
+    expected, choices = folded()
+    assert any(choice.groups > 1 for choice in choices.values()) == (effort == "high")
+    for rank in range(2):
+        state, found = torch.load(tmp_path / f"rank-{rank}", weights_only=False)
+        assert found == choices
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("what", ["model.layers.1.mlp.up_proj.weight", "recipe", "untie", "calibration text"])

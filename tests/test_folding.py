@@ -9,7 +9,8 @@ import tensorfold
 from tensorfold import MPO, InputError, Kronecker, LowRank, Recipe, Rule
 from tensorfold.algebra.solve import relative_error
 from tensorfold.anatomy import dense_weight
-from tensorfold.calibrate import BlockStream, calibrating, calibration_windows, second_moments
+from tensorfold.calibrate import BlockStream, calibration_windows, second_moments
+from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.nn import MPOLinear
 
 ARCHITECTURES = ["gpt2", "llama", "opt", "gpt_neox", "gemma3", "phi"]
@@ -84,7 +85,7 @@ def test_stream_sees_what_the_model_sees(tiny, tokenizer, prose, architecture):
     """Moments from the block stream equal those of hooks in whole forward passes, for every block."""
     model = tiny(architecture)
     windows = calibration_windows(tokenizer, [prose], 256, 64)
-    with calibrating(model):
+    with evaluation_mode(model), torch.no_grad():
         stream = BlockStream(model, windows)
         modules = {
             name: module
@@ -146,6 +147,17 @@ def test_same_input_same_bytes(tiny, tokenizer, prose):
         states.append(model.state_dict())
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_every_module_keeps_its_mode_and_new_ones_get_the_models(tiny):
+    model = tiny("gpt2").train()
+    frozen = model.transformer.h[1].attn.eval()
+    tensorfold.fold(model, LowRank(keep=0.5))
+    assert not any(module.training for module in frozen.modules())
+    assert all(module.training for name, module in model.named_modules() if "h.1.attn" not in name)
+    model = tiny("gpt2").eval()
+    tensorfold.fold(model, LowRank(keep=0.5))
+    assert not any(module.training for module in model.modules())
 
 
 def test_training_mode_and_bias_are_kept(tiny):

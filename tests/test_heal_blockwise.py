@@ -10,7 +10,8 @@ import torch
 import tensorfold
 from tensorfold import InputError, Kronecker, LowRank, Recipe, Rule, TensorfoldError
 from tensorfold.anatomy import blocks
-from tensorfold.calibrate import BlockStream, calibrating
+from tensorfold.calibrate import BlockStream
+from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.healing import activations, blockwise
 from tensorfold.healing.activations import ActivationStore
 from tensorfold.healing.blockwise import heal_blocks, relative_loss
@@ -110,7 +111,7 @@ def test_only_cores_move(folded, healed):
 def test_every_architecture(tiny, architecture, windows):
     """Several windows go through a block as one batch, whatever else the architecture hands its blocks."""
     teacher = tiny(architecture)
-    with calibrating(teacher):
+    with evaluation_mode(teacher), torch.no_grad():
         stream = BlockStream(teacher, windows[:4])
         for index in range(len(stream.blocks)):
             batch = stream.run(index, stream.hidden)

@@ -1,17 +1,17 @@
 """Budgets: error curves, their division, and folds that choose for themselves."""
 
 import copy
-import itertools
+import re
 
 import pytest
 import torch
 
 import tensorfold
-from tensorfold import Auto, InputError, LowRank, Recipe, Rule, Spec, SpecError, folding
-from tensorfold.algebra.allocation import Curve, allocate, pivoted_costs
+from tensorfold import Auto, InputError, LowRank, Recipe, Rule, Spec, SpecError, calibrate, folding, search
+from tensorfold.algebra.allocation import pivoted_costs
 from tensorfold.algebra.contract import to_dense
 from tensorfold.algebra.low_rank import error_curve, whitened_low_rank
-from tensorfold.algebra.packed import Packed
+from tensorfold.algebra.packed import numbers
 from tensorfold.algebra.solve import relative_error
 from tensorfold.anatomy import matrices
 from tensorfold.planning import plan
@@ -53,59 +53,6 @@ def test_no_other_matrix_of_that_rank_is_nearer(shape):
         assert relative_error(weight, to_dense(other, spec), metric, outputs) >= best
 
 
-def test_packed_moments_are_the_whole_ones():
-    x = random(50, 7).float()
-    packed = Packed(7)
-    for part in x.split(13):
-        packed.add(part)
-    torch.testing.assert_close(packed.full(0.5), 0.5 * x.T @ x)
-    assert packed.values.numel() == 28
-
-
-def curves(count, choices=5, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    out = {}
-    for k in range(count):
-        losses = torch.rand(choices, generator=generator, dtype=torch.float64).sort(descending=True).values
-        costs = torch.randint(1, 9, (choices,), generator=generator).cumsum(0).double()
-        out[str(k)] = Curve(losses, costs)
-    return out
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_an_allocation_is_within_the_budget_and_next_to_the_best(seed):
-    given = curves(4, seed=seed)
-    least = sum(float(curve.costs[0]) for curve in given.values())
-    for budget in (int(least), int(least) + 7, int(least) + 23, 10**6):
-        chosen = allocate(given, budget)
-        spent = sum(float(given[name].costs[k]) for name, k in chosen.items())
-        loss = sum(float(given[name].losses[k]) for name, k in chosen.items())
-        assert spent <= budget
-        every = itertools.product(range(5), repeat=4)
-        best = min(
-            sum(float(c.losses[k]) for c, k in zip(given.values(), picks, strict=True))
-            for picks in every
-            if sum(float(c.costs[k]) for c, k in zip(given.values(), picks, strict=True)) <= budget
-        )
-        # A price finds the best of the hull; what lies inside it is at most one step of one matrix away.
-        steps = max(float((c.losses[:-1] - c.losses[1:]).max()) for c in given.values())
-        assert loss <= best + steps + 1e-12
-
-
-def test_floors_hold_and_can_be_too_many():
-    given = {name: Curve(c.losses, c.costs, floor=6) for name, c in curves(4).items()}
-    least = sum(float(c.costs[(c.costs >= 6).nonzero()[0]]) for c in given.values())
-    chosen = allocate(given, int(least))
-    assert all(given[name].costs[k] >= 6 for name, k in chosen.items())
-    with pytest.raises(SpecError, match="floors"):
-        allocate(given, int(least) - 1)
-
-
-def test_costs_end_at_the_dense_matrix():
-    costs = pivoted_costs(6, 4)
-    assert costs.tolist() == [0, 9, 16, 21, 24]
-
-
 @pytest.fixture
 def recipe():
     return Recipe(fold=(Rule("mlp", Auto(keep=0.5)),))
@@ -117,7 +64,13 @@ def test_a_budget_is_met_saved_and_loaded(tiny, tokenizer, prose, tmp_path, arch
     model = tiny(architecture).eval()
     report = tensorfold.fold(model, Auto(keep=0.5, effort=effort), tokenizer, [prose], calibration_tokens=512)
     assert report.parameters_after == sum(parameter.numel() for parameter in model.parameters())
-    assert 0.46 < report.plan.kept <= 0.5
+    dense = [matrix for matrix in matrices(tiny(architecture)).values() if matrix.group == "mlp"]
+    left = sum(m.parameter.numel() for m in dense) // 2 - sum(choice.parameters for choice in report.choices.values())
+    assert left >= 0
+    for matrix in dense:  # nobody could have had one rank more
+        choice = report.choices[matrix.name]
+        costs = pivoted_costs(matrix.out_features, matrix.in_features)
+        assert choice.dense or effort == "high" or costs[choice.rank + 1] - costs[choice.rank] > left
     assert set(report.metrics.values()) == {"loss"}
     for name, choice in report.choices.items():
         parameters, errors = zip(*choice.curve, strict=True)
@@ -187,10 +140,31 @@ def test_two_rules_have_two_budgets(tiny, tokenizer, prose):
 
 
 def test_biases_take_up_what_means_lack(tiny, tokenizer, prose):
+    """Behind every block the folded model's states have the dense model's mean on the text, to rounding."""
     model = tiny("gpt2").eval()
-    before = {name: bias.clone() for name, bias in model.named_parameters() if name.endswith("mlp.c_proj.bias")}
+    for block in model.transformer.h:  # means that matter
+        block.ln_2.bias.data.normal_(generator=torch.Generator().manual_seed(1))
+    windows = calibrate.calibration_windows(tokenizer, [prose], 512, 128)
+
+    @torch.no_grad()
+    def states():
+        """Behind each block, (blocks, tokens, width)."""
+        seen = [[] for _ in model.transformer.h]
+        hooks = [
+            block.register_forward_hook(lambda _, __, out, k=k: seen[k].append(calibrate._hidden_of(out)[0]))
+            for k, block in enumerate(model.transformer.h)
+        ]
+        for window in windows:
+            model(window[None], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return torch.stack([torch.cat(each) for each in seen]).double()
+
+    before = states()
     tensorfold.fold(model, Auto(keep=0.3), tokenizer, [prose], calibration_tokens=512)
-    assert all(not torch.equal(model.get_parameter(name), bias) for name, bias in before.items())
+    after = states()
+    assert (after - before).abs().mean() > 1e-2 * before.std()
+    assert (after.mean(1) - before.mean(1)).abs().max() < 1e-5 * before.std()
 
 
 def test_efforts_are_named():
@@ -210,7 +184,7 @@ def test_an_interrupted_fold_goes_on_where_it_was(tiny, tokenizer, prose, tmp_pa
         return tensorfold.fold(model, Recipe(fold=rules), tokenizer, [prose], **options), model.state_dict()
 
     report, expected = fold()
-    solve, calls = folding._solve, []
+    solve, calls = folding.solve_matrix, []
 
     def breaks(matrix, *rest):
         calls.append(matrix.name)
@@ -218,7 +192,7 @@ def test_an_interrupted_fold_goes_on_where_it_was(tiny, tokenizer, prose, tmp_pa
             raise KeyboardInterrupt
         return solve(matrix, *rest)
 
-    monkeypatch.setattr(folding, "_solve", breaks)
+    monkeypatch.setattr(folding, "solve_matrix", breaks)
     with pytest.raises(KeyboardInterrupt):
         fold(tmp_path / "done")
     before = len(calls)
@@ -227,6 +201,63 @@ def test_an_interrupted_fold_goes_on_where_it_was(tiny, tokenizer, prose, tmp_pa
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[key], expected[key]) for key in expected)
     assert (again.errors, again.choices, again.plan.modules) == (report.errors, report.choices, report.plan.modules)
+
+
+@pytest.fixture
+def kept_fold(tiny, tokenizer, prose, tmp_path):
+    """``kept_fold()``: the state of a folded model, with a checkpoint in ``tmp_path / "done"``."""
+
+    def fold(checkpoint=True):
+        model = tiny("llama")
+        options = {"calibration_tokens": 512, "checkpoint": tmp_path / "done" if checkpoint else None}
+        tensorfold.fold(model, Auto(keep=0.5), tokenizer, [prose], **options)
+        return model.state_dict()
+
+    return fold
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_gradients_are_one_set_of_files_from_the_start(kept_fold, tmp_path, monkeypatch):
+    """Nothing as large as all of them is ever in one file, which would have to be held while it is written."""
+    expected = kept_fold(checkpoint=False)
+    monkeypatch.setattr(search.tempfile, "TemporaryDirectory", None)
+    assert same(kept_fold(), expected)
+    done = tmp_path / "done"
+    kept = [path.stat().st_size for path in (done / "gradients").iterdir()]
+    assert sorted(kept) == sorted(4 * numbers(size) for size in [48, 48, 32] * 2)
+    assert sum((done / f"block-000{k}" / "cores.safetensors").stat().st_size for k in range(2)) < min(kept)
+
+
+def test_a_search_that_was_interrupted_has_its_gradients(kept_fold, monkeypatch):
+    expected, curve, calls = kept_fold(checkpoint=False), search.error_curve, []
+
+    def breaks(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return curve(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(search, "error_curve", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            kept_fold()
+    monkeypatch.setattr(search, "gradient_moments", None)
+    assert same(kept_fold(), expected)
+
+
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_damaged_gradients_are_taken_again(kept_fold, tmp_path, monkeypatch, caplog, damage):
+    expected, taken, again = kept_fold(), search.gradient_moments, []
+    file = tmp_path / "done" / "gradients" / "0002"
+    file.unlink() if damage == "gone" else file.write_bytes(file.read_bytes()[::-1])
+    monkeypatch.setattr(search, "gradient_moments", lambda *given: again.append(1) or taken(*given))
+    monkeypatch.setattr(folding, "solve_matrix", None)  # what was solved with them stays good
+    assert same(kept_fold(), expected)
+    assert again
+    assert "block-0000 cannot be used" in caplog.text
 
 
 def test_a_checkpoint_of_another_fold_is_refused(tiny, tokenizer, prose, tmp_path):
@@ -256,6 +287,27 @@ def test_budgets_are_of_what_they_say(tiny, tokenizer, prose, budget):
     }
     assert 0.45 < used[budget] / sum(dense.values()) <= 0.5
     assert (used["bytes"] / sum(dense.values()) > 0.5) == (budget != "bytes")
+
+
+@pytest.mark.parametrize("split", [None, 3])
+def test_a_budget_that_cannot_hold_the_floors_is_refused_before_the_text_is_read(
+    tiny, tokenizer, prose, monkeypatch, split
+):
+    """Of bytes a rank of one takes its row order along, which an equal share of the parameters does not."""
+    monkeypatch.setattr(calibrate.BlockStream, "__init__", None)
+    targets, architecture = (["c_attn"], "gpt2") if split else ("mlp", "llama")
+    recipe = lambda keep: Recipe((Rule(targets, Auto(keep=keep, budget="bytes"), split=split),))  # noqa: E731
+    options = {"tokenizer": tokenizer, "calibration": [prose], "calibration_tokens": 512}
+    with pytest.raises(SpecError, match="keep at least") as refused:
+        tensorfold.fold(tiny(architecture), recipe(0.08), **options)
+    enough = float(re.search(r"keep at least ([\d.]+)", str(refused.value))[1])
+    monkeypatch.undo()
+    with pytest.raises(SpecError, match="keep at least"):
+        tensorfold.fold(tiny(architecture), recipe(enough - 0.01), **options)
+    report = tensorfold.fold(tiny(architecture), recipe(enough), **options)
+    assert report.choices
+    without = {key: value for key, value in options.items() if key == "tokenizer"}
+    assert tensorfold.fold(tiny(architecture), recipe(0.08), **without).choices == {}
 
 
 def test_high_effort_finds_columns_that_share_a_basis(tiny, tokenizer, prose, tmp_path):

@@ -15,7 +15,8 @@ from tensorfold.algebra.solve import fit, relative_error
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import tt_svd
 from tensorfold.anatomy import count_parameters, matrices
-from tensorfold.calibrate import BlockStream, calibrating, calibration_windows, second_moments
+from tensorfold.calibrate import BlockStream, calibration_windows, second_moments
+from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.hf.sources import find_model
 from tensorfold.texts import load_text
 
@@ -77,7 +78,7 @@ def test_folding_with_calibration_beats_folding_without(dense, smollm_tokenizer,
 def test_weighted_als_halves_the_activation_error_of_kronecker_shapes(dense, smollm_tokenizer):
     """The study measures .31 on average for ``⊗ (1×2)`` over five blocks, Van Loan .64; here block 7 alone."""
     windows = calibration_windows(smollm_tokenizer, load_text("python-docs", split="calibration"), 4096)
-    with calibrating(dense):
+    with evaluation_mode(dense), torch.no_grad():
         stream = BlockStream(dense, windows)
         stream.advance_to(7)
         mlp = stream.blocks[7].mlp
@@ -109,7 +110,7 @@ def test_low_rank_with_pivots_is_never_worse_than_whitened_svd(dense, smollm_tok
     windows = calibration_windows(smollm_tokenizer, load_text("python-docs", split="calibration"), 2048)
     linears = {name: matrix.module for name, matrix in matrices(dense).items() if matrix.kind == "linear"}
     ratios = []
-    with calibrating(dense):
+    with evaluation_mode(dense), torch.no_grad():
         stream = BlockStream(dense, windows)
         for block in range(30):
             modules = {name: module for name, module in linears.items() if f"layers.{block}." in name}

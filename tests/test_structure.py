@@ -10,7 +10,7 @@ PACKAGE = Path(tensorfold.__file__).parent
 # Lowest first. A module may import from its own layer and from those before it.
 LAYERS = [
     ["errors"],
-    ["strict", "cache", "memory", "ranks"],
+    ["strict", "cache", "memory", "ranks", "evaluation_mode"],
     ["block_checkpoints", "records"],
     ["settings"],
     ["algebra"],
@@ -22,11 +22,12 @@ LAYERS = [
     ["recipe", "report"],
     ["shapes"],
     ["planning"],
+    ["budgets"],
     ["texts", "tokens"],
     ["hf"],
     ["calibrate", "evaluation", "gradients", "harness", "hub", "sampling"],
     ["feedback", "search"],
-    ["batches", "fold_inputs"],
+    ["batches", "fold_inputs", "solving"],
     ["folding"],
     ["streaming"],
     ["onnx_graph"],
@@ -82,5 +83,18 @@ def test_algebra_and_modules_know_no_transformers():
 
 
 def test_files_stay_readable():
-    long = {str(path): n for _, path in modules() if (n := len(path.read_text().splitlines())) > 400}
+    paths = [*PACKAGE.rglob("*.py"), *Path(__file__).parent.glob("*.py")]
+    long = {str(path): n for path in paths if (n := len(path.read_text(encoding="utf-8").splitlines())) > 400}
     assert not long
+
+
+def test_private_names_stay_in_their_files():
+    borrowed = [
+        f"{path.relative_to(PACKAGE)} imports {alias.name} from {node.module}"
+        for _, path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tensorfold")
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    ]
+    assert not borrowed

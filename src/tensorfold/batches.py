@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensorfold.algebra.statistics import Statistics
-from tensorfold.anatomy import Matrix, blocks, by_block, dense_weight
+from tensorfold.anatomy import Matrix, blocks, by_block, dense_weight, matrices
 from tensorfold.calibrate import BlockStream, inputs_of
 from tensorfold.feedback import Reference
 from tensorfold.gradients import gradient_moments
 from tensorfold.hf.swap import scale_of
 from tensorfold.planning import Plan
 from tensorfold.search import Search
+from tensorfold.surgery import hidden_units
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ def batches(
 
     Else embeddings and then block by block; the caller folds each batch before the next one is asked for, so that a
     block is measured on what the folded blocks before it pass on. Blocks with layers that share a budget come in parts,
-    in the order in which they are applied, where their effort asks for it.
+    in the order in which they are applied, where their effort asks for it; an MLP whose hidden units are reordered is
+    never divided, since its matrices follow one order.
     """
     windows = text.windows
     if windows is None:
@@ -46,6 +48,11 @@ def batches(
     inside = by_block(linears, blocks(model)[0]) if linears else {}
     effort = [found.efforts[name] for name in linears if name in found.efforts]
     reference = Reference(model, windows, linears) if any(each.feedback for each in effort) else None
+    families = [
+        {matrix.name for matrix in (*units.ups, units.down)}
+        for units in hidden_units(model, matrices(model))
+        if any(planned.methods[m.name].reorders_hidden for m in (*units.ups, units.down) if m.name in planned.methods)
+    ]
     if embeddings:
         yield embeddings, partial(_of_tables, model, embeddings, planned, windows, text.counts)
     if not linears:
@@ -56,6 +63,7 @@ def batches(
         stages = [list(batch)] if batch else []
         if any(each.staged for each in effort) and batch:
             stages = stream.stages(index, {name: matrix.module for name, matrix in batch.items()})
+            stages = _undivided(stages, families)
         for stage in stages:
             last = stage is stages[-1]
             measure = partial(_of_linears, stream, reference, index, batch, stage, last, found)
@@ -66,6 +74,18 @@ def batches(
     outside = {name: matrix for name, matrix in linears.items() if name not in placed}
     if outside:
         yield list(outside.values()), partial(_of_outside, stream, outside)
+
+
+def _undivided(stages: list[list[str]], families: list[set[str]]) -> list[list[str]]:
+    """The stages, each family in the first one that has any of it."""
+    stages = [list(stage) for stage in stages]
+    for family in families:
+        first = next((stage for stage in stages if family & set(stage)), None)
+        if first is not None:
+            late = [name for stage in stages if stage is not first for name in stage if name in family]
+            first += late
+            stages = [stage if stage is first else [n for n in stage if n not in late] for stage in stages]
+    return [stage for stage in stages if stage]
 
 
 def _of_linears(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class BlockCheckpoints:
 
     Blocks are to be loaded or saved in order. Each records the checksum of the one before it, since it was fitted to
     what that one passes on: after a damaged block the later ones stay good if computing it again gives the same bytes.
+    What is too large to be held until its block is finished is written to :meth:`folder` and belongs to the block that
+    is saved with it.
 
     Args:
         directory: Created with the first block.
@@ -53,8 +55,8 @@ class BlockCheckpoints:
             sidecar = json.loads((path / _SIDECAR).read_text(encoding="utf-8"))
             key, previous, digest, outcome = (sidecar[name] for name in ("run", "previous", "sha256", "outcome"))
             content = (path / _CORES).read_bytes()
-            if hashlib.sha256(content).hexdigest() != digest:
-                raise ValueError(f"the checksum of {_CORES} differs")
+            if self._digest(content, sidecar.get("files", ())) != digest:
+                raise ValueError(f"the checksum of {_CORES}, or of a file beside it, differs")
             if key == self._key and previous != self._previous:
                 raise ValueError("a block before it has changed")
             tensors = load_tensors(content)
@@ -69,19 +71,44 @@ class BlockCheckpoints:
         self._previous = digest
         return tensors, dict(outcome)
 
-    def save(self, index: int, tensors: Mapping[str, Tensor], outcome: Mapping[str, Any]) -> None:
+    def folder(self, name: str) -> Path:
+        """A directory for files that are written while a block is computed; created, with what is in it.
+
+        Raises:
+            OSError: It cannot be created.
+        """
+        path = self._directory / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def save(
+        self, index: int, tensors: Mapping[str, Tensor], outcome: Mapping[str, Any], files: Iterable[Path] = ()
+    ) -> None:
         """Write block ``index`` in place of what is there.
+
+        Args:
+            files: Below the directory, complete; without them as they are now the block cannot be loaded.
 
         Raises:
             TensorfoldError: The disk is full.
         """
+        beside = [path.relative_to(self._directory).as_posix() for path in files]
         content = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        digest = hashlib.sha256(content).hexdigest()
-        sidecar = {"run": self._key, "previous": self._previous, "sha256": digest, "outcome": dict(outcome)}
+        digest = self._digest(content, beside)
+        sidecar: dict[str, Any] = {"run": self._key, "previous": self._previous, "sha256": digest}
+        sidecar |= {"files": beside, "outcome": dict(outcome)}
         with atomic_directory(self._path(index), replace=True) as partial:
             (partial / _CORES).write_bytes(content)
             (partial / _SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
         self._previous = digest
+
+    def _digest(self, content: bytes, files: Iterable[str]) -> str:
+        """Of a block's tensors and the files beside them."""
+        digest = hashlib.sha256(content)
+        for name in files:
+            with (self._directory / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def _path(self, index: int) -> Path:
         return self._directory / f"block-{index:04d}"

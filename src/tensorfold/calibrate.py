@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tensorfold.anatomy import blocks
-from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.errors import InputError
 from tensorfold.tokens import Encoder
 
 WINDOW = 1024
@@ -76,7 +76,7 @@ class BlockStream:
     index of the block whose entrance it stands at.
 
     Args:
-        model: Left in evaluation mode while the stream is used; :func:`calibrating` restores it.
+        model: In evaluation mode, and without gradients, for as long as the stream is used.
         windows: Token indices, shape (windows, length).
         allocate: Makes the tensor for ``hidden`` from shape and dtype; on the model's device if None.
 
@@ -208,50 +208,66 @@ class BlockStream:
         return second_moments(forward, modules)
 
 
-def second_moments(forward: Callable[[], None], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def second_moments(
+    forward: Callable[[], None], modules: Mapping[str, nn.Module], all_called: bool = True
+) -> dict[str, Tensor]:
     """Run ``forward`` and return, for each module, ``C = Xᵀ X / tokens`` of the inputs X it saw, in fp32.
 
-    Modules that are given the very same tensor (query, key and value; gate and up) share one accumulation and one
+    Modules that are given the very same tensors (query, key and value; gate and up) share one accumulation and one
     result. Shape of each C: (in_features, in_features).
+
+    Args:
+        all_called: Whether a module that is never called is an error; otherwise it has none.
 
     Raises:
         InputError: A module saw NaN or infinity, or was never called; the message names it.
     """
-    sums: dict[str, Tensor] = {}
-    seen: dict[str, int] = {}
-    leader: dict[str, str] = {}
-    last: list[tuple[Any, str]] = []
+    sums: dict[frozenset[str], Tensor] = {}  # by the modules that were given the same tensor
+    tokens: dict[frozenset[str], int] = {}
+    given: list[tuple[Any, Tensor, set[str]]] = []  # a tensor, its vectors, and who has been given it so far
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
-            if last and last[0][0] is x and leader.get(name, last[0][1]) == last[0][1]:
-                leader[name] = last[0][1]
+            if given and given[0][0] is x and name not in given[0][2]:
+                given[0][2].add(name)
                 return
-            if leader.setdefault(name, name) != name:
-                raise TensorfoldError(f"{name}: shares its input with {leader[name]} in some calls only.")
-            last[:] = [(x, name)]
+            add()
             flat = x.detach().reshape(-1, x.shape[-1]).float()
-            if name not in sums:
-                sums[name] = torch.zeros(flat.shape[-1], flat.shape[-1], device=flat.device)
-                seen[name] = 0
-            sums[name].addmm_(flat.T, flat)
-            seen[name] += flat.shape[0]
+            # A copy, which nothing changes in place before it is known who else is given it.
+            given[:] = [(x, flat.clone() if flat.data_ptr() == x.data_ptr() else flat, {name})]
 
         return hook
+
+    def add() -> None:
+        for _, flat, names in given:
+            key = frozenset(names)
+            if key not in sums:
+                sums[key], tokens[key] = torch.zeros(flat.shape[-1], flat.shape[-1], device=flat.device), 0
+            sums[key].addmm_(flat.T, flat)
+            tokens[key] += flat.shape[0]
+        given.clear()
 
     with ExitStack() as hooks, torch.no_grad():
         for name, module in modules.items():
             hooks.enter_context(_removing(module.register_forward_pre_hook(watch(name))))
         forward()
+        add()
+    averages: dict[tuple[frozenset[str], ...], Tensor] = {}
+    found = {}
     for name in modules:
-        if name not in leader:
-            raise InputError(f"{name}: not called on the calibration text, so it has no statistics; exclude it.")
-    averages = {name: total / seen[name] for name, total in sums.items()}
-    for name, average in averages.items():
-        if not torch.isfinite(average).all():
-            raise InputError(f"{name}: its inputs on the calibration text hold NaN or infinity; check the model.")
-    return {name: averages[leader[name]] for name in modules}
+        keys = tuple(key for key in sums if name in key)
+        if not sum(tokens[key] for key in keys):
+            if all_called:
+                raise InputError(f"{name}: not called on the calibration text, so it has no statistics; exclude it.")
+            continue
+        if keys not in averages:
+            total = sums[keys[0]] if len(keys) == 1 else torch.stack([sums[key] for key in keys]).sum(0)
+            averages[keys] = total / sum(tokens[key] for key in keys)
+            if not torch.isfinite(averages[keys]).all():
+                raise InputError(f"{name}: its inputs on the calibration text hold NaN or infinity; check the model.")
+        found[name] = averages[keys]
+    return found
 
 
 def inputs_of(forward: Callable[[], None], module: nn.Module) -> Tensor:
@@ -272,18 +288,6 @@ def inputs_of(forward: Callable[[], None], module: nn.Module) -> Tensor:
     if not all(bool(part.isfinite().all()) for part in seen):
         raise InputError(f"{type(module).__name__}: its inputs on the calibration text hold NaN or infinity.")
     return torch.cat(seen)
-
-
-@contextmanager
-def calibrating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, no gradients, and the model's own mode back afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def _check_finite(hidden: Tensor, block: str) -> None:

@@ -11,8 +11,7 @@ import difflib
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.tokens import Encoder
 
 if TYPE_CHECKING:
@@ -351,18 +351,6 @@ def _check_vocabulary(size: int | None, windows: Sequence[Window]) -> None:
         raise InputError(
             f"the tokenizer gives token id {largest}, the model has {size} tokens; use the tokenizer of this model"
         )
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in evaluation mode; afterwards every module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _score(model: nn.Module, windows: Sequence[Window], device: torch.device) -> list[Score]:

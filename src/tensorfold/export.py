@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from tensorfold.anatomy import count_parameters
 from tensorfold.cache import atomic_directory, check_target
 from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.hf.int8 import quantize
 from tensorfold.hf.loading import load, reason
 from tensorfold.hf.plain import check_floating, plain_config, plain_model
@@ -127,7 +128,7 @@ def export_dense(
         TensorfoldError: What was written does not give the model's logits to 1e-4 (float32), or the disk is full.
     """
     started = time.monotonic()
-    with _directory(out) as partial, _evaluating(model):
+    with _directory(out) as partial, evaluation_mode(model):
         plain = plain_model(model)
         parameters = count_parameters(plain)
         plain.save_pretrained(partial)
@@ -165,7 +166,7 @@ def export_onnx(
             f"export_onnx: got a model in {', '.join(sorted(dtypes))}; needed float32, which every runtime computes "
             'in: load it with dtype="float32".'
         )
-    with _evaluating(model):
+    with evaluation_mode(model):
         program = trace(model)
         with _directory(out) as partial:
             graph = partial / "model.onnx"
@@ -195,7 +196,7 @@ def export_int8(
     """
     started = time.monotonic()
     check_target(Path(out))
-    with _evaluating(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         ids, mask = probe(model, 2, 16)
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         bytes_before = quantize(model).bytes_before
@@ -219,16 +220,6 @@ def _directory(out: str | Path) -> Iterator[Path]:
             yield partial
     except (SafetensorError, OSError) as error:
         raise TensorfoldError(f"{out}: could not be written: {reason(error)}; nothing was left of it.") from error
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _write_beside(directory: Path, tokenizer: Any, readme: str) -> None:

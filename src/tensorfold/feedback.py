@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,9 +85,9 @@ class Reference:
             folded, leaves = _watch(lambda k=k: stream.run(index, stream.hidden[k : k + 1]), stage)  # type: ignore[misc]
             for name in stage:
                 lack = None
-                if direct[name] and name in dense and name in folded:
-                    lack = (left - dense[name][1]) - (leaves - folded[name][1])
-                sums[name].add(dense.get(name), folded.get(name), lack)
+                if direct[name] and len(dense[name]) == len(folded[name]) == 1:
+                    lack = (left - dense[name][0].output) - (leaves - folded[name][0].output)
+                sums[name].add(dense[name], folded[name], lack, self.stream.hidden.shape[1])
             if last:
                 self.stream.hidden[k : k + 1] = left
         if last:
@@ -96,37 +96,47 @@ class Reference:
         return {name: each.statistics(name) for name, each in sums.items()}
 
 
+class _Call(NamedTuple):
+    """What a module was given, (..., in), and what it gave back, (..., out)."""
+
+    input: Tensor
+    output: Tensor
+
+
 class _Sums:
-    """Moments of one module's inputs in both models, about the origin; about the means where there is a bias."""
+    """Moments of one module's inputs in both models, over all its calls; about the means where there is a bias.
+
+    Those are summed about the means of the first window, since ``E[x xᵀ] − E[x] E[x]ᵀ`` has no digits of a feature
+    that varies little beside its mean.
+    """
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
         n, m, like = matrix.in_features, matrix.out_features, matrix.parameter
         zeros = lambda *shape: torch.zeros(shape, device=like.device)  # noqa: E731
         self.inputs, self.cross, self.lacks = zeros(n, n), zeros(n, n), zeros(m, n)
-        self.means = zeros(n), zeros(n), zeros(m)
+        self.given, self.wanted, self.lack = (_Mean(size, like.device) for size in (n, n, m))
         self.tokens, self.paired = 0, True
 
-    def add(
-        self, dense: tuple[Tensor, Tensor] | None, folded: tuple[Tensor, Tensor] | None, lack: Tensor | None
-    ) -> None:
-        if folded is None:
-            self.paired &= dense is None
+    def add(self, dense: list[_Call], folded: list[_Call], lack: Tensor | None, length: int) -> None:
+        """Of one window of ``length`` tokens: the calls in the order in which they were made."""
+        self.paired = self.paired and len(dense) == len(folded)
+        for call, other in zip(dense, folded, strict=False):
+            self.paired = self.paired and _same_tokens(call.input, other.input, length)
+        if not folded:
             return
-        given = _flat(folded[0])
-        self.inputs.addmm_(given.T, given)
+        centred = self.matrix.bias is not None
+        given = torch.cat([_flat(call.input) for call in folded])
         self.tokens += len(given)
-        # Experts may be sent other tokens by the two models, which then have no pairs.
-        if dense is None or dense[0].shape != folded[0].shape:
-            self.paired = False
+        given = self.given.centre(given) if centred else given
+        self.inputs.addmm_(given.T, given)
+        if not self.paired:
             return
-        wanted = _flat(dense[0])
-        self.cross.addmm_(wanted.T, given)
-        self.means[0].add_(given.sum(0))
-        self.means[1].add_(wanted.sum(0))
+        wanted = torch.cat([_flat(call.input) for call in dense])
+        self.cross.addmm_((self.wanted.centre(wanted) if centred else wanted).T, given)
         if lack is not None:
-            self.lacks.addmm_(_flat(lack).T, given)
-            self.means[2].add_(_flat(lack).sum(0))
+            flat = _flat(lack)
+            self.lacks.addmm_((self.lack.centre(flat) if centred else flat).T, given)
 
     def statistics(self, name: str) -> Statistics:
         if not self.tokens:
@@ -134,30 +144,69 @@ class _Sums:
         c, a, d = (total.double() / self.tokens for total in (self.inputs, self.cross, self.lacks))
         if not torch.isfinite(c).all():
             raise InputError(f"{name}: its inputs on the calibration text hold NaN or infinity; check the model.")
+        given, wanted, lack = (mean.about(self.tokens) for mean in (self.given, self.wanted, self.lack))
         if not self.paired:
-            return Statistics(inputs=c.float())
+            about = self.given.origin
+            return Statistics(inputs=(c + about.outer(given) + given.outer(about) + about.outer(about)).float())
         weight, means = dense_weight(self.matrix.module).detach().double(), None
         if self.matrix.bias is not None:
-            given, wanted, lack = (total.double() / self.tokens for total in self.means)
             c, a, d = c - given.outer(given), a - wanted.outer(given), d - lack.outer(given)
-            means = Means(given.float(), (weight @ wanted + lack).float())
+            # Of a feature that never varies nothing is left but rounding, of either sign; it varies with nothing.
+            varies = (c.diagonal() > 0).double()
+            c, a, d = c * varies.outer(varies), a * varies, d * varies
+            given, wanted, lack = given + self.given.origin, wanted + self.wanted.origin, lack + self.lack.origin
+            means = Means(given, weight @ wanted + lack)
         ridge = RIDGE * c.diagonal().clamp_min(0) + torch.finfo(torch.float32).eps * c.diagonal().mean()
+        ridge = ridge.clamp_min(torch.finfo(torch.float32).tiny)  # where no feature varies
         target = torch.linalg.solve(c + ridge.diag(), (weight @ a + d + weight * ridge).T).T
         return Statistics(inputs=c.float(), target=target.float(), means=means)
 
 
-def _watch(
-    forward: Callable[[], Tensor], stage: Mapping[str, Matrix]
-) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """Inputs and outputs of the modules in one forward pass, those called once; and what it returns."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    twice: set[str] = set()
+class _Mean:
+    """Of vectors (size,), kept as an origin near it, fp64 of fp32 numbers, and the sum of what they differ from it."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.origin = torch.zeros(size, dtype=torch.float64, device=device)
+        self.sum = torch.zeros_like(self.origin)
+        self.started = False
+
+    def centre(self, vectors: Tensor) -> Tensor:
+        """The vectors (n, size) less the origin, which is the mean of the first ones; they are added to the sum."""
+        if not len(vectors):  # of an expert that was sent nothing
+            return vectors
+        if not self.started:
+            self.origin, self.started = vectors.mean(0, dtype=torch.float64).float().double(), True
+        vectors = vectors - self.origin.float()
+        self.sum += vectors.sum(0, dtype=torch.float64)
+        return vectors
+
+    def about(self, count: int) -> Tensor:
+        """The mean of ``count`` vectors less the origin, fp64."""
+        return self.sum / count
+
+
+def _same_tokens(dense: Tensor, folded: Tensor, length: int) -> bool:
+    """Whether two calls were given the same tokens in the same order, of a window of ``length``.
+
+    A router may send an expert as many tokens in both models, but others. Where it does not get all of them, each
+    vector has to be as near to its partner as to any other.
+    """
+    if dense.shape != folded.shape:
+        return False
+    x, y = _flat(dense), _flat(folded)
+    if len(x) in (0, length):
+        return True
+    distances = torch.cdist(y, x, compute_mode="donot_use_mm_for_euclid_dist")  # (n, n)
+    return bool((distances.diagonal() <= distances.amin(1)).all())
+
+
+def _watch(forward: Callable[[], Tensor], stage: Mapping[str, Matrix]) -> tuple[dict[str, list[_Call]], Tensor]:
+    """The calls of the modules in one forward pass, and what it returns."""
+    seen: dict[str, list[_Call]] = {name: [] for name in stage}
 
     def hook(name: str) -> Callable[..., None]:
         def record(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if name in seen:
-                twice.add(name)
-            seen[name] = args[0], output
+            seen[name].append(_Call(args[0], output))
 
         return record
 
@@ -165,7 +214,7 @@ def _watch(
         for name, matrix in stage.items():
             hooks.callback(matrix.module.register_forward_hook(hook(name)).remove)
         out = forward()
-    return {name: pair for name, pair in seen.items() if name not in twice}, out
+    return seen, out
 
 
 def _adds_to_output(stream: BlockStream, index: int, module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensorfold.anatomy import matrices
+from tensorfold.budgets import check_budgets
 from tensorfold.calibrate import calibration_windows, token_counts
 from tensorfold.errors import InputError
 from tensorfold.hf.swap import scale_of
@@ -61,6 +62,8 @@ def checked_plan(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> Pl
         # Of tables, text knows the one that it goes in by, and none of positions.
         known = name not in available or available[name].kind == "linear" or available[name].group == "embedding"
         check_method(method, name, planned, calibrated and known)
+    if calibrated:
+        check_budgets(model, planned)
     chosen = available if recipe.changes_modules else {name: available[name] for name in planned.modules}
     for matrix in chosen.values():
         if matrix.parameter.is_meta:

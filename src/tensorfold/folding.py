@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +15,30 @@ from transformers import PreTrainedModel
 
 from tensorfold.algebra.any_spec import AnySpec
 from tensorfold.algebra.permutation import search_row_order
-from tensorfold.algebra.solve import Factors, relative_error
 from tensorfold.algebra.spec import Spec
-from tensorfold.algebra.statistics import Metrics, Statistics
-from tensorfold.algebra.token_mps import TokenMPSSpec
+from tensorfold.algebra.statistics import Statistics
 from tensorfold.anatomy import Matrix, check_foldable, dense_weight, matrices
 from tensorfold.batches import Text, batches
 from tensorfold.block_checkpoints import BlockCheckpoints
-from tensorfold.calibrate import calibrating
-from tensorfold.errors import SpecError
+from tensorfold.budgets import Choice
+from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.fold_inputs import check_same, checked_plan, documents, identity, key_of, text_windows, token_counts_of
 from tensorfold.hf.quantizer import mark_folded
-from tensorfold.hf.swap import empty_module, solved_module, swap
+from tensorfold.hf.swap import empty_module, swap
 from tensorfold.memory import release_file_pages, release_heap
 from tensorfold.method import NOTHING
 from tensorfold.methods import Method
-from tensorfold.nn import MPOLinear
 from tensorfold.planning import Plan, prepare
 from tensorfold.ranks import Ranks
 from tensorfold.recipe import Recipe
 from tensorfold.report import module_table, progress_bar
-from tensorfold.search import Choice, Search, search
+from tensorfold.search import Search, search
+from tensorfold.solving import ERROR, cost_of, solve_matrix, solve_rows, unsolved_state
 from tensorfold.surgery import HiddenUnits, hidden_units, reorder_hidden
 
 log = logging.getLogger(__name__)
 
-# Travels from rank to rank beside the state of a solved module.
-_ERROR = "relative error"
+_LAYOUT = 2  # of checkpoints: what their blocks hold
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,8 @@ def fold(
         if ranks.count > 1:
             check_same(ranks, identity(model, recipe, windows, counts))
         elif checkpoint is not None and windows is not None:
-            store = BlockCheckpoints(Path(checkpoint), key_of(identity(model, recipe, windows, counts)), "fold")
+            given = {**identity(model, recipe, windows, counts), "layout": _LAYOUT}
+            store = BlockCheckpoints(Path(checkpoint), key_of(given), "fold")
         planned, chosen = prepare(model, recipe)
         planned, found, errors = _fold_all(
             ranks, model, planned, chosen, Text(windows, counts), store, progress and ranks.is_first
@@ -163,7 +161,7 @@ def fold(
             return "weight"
         if matrix.kind == "embedding":
             return "text" if planned.methods[matrix.name].fits_text else "weight"
-        return "loss" if matrix.name in found.efforts else "activation"
+        return "loss" if matrix.name in found.choices else "activation"
 
     return FoldReport(
         planned,
@@ -194,12 +192,12 @@ def _fold_all(
         bar.update(task, description=what)
         log.debug("rank %d of %d: %s", ranks.index, ranks.count, what)
 
-    with bar, calibrating(model):
+    with bar, evaluation_mode(model), torch.no_grad():
         if text.windows is not None and planned.budgets:
-            planned, found = search(model, planned, chosen, text.windows, store, works_on)
+            planned, found = search(model, planned, chosen, text.windows, ranks, store, works_on)
             chosen = {name: matrix for name, matrix in chosen.items() if name in planned.modules}
             bar.update(task, total=len(chosen))
-        for index, (batch, measure) in enumerate(batches(model, chosen, planned, text, found), start=1):
+        for index, (batch, measure) in enumerate(batches(model, chosen, planned, text, found), start=2):
             kept = store if not any(planned.methods[matrix.name].reorders_hidden for matrix in batch) else None
             saved = kept.load(index) if kept else None
             solutions = (
@@ -210,7 +208,7 @@ def _fold_all(
             states: dict[str, Tensor] = {}
             for matrix, solution in solutions:
                 states |= {f"{matrix.name}.{key}": tensor for key, tensor in solution.items()} if kept else {}
-                errors[matrix.name] = solution.pop(_ERROR).item()
+                errors[matrix.name] = solution.pop(ERROR).item()
                 _replace(model, matrix, planned.modules[matrix.name], solution)
                 bar.advance(task)
             if kept and saved is None:
@@ -232,16 +230,16 @@ def _solutions(
 
     def solve(matrix: Matrix) -> dict[str, Tensor]:
         works_on(matrix.name)
-        return _solve(matrix, planned, known.pop(matrix.name, NOTHING))
+        return solve_matrix(matrix, planned, known.pop(matrix.name, NOTHING))
 
     def unsolved(matrix: Matrix) -> dict[str, Tensor]:
-        return _unsolved(matrix, planned.modules[matrix.name], matrix.parameter.device)
+        return unsolved_state(matrix, planned.modules[matrix.name], matrix.parameter.device)
 
     divided = [matrix for matrix in batch if ranks.count > 1 and planned.methods[matrix.name].rowwise]
-    yield from ranks.share([matrix for matrix in batch if matrix not in divided], _cost, solve, unsolved)
+    yield from ranks.share([matrix for matrix in batch if matrix not in divided], cost_of, solve, unsolved)
     for matrix in divided:
         works_on(matrix.name)
-        yield matrix, _solve_rows(ranks, matrix, planned)
+        yield matrix, solve_rows(ranks, matrix, planned)
 
 
 def _saved(batch: list[Matrix], tensors: Mapping[str, Tensor]) -> Iterator[tuple[Matrix, dict[str, Tensor]]]:
@@ -294,61 +292,6 @@ def _align_hidden_units(
                 sides = {"columns": order} if matrix is units.down else {"rows": order}
                 aligned[matrix.name] = aligned[matrix.name].reordered(**sides)
     return aligned
-
-
-def _cost(matrix: Matrix) -> int:
-    """Multiply–adds of a decomposition, up to a constant."""
-    return matrix.parameter.numel() * min(matrix.out_features, matrix.in_features)
-
-
-def _solve(matrix: Matrix, planned: Plan, known: Statistics) -> dict[str, Tensor]:
-    """The state of the module that replaces the matrix, and the relative error."""
-    spec, method = planned.modules[matrix.name], planned.methods[matrix.name]
-    weight = dense_weight(matrix.module).detach() if known.target is None else known.target
-    try:
-        factors = method.solve(weight, spec, known)
-    except SpecError as error:
-        raise SpecError(f"{matrix.name}: {error}") from None
-    return _state(matrix, planned, factors, weight, known)
-
-
-def _solve_rows(ranks: Ranks, matrix: Matrix, planned: Plan) -> dict[str, Tensor]:
-    """The same of a table whose rows are fitted by themselves, as many by every rank."""
-    spec, method = planned.modules[matrix.name], planned.methods[matrix.name]
-    assert isinstance(spec, TokenMPSSpec)
-    weight = dense_weight(matrix.module).detach()
-    share = -(-spec.vocabulary // ranks.count)
-    parts = [range(first, min(first + share, spec.vocabulary)) for first in range(0, spec.vocabulary, share)]
-
-    def solve(part: range) -> dict[str, Tensor]:
-        cores = method.solve(weight[part.start : part.stop], replace(spec, vocabulary=len(part))).cores
-        return {str(k): core for k, core in enumerate(cores)}
-
-    def unsolved(part: range) -> dict[str, Tensor]:
-        dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-        shapes = replace(spec, vocabulary=len(part)).core_shapes
-        return {str(k): weight.new_empty(shape, dtype=dtype) for k, shape in enumerate(shapes)}
-
-    solved = dict(ranks.share(parts, len, solve, unsolved))
-    cores = [torch.cat([solved[part][str(k)] for part in parts]) for k in range(len(spec.core_shapes))]
-    return _state(matrix, planned, Factors(cores), weight, NOTHING)
-
-
-def _state(matrix: Matrix, planned: Plan, factors: Factors, weight: Tensor, known: Statistics) -> dict[str, Tensor]:
-    spec, method = planned.modules[matrix.name], planned.methods[matrix.name]
-    folded = solved_module(matrix, spec, factors)
-    if known.means is not None and isinstance(folded, MPOLinear) and folded.bias is not None:
-        given, wanted = known.means
-        folded.bias.data += (wanted - folded.to_dense(torch.float32) @ given).to(folded.bias.dtype)
-    metrics = known.metrics() if matrix.kind == "linear" or method.fits_text else Metrics()
-    reached = relative_error(weight, folded.to_dense(torch.float64), *metrics)
-    return {**folded.state_dict(), _ERROR: torch.tensor(reached, dtype=torch.float64)}
-
-
-def _unsolved(matrix: Matrix, spec: AnySpec, device: torch.device) -> dict[str, Tensor]:
-    """Uninitialised memory for what :func:`_solve` returns."""
-    state = empty_module(matrix, spec).to_empty(device=device).state_dict()
-    return {**state, _ERROR: torch.empty((), dtype=torch.float64)}
 
 
 def _replace(model: PreTrainedModel, matrix: Matrix, spec: AnySpec, state: dict[str, Tensor]) -> None:

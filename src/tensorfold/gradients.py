@@ -24,14 +24,15 @@ def gradient_moments(model: PreTrainedModel, windows: Tensor, modules: Mapping[s
     """For each module ``G = Σ g gᵀ / tokens``, (out, out), with g the gradient of the loss at an output vector.
 
     The loss is that of the text itself, ``Σ −log p(next token)`` in nats over a window: the empirical Fisher. An output
-    that is off by δ at a token then costs about ``½ δᵀ G δ`` nats.
+    that is off by δ at a token then costs about ``½ δᵀ G δ`` nats. A module that is never called has none, such as
+    an expert that no token is sent to.
 
     Args:
         windows: Token indices, shape (windows, length); cut into pieces of 256.
         modules: By name; what they return is the vector itself, shape (..., out).
 
     Raises:
-        InputError: A module was never called, or its gradients hold NaN or infinity.
+        InputError: The gradients at a module hold NaN or infinity.
     """
     sums: dict[str, Packed] = {}
 
@@ -64,14 +65,12 @@ def gradient_moments(model: PreTrainedModel, windows: Tensor, modules: Mapping[s
         for piece in (row for part in windows.to(model.device).split(_WINDOW, dim=1) for row in part):
             logits = model(piece[None], use_cache=False).logits
             logits.backward(_gradient_at(logits, piece))
-    for name in modules:
-        if name not in sums:
-            raise InputError(f"{name}: not called on the calibration text, so it has no gradients; exclude it.")
-        if not torch.isfinite(sums[name].values).all():
+    for name, moment in sums.items():
+        if not torch.isfinite(moment.values).all():
             raise InputError(
                 f"{name}: the loss's gradients there hold NaN or infinity; load the model in bf16 or fp32."
             )
-        sums[name].divide(windows.numel())
+        moment.divide(windows.numel())
     return sums
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tensorfold.errors import InputError, TensorfoldError
-from tensorfold.evaluation import HARNESS, Evaluation, evaluation_mode
+from tensorfold.evaluation import HARNESS, Evaluation
+from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.hf.loading import reason
 
 _PERPLEXITIES = ("word_perplexity", "perplexity")

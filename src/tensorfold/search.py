@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,46 +12,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tensorfold.algebra.allocation import Curve, allocate, pivoted_costs
 from tensorfold.algebra.als import weighted_als
 from tensorfold.algebra.low_rank import error_curve
 from tensorfold.algebra.packed import Packed
 from tensorfold.algebra.spec import Spec, attainable_ranks
 from tensorfold.algebra.ttsvd import tt_svd
-from tensorfold.anatomy import Matrix, blocks, by_block, dense_weight
+from tensorfold.anatomy import Matrix, by_block, dense_weight
 from tensorfold.auto import EFFORTS, Effort
 from tensorfold.block_checkpoints import BlockCheckpoints
+from tensorfold.budgets import Choice, divide, searched
 from tensorfold.calibrate import BlockStream, second_moments
-from tensorfold.errors import InputError
 from tensorfold.gradients import gradient_moments
 from tensorfold.memory import release_heap
 from tensorfold.planning import Budget, Plan
+from tensorfold.ranks import Ranks
 
-_POINTS = 12  # of a curve, in reports
 _GROUPS = (2, 3, 4)  # of columns
 _SWEEPS = 4  # of a candidate shape: what it gains later decides nothing
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What one matrix was given, and what it would have lost at other sizes.
-
-    Attributes:
-        rank: Its rank, or bond; the smaller side of the matrix where it stays dense.
-        groups: Of columns that share a basis; 1 is low rank with pivots.
-        rivals: Errors of the other shapes that were fitted at this size, by spec.
-        curve: Pairs of parameters and relative error ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖``, over all sizes.
-    """
-
-    rank: int
-    parameters: int
-    dense: bool
-    curve: tuple[tuple[int, float], ...]
-    groups: int = 1
-    rivals: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "curve", tuple((int(size), float(error)) for size, error in self.curve))
 
 
 @dataclass(frozen=True)
@@ -60,6 +38,7 @@ class Search:
     Attributes:
         gradients: Second moments of the loss's gradient at their outputs, taken once from the dense model.
         efforts: Of every such layer.
+        choices: Of those that the text of the search met.
         starts: Cores that were fitted to the dense model, of layers with other shapes than low rank.
     """
 
@@ -80,78 +59,131 @@ def search(
     planned: Plan,
     chosen: Mapping[str, Matrix],
     windows: Tensor,
+    ranks: Ranks,
     store: BlockCheckpoints | None = None,
     works_on: Callable[[str], None] = lambda _: None,
 ) -> tuple[Plan, Search]:
     """Divide every budget of the plan among its layers; those outside the blocks keep their equal shares.
 
-    The curves are exact: eigenvalues give the error of the best matrix of every rank, so no rank is tried.
+    The curves are exact: eigenvalues give the error of the best matrix of every rank, so no rank is tried. On several
+    ranks all measure, and take the choices of the first: on unequal machines the last digit may decide otherwise.
 
     Args:
         windows: Calibration text, shape (windows, length).
-        store: What was found is read from its block 0, or written there.
+        store: Gradients are read from its block 0 and choices from its block 1, or written there.
 
     Returns:
         The plan with the ranks chosen, without the layers that stay dense; and what was found on the way.
     """
-    try:
-        prefix = blocks(model)[0] + "."
-    except InputError:
-        return planned, Search()
-    shares = [(budget, [name for name in budget.names if name.startswith(prefix)]) for budget in planned.budgets]
-    budgets = [replace(budget, names=tuple(names)) for budget, names in shares if names]
+    budgets = searched(model, planned)
     if not budgets:
         return planned, Search()
     efforts = {name: EFFORTS[budget.method.effort] for budget in budgets for name in budget.names}
     members = {name: chosen[name] for name in chosen if name in efforts}
-    stored = store.load(0) if store else None
+    tokens = max((effort.gradient_tokens or windows.numel()) for effort in efforts.values())
+    sample = windows[: -(-tokens // windows.shape[1])]
+    gradients, folder = _gradients(model, sample, members, store, works_on)
+    stored = store.load(1) if store else None
     if stored is not None:
         values, outcome = stored
         choices = {name: Choice(**choice) for name, choice in outcome.items()}
-        gradients = {
-            name: Packed(members[name].out_features, values=values[name]) for name in choices if name in values
-        }
         starts = {name: [values[f"{name}.{k}"] for k in range(2)] for name in choices if f"{name}.0" in values}
+        gradients = _still_needed(gradients, choices)
         return _carried_out(planned, members, choices), Search(gradients, efforts, choices, starts)
-    tokens = max((effort.gradient_tokens or windows.numel()) for effort in efforts.values())
-    sample = windows[: -(-tokens // windows.shape[1])]
-    stream = BlockStream(model, sample)  # names the block whose activations are not finite, which gradients cannot
-    works_on("gradients")
-    folder = tempfile.TemporaryDirectory()
-    gradients = _gradients(model, sample, members, Path(folder.name))
-    curves = _curves(stream, members, gradients, works_on)
+    curves = _curves(BlockStream(model, sample), members, gradients, works_on)
     choices = {}
-    for budget in budgets:
-        choices |= _divide(budget, planned, members, curves)
-    gradients = {name: packed for name, packed in gradients.items() if not choices[name].dense}
-    shaped = {name: matrix for name, matrix in members.items() if efforts[name].shapes and _has_groups(matrix)}
+    for budget in _met(model, budgets, members, curves, sample, windows):
+        choices |= divide(budget, planned, members, curves)
+    choices = ranks.gather(choices if ranks.is_first else None)[0]
+    gradients = _still_needed(gradients, choices)
+    shaped = {name: members[name] for name in choices if efforts[name].shapes and _has_groups(members[name])}
     starts = {}
     if shaped:
         fitted = _shapes(BlockStream(model, sample), shaped, gradients, choices, curves, works_on)
         choices |= {name: choice for name, (choice, _) in fitted.items()}
-        starts = {name: cores for name, (_, cores) in fitted.items() if cores}
+        choices = ranks.gather(choices if ranks.is_first else None)[0]
+        starts = {
+            name: cores if ranks.is_first else _no_cores(members[name], choices[name])
+            for name, (_, cores) in fitted.items()
+            if choices[name].groups > 1
+        }
+        ranks.broadcast((core for cores in starts.values() for core in cores), owner=0)
     if store:
-        tensors = {name: packed.values for name, packed in gradients.items()}
-        tensors |= {f"{name}.{k}": core for name, cores in starts.items() for k, core in enumerate(cores)}
-        store.save(0, tensors, {name: asdict(choice) for name, choice in choices.items()})
+        tensors = {f"{name}.{k}": core for name, cores in starts.items() for k, core in enumerate(cores)}
+        store.save(1, tensors, {name: asdict(choice) for name, choice in choices.items()})
     return _carried_out(planned, members, choices), Search(gradients, efforts, choices, starts, folder)
 
 
 def _gradients(
-    model: PreTrainedModel, windows: Tensor, matrices: Mapping[str, Matrix], folder: Path
-) -> dict[str, Packed]:
-    """Of half of the matrices at a time; on a CPU they then wait on the disk, as large together as half the model."""
-    names = list(matrices)
+    model: PreTrainedModel,
+    windows: Tensor,
+    matrices: Mapping[str, Matrix],
+    store: BlockCheckpoints | None,
+    works_on: Callable[[str], None],
+) -> tuple[dict[str, Packed], tempfile.TemporaryDirectory[str] | None]:
+    """Second moments, as large together as half the model, so that they wait on the disk until their matrix is folded.
+
+    Without a checkpoint a CPU keeps them in the temporary directory that is returned, and an accelerator in its memory.
+    """
+    names = {name: f"{k:04d}" for k, name in enumerate(matrices)}
+    stored = store.load(0) if store else None
+    if store and stored is not None:
+        kept, place = stored[1], store.folder("gradients")
+        sizes = {name: (matrices[name].out_features, matrices[name].parameter.device) for name in kept}
+        return {name: Packed(*sizes[name], path=place / file) for name, file in kept.items()}, None
+    BlockStream(model, windows)  # names the block whose activations are not finite, which gradients cannot
+    works_on("gradients")
+    folder = None if store else tempfile.TemporaryDirectory()
+    place = store.folder("gradients") if store else Path(folder.name if folder else "")
     found: dict[str, Packed] = {}
-    for part in (names[len(names) // 2 :], names[: len(names) // 2]):
+    order = list(matrices)
+    for part in (order[len(order) // 2 :], order[: len(order) // 2]):  # the rest is on the disk by then
         new = gradient_moments(model, windows, {name: matrices[name].module for name in part})
         for name, packed in new.items():
-            if packed.values.device.type == "cpu":
-                packed.spill(folder / str(len(found)))
+            if store or packed.values.device.type == "cpu":
+                packed.spill(place / names[name])
             found[name] = packed
         del new
         release_heap()
-    return found
+    if store:
+        kept = {name: names[name] for name in found}
+        store.save(0, {}, kept, [place / file for file in kept.values()])
+    return found, folder
+
+
+def _still_needed(gradients: Mapping[str, Packed], choices: Mapping[str, Choice]) -> dict[str, Packed]:
+    return {name: packed for name, packed in gradients.items() if name in choices and not choices[name].dense}
+
+
+def _met(
+    model: PreTrainedModel,
+    budgets: list[Budget],
+    matrices: Mapping[str, Matrix],
+    curves: Mapping[str, Tensor],
+    sample: Tensor,
+    windows: Tensor,
+) -> list[Budget]:
+    """The budgets less the layers that the sample did not meet, such as experts that none of its tokens was sent to.
+
+    Nothing is known of what those cost the loss; they keep their equal shares, and are fitted to their inputs alone.
+
+    Raises:
+        InputError: The rest of the text does not meet one either.
+    """
+    left = {name: matrix for name, matrix in matrices.items() if name not in curves}
+    if left:
+        stream = BlockStream(model, windows)
+        for index, batch in _at_entrances(stream, left):
+            # Found now, not when its block is folded; it names the layer.
+            second_moments(lambda index=index: stream.advance(index), {n: m.module for n, m in batch.items()})  # type: ignore[misc]
+        warnings.warn(
+            f"{len(left)} layers are not called on the first {sample.numel()} tokens of the calibration text, from "
+            f"{next(iter(left))} on; each gets an equal share of its budget, and is fitted to its inputs without the "
+            "loss's gradients. effort: high looks at all of the text.",
+            stacklevel=2,
+        )
+    met = [replace(budget, names=tuple(name for name in budget.names if name in curves)) for budget in budgets]
+    return [budget for budget in met if budget.names]
 
 
 def _has_groups(matrix: Matrix) -> bool:
@@ -208,6 +240,13 @@ def _grouped(matrix: Matrix, groups: int, parameters: int) -> Spec | None:
     return Spec(out_modes, in_modes, (bond,)) if bond else None
 
 
+def _no_cores(matrix: Matrix, choice: Choice) -> list[Tensor]:
+    """Uninitialised memory for those that were fitted to a matrix."""
+    like = dense_weight(matrix.module)
+    dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+    return [torch.empty(shape, dtype=dtype, device=like.device) for shape in _spec(matrix, choice).core_shapes]
+
+
 def _carried_out(planned: Plan, members: Mapping[str, Matrix], choices: Mapping[str, Choice]) -> Plan:
     """The plan with these choices."""
     modules = dict(planned.modules)
@@ -228,13 +267,15 @@ def _curves(
     gradients: Mapping[str, Packed],
     works_on: Callable[[str], None],
 ) -> dict[str, Tensor]:
-    """Squared error of the best matrix of every rank, on the dense model."""
+    """Squared error of the best matrix of every rank, on the dense model, of those that the text meets."""
     found = {}
     for index, batch in _at_entrances(stream, matrices):
         works_on(f"curves of {stream.name}.{index}")
         modules = {name: matrix.module for name, matrix in batch.items()}
-        moments = second_moments(lambda index=index: stream.advance(index), modules)  # type: ignore[misc]
+        moments = second_moments(lambda index=index: stream.advance(index), modules, all_called=False)  # type: ignore[misc]
         for name, matrix in batch.items():
+            if name not in moments or name not in gradients:
+                continue
             weight = dense_weight(matrix.module).detach()
             found[name] = error_curve(weight, moments[name], gradients[name].full())
     return found
@@ -251,28 +292,3 @@ def _at_entrances(stream: BlockStream, matrices: Mapping[str, Matrix]) -> Iterat
     for index, batch in sorted(by_block(matrices, stream.name).items()):
         stream.advance_to(index)
         yield index, batch
-
-
-def _divide(
-    budget: Budget, planned: Plan, matrices: Mapping[str, Matrix], losses: Mapping[str, Tensor]
-) -> dict[str, Choice]:
-    method, curves = budget.method, {}
-    for name in budget.names:
-        matrix = matrices[name]
-        costs = pivoted_costs(matrix.out_features, matrix.in_features)[1:]  # from rank 1
-        if method.budget == "bytes":  # in units of a parameter; an order is int64, and the dense matrix has none
-            costs[:-1] += matrix.out_features * 8 / matrix.parameter.element_size()
-        floor = min(method.floor * method.keep * matrix.parameter.numel(), planned.modules[name].parameters)
-        curves[name] = Curve(losses[name][1:], costs, floor)
-    total = int(method.keep * sum(matrices[name].parameter.numel() for name in budget.names))
-    ranks = {name: index + 1 for name, index in allocate(curves, total).items()}
-    return {name: _choice(ranks[name], losses[name], matrices[name]) for name in budget.names}
-
-
-def _choice(rank: int, losses: Tensor, matrix: Matrix) -> Choice:
-    costs = pivoted_costs(matrix.out_features, matrix.in_features)[1:]
-    whole = len(costs)
-    errors = (losses / losses[0].clamp_min(torch.finfo(losses.dtype).tiny)).sqrt()
-    points = sorted({rank, *(max(1, round(whole * k / _POINTS)) for k in range(1, _POINTS + 1))})
-    curve = tuple((int(costs[r - 1]), round(float(errors[r]), 6)) for r in points)
-    return Choice(rank, int(costs[rank - 1]), rank == whole, curve)

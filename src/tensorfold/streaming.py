@@ -24,7 +24,7 @@ from tensorfold.anatomy import Matrix, check_foldable, dense_weight
 from tensorfold.cache import check_target
 from tensorfold.errors import InputError
 from tensorfold.fold_inputs import check_method, check_same, identity_of
-from tensorfold.folding import _ERROR, FoldReport, _cost, _solve, _unsolved
+from tensorfold.folding import FoldReport
 from tensorfold.hf.loading import new_directory, save_beside
 from tensorfold.hf.quantizer import mark_folded
 from tensorfold.hf.shards import ShardWriter
@@ -38,6 +38,7 @@ from tensorfold.planning import Plan, prepare
 from tensorfold.ranks import Ranks
 from tensorfold.recipe import Recipe
 from tensorfold.report import progress_bar
+from tensorfold.solving import ERROR, cost_of, solve_matrix, unsolved_state
 
 log = logging.getLogger(__name__)
 
@@ -202,14 +203,14 @@ def _fold_all(ranks: Ranks, stream: Stream, writer: ShardWriter | None, progress
     def solve(matrix: Matrix) -> dict[str, Tensor]:
         bar.update(task, description=matrix.name)
         log.debug("rank %d of %d: %s", ranks.index, ranks.count, matrix.name)
-        return _solve(_read(stored, matrix), planned, NOTHING)
+        return solve_matrix(_read(stored, matrix), planned, NOTHING)
 
     def unsolved(matrix: Matrix) -> dict[str, Tensor]:
-        return _unsolved(matrix, planned.modules[matrix.name], torch.device("cpu"))
+        return unsolved_state(matrix, planned.modules[matrix.name], torch.device("cpu"))
 
     with bar, torch.no_grad():
-        for matrix, solution in ranks.share(list(stream.chosen.values()), _cost, solve, unsolved):
-            errors[matrix.name] = solution.pop(_ERROR).item()
+        for matrix, solution in ranks.share(list(stream.chosen.values()), cost_of, solve, unsolved):
+            errors[matrix.name] = solution.pop(ERROR).item()
             # A tied head has no weights of its own, but an index order of its own where the table has one.
             owners = [owner for owner in (matrix.name, matrix.tied_head) if owner is not None]
             for name, tensor in {f"{owner}.{key}": t for owner in owners for key, t in solution.items()}.items():

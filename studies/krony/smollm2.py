@@ -23,7 +23,8 @@ from tensorfold.algebra.permutation import search_permutations, search_row_order
 from tensorfold.algebra.solve import relative_error
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import tt_svd
-from tensorfold.calibrate import BlockStream, calibrating, calibration_windows
+from tensorfold.calibrate import BlockStream, calibration_windows
+from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.hf.sources import find_model
 from tensorfold.texts import load_text
 
@@ -78,7 +79,7 @@ def main() -> None:
             file.write(json.dumps(entry) + "\n")
         print(entry, flush=True)
 
-    with calibrating(model):
+    with evaluation_mode(model), torch.no_grad():
         stream = BlockStream(model, windows)
         for layer in LAYERS:
             stream.advance_to(layer)

@@ -53,8 +53,8 @@ def allocate(curves: Mapping[str, Curve], budget: int) -> dict[str, int]:
     def cost(chosen: Mapping[str, int]) -> float:
         return sum(float(curves[name].costs[index]) for name, index in chosen.items())
 
-    if cost(allowed) > budget:
-        raise SpecError(f"allocate: a budget of {budget:,} parameters; the floors alone need {cost(allowed):,.0f}.")
+    if least(curves) > budget:
+        raise SpecError(f"allocate: a budget of {budget:,} parameters; the floors alone need {least(curves):,.0f}.")
     low, high = -80.0, 80.0  # natural logarithms of prices
     if cost(at(math.exp(low))) <= budget:
         return at(math.exp(low))
@@ -65,6 +65,11 @@ def allocate(curves: Mapping[str, Curve], budget: int) -> dict[str, int]:
     if cost(chosen) > budget:  # nothing but the floors is as cheap
         chosen = dict(allowed)
     return _spend(curves, chosen, budget - cost(chosen))
+
+
+def least(curves: Mapping[str, Curve]) -> float:
+    """What all matrices cost at their floors."""
+    return sum(float(curve.costs[_from_floor(curve)]) for curve in curves.values())
 
 
 def _from_floor(curve: Curve) -> int:

@@ -34,7 +34,8 @@ class Metrics(NamedTuple):
 
 
 class Means(NamedTuple):
-    """Of a layer with a bias: its mean input, (in,), and what its mean output without the bias should be, (out,)."""
+    """Of a layer with a bias: its mean input, (in,), and what its mean output without the bias should be, (out,);
+    fp64, since a bias makes up for differences of large means."""
 
     inputs: Tensor
     outputs: Tensor

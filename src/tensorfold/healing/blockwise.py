@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 
 from tensorfold.anatomy import blocks
 from tensorfold.block_checkpoints import BlockCheckpoints
-from tensorfold.calibrate import BlockStream, calibrating
+from tensorfold.calibrate import BlockStream
 from tensorfold.errors import InputError
+from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.healing.activations import ActivationStore
 from tensorfold.nn.linear import MPOModule
 from tensorfold.report import progress_bar
@@ -127,7 +128,8 @@ def heal_blocks(
     if checkpoint:
         store = BlockCheckpoints(checkpoint, _run_key(student, teacher, windows, settings), "healing run")
     outcomes: list[BlockOutcome] = []
-    with calibrating(student), calibrating(teacher), _frozen(student), _Bar(progress, len(trained)) as bar:
+    modes = evaluation_mode(student), evaluation_mode(teacher)
+    with modes[0], modes[1], torch.no_grad(), _frozen(student), _Bar(progress, len(trained)) as bar:
         pair: _Pair | None = None
         for index, parameters in trained.items():
             saved = store.load(index) if store else None

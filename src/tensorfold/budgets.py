@@ -1,0 +1,109 @@
+"""The budgets of a plan: what a layer may have costs, whether all have room for it, and how each is divided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tensorfold.algebra.allocation import Curve, allocate, least, pivoted_costs
+from tensorfold.anatomy import Matrix, blocks
+from tensorfold.errors import InputError, SpecError
+from tensorfold.planning import Budget, Plan
+
+_POINTS = 12  # of a curve, in reports
+_ORDER_BYTES = 8  # of a row, where an order of rows is stored
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one matrix was given, and what it would have lost at other sizes.
+
+    Attributes:
+        rank: Its rank, or bond; the smaller side of the matrix where it stays dense.
+        groups: Of columns that share a basis; 1 is low rank with pivots.
+        rivals: Errors of the other shapes that were fitted at this size, by spec.
+        curve: Pairs of parameters and relative error ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖``, over all sizes.
+    """
+
+    rank: int
+    parameters: int
+    dense: bool
+    curve: tuple[tuple[int, float], ...]
+    groups: int = 1
+    rivals: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "curve", tuple((int(size), float(error)) for size, error in self.curve))
+
+
+def searched(model: PreTrainedModel, planned: Plan) -> list[Budget]:
+    """The budgets that a search divides: those of the plan, less the layers outside the blocks."""
+    try:
+        prefix = blocks(model)[0] + "."
+    except InputError:
+        return []
+    inside = [(budget, [name for name in budget.names if name.startswith(prefix)]) for budget in planned.budgets]
+    return [replace(budget, names=tuple(names)) for budget, names in inside if names]
+
+
+def check_budgets(model: PreTrainedModel, planned: Plan) -> None:
+    """Find out before anything is measured whether every budget has room for the least that its layers may have.
+
+    Raises:
+        SpecError: One has not; of bytes, an equal share of the parameters is no promise of it.
+    """
+    for budget in searched(model, planned):
+        method, size = budget.method, model.dtype.itemsize
+        total = sum(planned.modules[name].dense_parameters for name in budget.names)
+        given = math.floor(method.keep * total)
+        needed = math.ceil(least({name: _curve(budget, planned, name, size) for name in budget.names}))
+        if needed > given:
+            raise SpecError(
+                f"auto: keep={method.keep} with budget: {method.budget} leaves {given * size:,} bytes to "
+                f"{len(budget.names)} layers from {budget.names[0]} on, and the least that they take, with the stored "
+                f"order of their rows, is {needed * size:,}; keep at least "
+                f"{math.ceil(needed / total * 1e4) / 1e4:.4f}, or use budget: parameters."
+            )
+
+
+def divide(
+    budget: Budget, planned: Plan, matrices: Mapping[str, Matrix], losses: Mapping[str, Tensor]
+) -> dict[str, Choice]:
+    """What every layer of the budget is given.
+
+    Args:
+        losses: Of each, squared errors of the best matrix of every rank r = 0 … min(out, in).
+
+    Raises:
+        SpecError: As :func:`check_budgets`.
+    """
+    method, curves = budget.method, {}
+    for name in budget.names:
+        curves[name] = _curve(budget, planned, name, matrices[name].parameter.element_size(), losses[name])
+    total = math.floor(method.keep * sum(matrices[name].parameter.numel() for name in budget.names))
+    ranks = {name: index + 1 for name, index in allocate(curves, total).items()}
+    return {name: _choice(ranks[name], losses[name], matrices[name]) for name in budget.names}
+
+
+def _curve(budget: Budget, planned: Plan, name: str, size: int, losses: Tensor | None = None) -> Curve:
+    """Of one layer from rank 1 on, in parameters of ``size`` bytes; without losses, for its costs alone."""
+    method, spec = budget.method, planned.modules[name]
+    costs = pivoted_costs(spec.out_features, spec.in_features)[1:]
+    if method.budget == "bytes":  # the dense matrix has no order
+        costs[:-1] += spec.out_features * _ORDER_BYTES / size
+    floor = min(method.floor * method.keep * spec.dense_parameters, spec.parameters)
+    return Curve(torch.zeros_like(costs) if losses is None else losses[1:], costs, floor)
+
+
+def _choice(rank: int, losses: Tensor, matrix: Matrix) -> Choice:
+    costs = pivoted_costs(matrix.out_features, matrix.in_features)[1:]
+    whole = len(costs)
+    errors = (losses / losses[0].clamp_min(torch.finfo(losses.dtype).tiny)).sqrt()
+    points = sorted({rank, *(max(1, round(whole * k / _POINTS)) for k in range(1, _POINTS + 1))})
+    curve = tuple((int(costs[r - 1]), round(float(errors[r]), 6)) for r in points)
+    return Choice(rank, int(costs[rank - 1]), rank == whole, curve)
