@@ -58,3 +58,19 @@ def test_the_int8_study(dense_directory, text_file, tmp_path):
     sizes = [forms[name]["bytes"] for name in ("dense fp32", "folded fp32", "dense int8", "folded int8")]
     assert sizes == sorted(sizes, reverse=True)
     assert all(entry["perplexity"] > 1 and entry["decode_tokens_per_second"] > 0 for entry in forms.values())
+
+
+@pytest.mark.parametrize("study", ["layers", "models", "van_loan"])
+def test_the_speed_studies(tmp_path, study):
+    """A round of each, with the machine's speeds kept out of the user's cache."""
+    log = tmp_path / "log.jsonl"
+    command = [sys.executable, STUDIES / f"speed/{study}.py", "--log", log, "--quick"]
+    subprocess.run(command, check=True, timeout=600, env={**os.environ, "TENSORFOLD_CACHE": str(tmp_path / "cache")})
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    if study == "layers":
+        assert {entry["kind"] for entry in entries} == {"MPOLinear"}
+        assert all(len(entry[kind]) == 2 for entry in entries for kind in ("tokens", "held", "training"))
+    elif study == "models":
+        assert [entry["what"] for entry in entries] == [*["prefill"] * 4, *["decode"] * 4, "mlp of one token"]
+    else:
+        assert entries[0]["largest_excess_error"] < 1e-6

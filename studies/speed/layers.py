@@ -5,8 +5,9 @@
 
 Models of GPT-2's, PicoGPT's and SmolLM2's shapes with random float32 weights, folded to random cores: only shapes
 matter here. Layers of equal shape are timed once, whichever recipes have them, at 1, 16, 128, 1024 and 4096 tokens, in
-turn with the ``nn.Linear`` or ``nn.Embedding`` of the same size. The ways are chosen by the speeds of this machine,
-which are measured first (``tensorfold.nn.calibrate_machine``). Appends to ``layers.jsonl``.
+turn with the ``nn.Linear`` or ``nn.Embedding`` of the same size; linear layers also with their matrix held between
+forwards (``tensorfold.nn.cache_matrices``), and in training. The ways are chosen by the speeds of this machine, which
+are measured first (``tensorfold.nn.calibrate_machine``). Appends to ``layers.jsonl``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +86,12 @@ def main() -> None:
                 continue
             seen[key] = name
             layer, notes = bench_layer(group, tokens, rounds, time.perf_counter, (), False, lambda: None)
-            entry = {
-                "system": name,
-                **facts,
-                **layer.to_dict(),
-                "notes": notes,
-                "training": trained(group, tokens, rounds),
-            }
+            entry = {"system": name, **facts, **layer.to_dict(), "notes": notes}
+            entry |= {"held": held(group, tokens, rounds), "training": trained(group, tokens, rounds)}
             with given.log.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             ratios = {point.timing.tokens: str(point.timing.speedup["dense"]) for point in layer.points}
-            back = {point["tokens"]: point["speedup"] for point in entry["training"]}
-            print(name, layer.kind, layer.spec, ratios, back, flush=True)
+            print(name, layer.kind, layer.spec, ratios, flush=True)
 
 
 def folded(config: PreTrainedConfig, recipe: Recipe) -> PreTrainedModel:
@@ -116,6 +111,23 @@ def folded(config: PreTrainedConfig, recipe: Recipe) -> PreTrainedModel:
     return model
 
 
+@torch.inference_mode()
+def held(group: Group, tokens: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+    """A linear layer that may keep its matrix between forwards, where it is the faster way, against the dense one."""
+    module = group.module
+    if not isinstance(module, MPOLinear):
+        return []
+    dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+    module.hold_matrix(True)
+    found = []
+    for count in tokens:
+        x = torch.randn(count, module.in_features)
+        calls = {"model": _forward(module, x), "dense": _forward(dense, x)}
+        found.append(_compared(count, interleave(calls, rounds, time.perf_counter, lambda: None)))
+    module.hold_matrix(False)
+    return found
+
+
 def trained(group: Group, tokens: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
     """Forward and backward of a linear layer and of the dense one: seconds of each, and how many times as fast."""
     module = group.module
@@ -127,11 +139,18 @@ def trained(group: Group, tokens: tuple[int, ...], rounds: int) -> list[dict[str
         x = torch.randn(count, module.in_features)
         back = torch.randn(count, module.out_features)
         calls = {"model": _step(module, x, back), "dense": _step(dense, x, back)}
-        samples = interleave(calls, rounds, time.perf_counter, lambda: None)
-        ratios = [d / m for m, d in zip(samples["model"], samples["dense"], strict=True)]
-        seconds = {name: Spread.of(values).median for name, values in samples.items()}
-        found.append({"tokens": count, "seconds": seconds, "speedup": str(Spread.of(ratios))})
+        found.append(_compared(count, interleave(calls, rounds, time.perf_counter, lambda: None)))
     return found
+
+
+def _compared(tokens: int, samples: Mapping[str, list[float]]) -> dict[str, Any]:
+    ratios = [dense / model for model, dense in zip(samples["model"], samples["dense"], strict=True)]
+    seconds = {name: Spread.of(values).median for name, values in samples.items()}
+    return {"tokens": tokens, "seconds": seconds, "speedup": Spread.of(ratios).to_dict()}
+
+
+def _forward(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    return lambda: layer(x)
 
 
 def _step(layer: nn.Module, x: Tensor, back: Tensor) -> Callable[[], None]:

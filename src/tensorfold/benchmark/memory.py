@@ -59,9 +59,9 @@ def peak_of_prefill(
 ) -> tuple[int, bool]:
     """Bytes that a model needs to read a prompt, measured in a process of its own; and whether loading is among them.
 
-    It is the largest resident set while all logits of ``tokens`` tokens are computed, weights and KV cache included,
-    less the resident set before the model was loaded, with all code imported. Loading itself is not part of it on
-    Linux, where the peak can be reset; elsewhere it is.
+    It is the largest resident set while ``tokens`` tokens are read as ``generate`` reads a prompt, weights and KV cache
+    included, less the resident set before the model was loaded, with all code imported. Loading itself is not part of
+    it on Linux, where the peak can be reset; elsewhere it is.
 
     Args:
         path: A directory or hub id.
@@ -87,7 +87,7 @@ def peak_of_prefill(
 
 def _measure(path: str, form: str, tokens: int, dtype: str | None, way: str | None) -> dict[str, Any]:
     from tensorfold.anatomy import empty_model
-    from tensorfold.benchmark.whole import prompt, set_ways
+    from tensorfold.benchmark.whole import last_only, prompt, set_ways
     from tensorfold.hf.loading import load, load_config
 
     empty_model(load_config(path))  # imports the architecture's code
@@ -102,7 +102,7 @@ def _measure(path: str, form: str, tokens: int, dtype: str | None, way: str | No
     gc.collect()
     resettable = _forget_peak()
     with torch.inference_mode():
-        model(input_ids=prompt([model], tokens), use_cache=True)
+        model(input_ids=prompt([model], tokens), use_cache=True, **last_only(model))
     return {"peak_bytes": max(_resident("VmHWM") - before, 0), "with_loading": not resettable}
 
 

@@ -28,7 +28,7 @@ class BenchReport:
         machine: ``machine`` (the processor), ``cores``, ``device``, ``torch``, ``threads``, ``dtype``.
         settings: What was asked for.
         layers: Folded layers, those of equal spec together; empty if nothing is folded.
-        prefill: Reading a prompt, whole models, all logits; batch size 1.
+        prefill: Reading a prompt as ``generate`` does, whole models; batch size 1.
         decode: Generating after it with the KV cache, one token at a time; None without such a cache.
         parameters: Of the whole models, shared ones once.
         bytes: Of their parameters and buffers.

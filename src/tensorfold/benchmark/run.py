@@ -43,8 +43,8 @@ def bench(
     Every folded layer is timed at several numbers of tokens, those of equal spec once, against the layer of the same
     name in the dense model, or an ``nn.Linear`` of its shape holding its matrix; against the matrix built in every
     forward; and against tensorly-torch and pyfastkron where these are installed and apply. Whole models are timed
-    reading a prompt (all logits, into a KV cache) and generating after it, one sequence. Ratios are of samples taken in
-    turn, reported as medians and quartiles.
+    reading a prompt (into a KV cache, last logits) and generating after it, one sequence. Ratios are of samples taken
+    in turn, reported as medians and quartiles.
 
     Args:
         model: A transformers model, or a name that ``MODEL`` can have. It stays as it is.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -92,6 +93,11 @@ def size(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
+def last_only(model: PreTrainedModel) -> dict[str, int]:
+    """What makes a forward compute the logits of the last position alone; nothing where the model cannot."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
 def is_folded(model: nn.Module) -> bool:
     return any(isinstance(module, FoldedModule) for module in model.modules())
 
@@ -133,8 +139,9 @@ def bench_models(
 ) -> tuple[Timing, Timing | None]:
     """Times of prefill and decode, the models taken in turn.
 
-    Prefill computes the logits of every position of a prompt and fills the KV cache; decode then feeds one token after
-    the other. Everything has batch size 1.
+    Prefill fills the KV cache and computes the logits of the last position of a prompt, as ``generate`` does (of every
+    position where a model cannot leave the others out); decode then feeds one token after the other. Everything has
+    batch size 1.
 
     Args:
         models: What is compared; the first is called ``model``, and one model may have several names.
@@ -152,7 +159,7 @@ def bench_models(
         with ways_kept(model, ways.get(name)):
             finish()
             start = clock()
-            out = model(input_ids=ids[:, :prefill], use_cache=True)
+            out = model(input_ids=ids[:, :prefill], use_cache=True, **last_only(model))
             finish()
             between = clock()
             cache = getattr(out, "past_key_values", None)
@@ -168,7 +175,9 @@ def bench_models(
         result = {}
         for name, model in models.items():
             with ways_kept(model, ways.get(name)):
-                result[name] = model_macs(model, tokens)
+                head = model.get_output_embeddings() if last_only(model) else None
+                unused = 0.0 if head is None else macs(head, tokens) - macs(head, 1) / tokens
+                result[name] = model_macs(model, tokens) - unused
         return result
 
     for name in models:
