@@ -96,7 +96,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
         raise InputError(f"{kind}: num_hidden_layers={count}; needed at most {_MOST_BLOCKS}. Is config.json damaged?")
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     # Every architecture fails in its own way, and all of them mean that the configuration is at fault.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:300]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.strict import check_types
 from tensorfold.tokens import Encoder
 
 if TYPE_CHECKING:
@@ -287,6 +288,8 @@ def evaluate(
         TensorfoldError: The model's logits are not finite numbers.
     """
     start = time.perf_counter()
+    check_types("evaluate", model=(model, nn.Module), protocol=(protocol, str), text=(text, str | Sequence | None))
+    check_types("evaluate", max_tokens=(max_tokens, int | None), batch_size=(batch_size, int))
     check_judge(protocol, text, tasks, include_path, limit, max_tokens)
     if protocol == HARNESS:
         from tensorfold.harness import evaluate_tasks

@@ -38,6 +38,7 @@ from tensorfold.planning import Plan, prepare
 from tensorfold.ranks import Ranks
 from tensorfold.recipe import Recipe
 from tensorfold.report import progress_bar
+from tensorfold.strict import check_types
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def fold_directory(
             what it is; :func:`tensorfold.fold` and the model's ``save_pretrained`` do all of this.
         TensorfoldError: The disk is full.
     """
+    check_types("fold_directory", source=(source, str | Path), out=(out, str | Path))
     check_target(Path(out))
     recipe = Recipe.of(recipe)
     if recipe.calibrate is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tensorfold.algebra.any_spec import AnySpec
+from tensorfold.algebra.any_spec import AnySpec, check_size
 from tensorfold.algebra.graded import GradedSpec
 from tensorfold.algebra.solve import Factors
 from tensorfold.algebra.spec import Spec
@@ -109,6 +109,7 @@ def install(
                 f"checkpoint: {name} is folded as {spec.out_features}×{spec.in_features}, but the model's "
                 f"configuration makes it {matrix.out_features}×{matrix.in_features}; they do not belong together."
             )
+        check_size(spec)
         if matrix.tied_head != tied.get(name):
             raise InputError(
                 f"checkpoint: {name} is tied to {tied.get(name)!r} in the folded configuration, but to "
