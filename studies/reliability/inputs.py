@@ -27,10 +27,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
-# As the command line sets them before its imports.
-os.environ.update(TRANSFORMERS_VERBOSITY="error", TQDM_DISABLE="1")
-os.environ.pop("TENSORFOLD_DATA", None)
+if __name__ == "__main__":
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    # As the command line sets them before its imports.
+    os.environ.update(TRANSFORMERS_VERBOSITY="error", TQDM_DISABLE="1")
+    os.environ.pop("TENSORFOLD_DATA", None)
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -306,8 +306,8 @@ def _check_reporters(report_to: str | list[str]) -> None:
     for name in [report_to] if isinstance(report_to, str) else report_to:
         if name not in known:
             raise InputError(
-                f"heal: the Trainer refuses these settings: report_to={name!r:.100} is unknown or not installed; needed "
-                f"one of {', '.join(known)}."
+                f"heal: the Trainer refuses these settings: report_to={name!r:.100} is unknown or not installed; "
+                f"needed one of {', '.join(known)}."
             )
 
 

@@ -124,6 +124,8 @@ class TokenMPSEmbedding(TokenMPSModule):
             SpecError: ``vectors`` has another shape, or is not finite.
         """
         shape = self._shape
+        if not vectors.is_floating_point():
+            raise SpecError(f"append: got vectors of {vectors.dtype}; needed floating-point numbers.")
         if vectors.dim() != 2 or vectors.shape[1] != shape.width or not len(vectors):
             raise SpecError(
                 f"append: got vectors of shape {tuple(vectors.shape)}; needed (tokens, {shape.width}), one row for "
