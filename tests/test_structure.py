@@ -17,6 +17,7 @@ LAYERS = [
     ["nn"],
     ["method"],
     ["methods", "auto"],
+    ["direct_reads"],
     ["anatomy", "picogpt"],
     ["surgery"],
     ["recipe", "report"],

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tensorfold.anatomy import context_length
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.strict import check_types
 from tensorfold.tokens import Encoder
@@ -301,9 +302,9 @@ def evaluate(
     documents = [text] if isinstance(text, str) else list(text or ())
     _check_arguments(documents, max_tokens, batch_size)
     config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):  # a model of text and images nests the sizes
+    positions = context_length(config)
+    if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
     if rule.context is not None and positions is not None and rule.context > positions:
         raise InputError(
             f"protocol {rule.name} needs a context of {rule.context} tokens, the model has "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tensorfold.anatomy import matrices
+from tensorfold.anatomy import context_length, matrices
 from tensorfold.calibrate import calibration_windows, token_counts
 from tensorfold.errors import InputError
 from tensorfold.hf.swap import scale_of
@@ -55,7 +55,7 @@ def text_windows(
         return None
     check_types("fold", calibration_tokens=(tokens, int | None))
     settings = recipe.calibrate or CalibrateSettings()
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(model.config)
     return calibration_windows(tokenizer, documents, tokens or settings.tokens, limit)
 
 

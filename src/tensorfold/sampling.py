@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tensorfold.anatomy import context_length
 from tensorfold.errors import InputError
 from tensorfold.hf.loading import reason
 from tensorfold.tokens import Encoder
@@ -64,7 +65,7 @@ def new_tokens(asked: int | None, prompt: int, model: PreTrainedModel) -> int:
 
 def context_room(prompt: int, model: PreTrainedModel) -> int | None:
     """Positions left after a prompt; None where the model names no limit."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model.config)
     return None if context is None else context - prompt
 
 

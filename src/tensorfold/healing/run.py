@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import tensorfold
 from tensorfold import texts
-from tensorfold.anatomy import count_parameters
+from tensorfold.anatomy import context_length, count_parameters
 from tensorfold.cache import check_place, check_target, is_disk_full
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.healing.blockwise import heal_blocks
@@ -336,7 +336,7 @@ def _source(text: Any) -> Source:
 def _tokens(
     source: Source, tokenizer: Any, model: PreTrainedModel, settings: HealSettings, state: PartialState
 ) -> TokenCache:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(model.config)
     if limit is not None and settings.block > limit:
         raise InputError(f"heal: block={settings.block}; needed at most the {limit} positions of the model.")
     vocabulary = model.config.get_text_config().vocab_size
