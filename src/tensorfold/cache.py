@@ -203,7 +203,7 @@ def check_place(target: Path) -> None:
         above = next(folder for folder in (*place.parents, place) if folder.exists())
     except (OSError, RuntimeError) as error:  # a path that is too long, or links in a circle
         raise InputError(f"{shown} cannot be written ({_cause(error)}); choose another name.") from error
-    longest = max((len(os.fsencode(part)) for part in place.parts), default=0)
+    longest = len(os.fsencode(place.name))
     if longest > _LONGEST_NAME or len(place.parts) > _DEEPEST:
         raise InputError(
             f"{shown}: a name of {longest} bytes, {len(place.parts)} folders deep; needed at most {_LONGEST_NAME} "
@@ -260,6 +260,37 @@ def _try_lock(path: Path) -> int | None:
             raise
         return None
     return descriptor
+
+
+@contextmanager
+def claimed(directory: Path, remedy: str) -> Iterator[None]:
+    """A working directory for this process alone, made when missing; if nothing is in it in the end it goes again.
+
+    Raises:
+        TensorfoldError: Another process is at work in it; the message ends with ``remedy``. Or the disk is full.
+        InputError: It cannot be made.
+    """
+    while True:
+        make_directories(directory, remedy=remedy)
+        try:
+            lock = _try_lock(directory)
+        except BlockingIOError:
+            raise TensorfoldError(f"{directory} is in use by another process; wait for it, or {remedy}.") from None
+        try:
+            # Whoever had the lock may have removed the directory between our making it and locking it.
+            mine = lock is None or os.path.samestat(os.fstat(lock), os.stat(directory))
+        except FileNotFoundError:
+            mine = False
+        if mine:
+            break
+        os.close(lock)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            directory.rmdir()
+        if lock is not None:
+            os.close(lock)
 
 
 def _clear_leftovers(target: Path) -> None:

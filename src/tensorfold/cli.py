@@ -11,6 +11,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -124,7 +125,7 @@ def fold(
 
     A calibrated fold keeps what is done in OUT.fold until OUT is there; the same command goes on from it.
     """
-    from tensorfold.cache import check_target
+    from tensorfold.cache import check_target, claimed
     from tensorfold.folding import FoldReport
     from tensorfold.folding import fold as fold_model
     from tensorfold.hf.loading import save
@@ -155,11 +156,13 @@ def fold(
         else:
             partial = Path(f"{out}.fold") if text else None
             options: dict[str, Any] = {"calibration_tokens": tokens, "checkpoint": partial, "progress": bar}
-            report = fold_model(loaded, chosen, tokenizer, documents, **options)
-            if ranks.is_first:
-                save(loaded, tokenizer, out, card(report))
-                if partial is not None:
-                    shutil.rmtree(partial, ignore_errors=True)
+            alone = partial is not None and ranks.count == 1  # several processes keep nothing there
+            with claimed(partial, "choose another --out") if alone and partial else nullcontext():
+                report = fold_model(loaded, chosen, tokenizer, documents, **options)
+                if ranks.is_first:
+                    save(loaded, tokenizer, out, card(report))
+                    if partial is not None:
+                        shutil.rmtree(partial, ignore_errors=True)
     if ranks.is_first:
         result = {**report.to_dict(), "out": str(out)}
         _emit(as_json, result, lambda: f"{report}\nwritten to {out} in {report.seconds:.0f} s")

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 import tensorfold
 from tensorfold import texts
 from tensorfold.anatomy import context_length, count_parameters
-from tensorfold.cache import check_place, check_target, is_disk_full
+from tensorfold.cache import check_place, check_target, claimed, is_disk_full
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.healing.blockwise import heal_blocks
 from tensorfold.healing.checkpoints import begin, damage, digest, fingerprint, newest, sealed
@@ -122,8 +122,9 @@ def heal(
     if target is not None and card_of(target).get("heal") is not None:
         return finished(target, identity, model)
 
-    with tempfile.TemporaryDirectory() if target is None else nullcontext(f"{target}.heal") as directory:
-        work = Path(directory)
+    with _workplace(target, state) as work:
+        if target is not None and card_of(target).get("heal") is not None:  # by another process, in the meantime
+            return finished(target, identity, model)
         if state.is_main_process:
             begin(work, identity, write=True)
         state.wait_for_everyone()
@@ -295,6 +296,18 @@ class _Run:
         )
         reached = next((each["eval_loss"] for each in trainer.state.log_history if each["step"] == step), None)
         return shell or self.model, last, step, reached, start
+
+
+@contextmanager
+def _workplace(target: Path | None, state: PartialState) -> Iterator[Path]:
+    """``OUT.heal``, claimed by the main process, or a temporary directory."""
+    if target is None:
+        with tempfile.TemporaryDirectory() as directory:
+            yield Path(directory)
+        return
+    work = Path(f"{target}.heal")
+    with claimed(work, "choose another --out") if state.is_main_process else nullcontext():
+        yield work
 
 
 def _check_reporters(report_to: str | list[str]) -> None:
