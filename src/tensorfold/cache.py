@@ -20,6 +20,7 @@ except ImportError:  # Windows: stale temporaries cannot be told from live ones,
     fcntl = None  # type: ignore[assignment]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_FOR_TORCH = "unexpected pos"  # what torch.save says of a write that was cut short; nothing else makes it say so
 _DISPLACED = "old-"
 _LONGEST_NAME = 200  # bytes; file systems take 255
 _DEEPEST = 200
@@ -55,7 +56,7 @@ def is_disk_full(error: BaseException) -> bool:
         seen.add(id(current))
         if isinstance(current, OSError) and current.errno in _FULL:
             return True
-        if any(os.strerror(code) in str(current) for code in _FULL):
+        if any(words in str(current) for words in (_FULL_FOR_TORCH, *map(os.strerror, _FULL))):
             return True
         current = current.__cause__ or current.__context__
     return False

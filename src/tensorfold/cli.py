@@ -227,7 +227,7 @@ def recipes(
     copy: Annotated[Path | None, typer.Option("--copy", help="Write it to this file, to be edited.")] = None,
 ) -> None:
     """List the shipped recipes, show one, or copy one."""
-    from tensorfold.cache import check_file_target
+    from tensorfold.cache import check_file_target, write_file
     from tensorfold.recipe import recipe_source, shipped_recipes
 
     if name is None:
@@ -242,11 +242,9 @@ def recipes(
         typer.echo(content, nl=False)
         return
     check_file_target(copy)
-    try:
-        with copy.open("x", encoding="utf-8") as file:
-            file.write(content)
-    except OSError as error:
-        raise InputError(f"{copy}: cannot be written: {error.strerror}; name a new file.") from None
+    if copy.exists():
+        raise InputError(f"{copy}: exists already; name a new file.")
+    write_file(copy, content.encode())
     typer.echo(f"written to {copy}", err=True)
 
 
