@@ -124,7 +124,9 @@ def run_case(case: Case, scratch: Path, templates: Path) -> dict[str, Any]:
     verdict = "wrong" if wrong else "accepted" if status == 0 else "failed" if status == 1 else "refused"
     line = (err.strip().splitlines() or [""])[-1]
     found = {"kind": case.kind, "command": case.arguments[0] if case.arguments else "", "what": case.what[:160]}
-    found.update(verdict=verdict, status=status, message=line[:300], seconds=round(time.monotonic() - started, 2))
+    line = line.replace(str(scratch), "")
+    found["what"] = found["what"].replace(str(scratch), "")
+    found.update(verdict=verdict, status=status, message=line, seconds=round(time.monotonic() - started, 2))
     return {**found, "wrong": wrong} if wrong else found
 
 
@@ -221,8 +223,10 @@ def main() -> None:
 
 
 def _append(log: Path, entry: dict[str, Any]) -> None:
+    entry.pop("seconds", None)
+    short = {key: value[:72] if isinstance(value, str) else value for key, value in entry.items()}
     with log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry, ensure_ascii=True) + "\n")
+        file.write(json.dumps(short) + "\n")
 
 
 if __name__ == "__main__":
