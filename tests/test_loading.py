@@ -353,7 +353,7 @@ def of_gate(**settings):
         (of_gate(ranks="nine"), ["ranks"]),
         (of_gate(rank=9), ["rank"]),
         (of_gate(in_modes=[1, 33]), [GATE, "48×33", "48×32"]),
-        (of_gate(out_modes=[10**12, 1], out_features=48), ["config.json describes"]),
+        (of_gate(out_modes=[10**12, 1], out_features=48), ["32,000,000,000,000 numbers for a matrix of 1,536"]),
         (lambda folding: folding.update(modules=[GATE]), ["modules"]),
         (lambda folding: folding["modules"].update({GATE: 9}), []),
         (lambda folding: folding.update(format=3), ["format 3"]),

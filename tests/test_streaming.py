@@ -200,7 +200,7 @@ def test_damaged_and_foreign_files(edited, folded_directory, tmp_path, tiny):
         find_stored(str(path))
     (path / "model.safetensors").unlink()
     (path / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(NotStoredError, match="no safetensors that can be read"):
+    with pytest.raises(InputError, match="cannot be read as an index of shards"):
         find_stored(str(path))
     with pytest.raises(NotStoredError, match="folded"):
         find_stored(str(folded_directory))

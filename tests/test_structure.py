@@ -17,6 +17,7 @@ LAYERS = [
     ["nn"],
     ["method"],
     ["methods", "auto"],
+    ["direct_reads"],
     ["anatomy", "picogpt"],
     ["surgery"],
     ["recipe", "report"],
@@ -34,7 +35,7 @@ LAYERS = [
     ["export"],
     ["healing", "benchmark"],
     ["demo", "html_report"],
-    ["cli_bench", "cli_export", "cli_heal", "cli_push", "cli_report", "cli_sample"],
+    ["cli_errors", "cli_bench", "cli_export", "cli_heal", "cli_push", "cli_report", "cli_sample"],
     ["cli"],
     ["__main__"],
 ]

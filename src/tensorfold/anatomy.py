@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tensorfold.direct_reads import is_read_directly
 from tensorfold.errors import InputError
 from tensorfold.nn import FoldedModule
 from tensorfold.strict import nearest
@@ -96,7 +97,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
         raise InputError(f"{kind}: num_hidden_layers={count}; needed at most {_MOST_BLOCKS}. Is config.json damaged?")
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     # Every architecture fails in its own way, and all of them mean that the configuration is at fault.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:300]
@@ -110,6 +111,14 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
                 f"{kind}: {name} has the shape {tuple(parameter.shape)}; needed positive sizes throughout."
             )
     return model
+
+
+def context_length(config: Any) -> int | None:
+    """Positions that a model has, by its configuration or that of its text part; None where it names no limit."""
+    if hasattr(config, "get_text_config"):  # a model of text and images nests the sizes
+        config = config.get_text_config()
+    named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # the latter is MPT's
+    return next((each for each in named if each is not None), None)
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -171,7 +180,10 @@ def by_block(found: Mapping[str, Matrix], name: str) -> dict[int, dict[str, Matr
 
 
 def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
-    """Every weight that could be folded, by module name, in model order; a tied head belongs to its embedding."""
+    """Every weight that could be folded, by module name, in model order; a tied head belongs to its embedding.
+
+    Layers whose weight other code reads past their forward are none: see :mod:`tensorfold.direct_reads`.
+    """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     tied = head is not None and _is_tied(model, embedding, head, names)
@@ -179,9 +191,12 @@ def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
         in_block = blocks(model)[0] + "."
     except InputError:
         in_block = None
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = context_length(model.config)
     out = {}
     for name, module in model.named_modules():
+        owners = [name, names[id(head)]] if tied and module is embedding else [name]
+        if isinstance(getattr(module, "weight", None), Tensor) and any(is_read_directly(model, o) for o in owners):
+            continue
         if module is embedding and isinstance(module, nn.Embedding):
             rows, columns = module.weight.shape
             out[name] = Matrix(name, module, rows, columns, "embedding", "embedding", names[id(head)] if tied else None)

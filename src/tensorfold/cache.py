@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tensorfold.errors import InputError, TensorfoldError
@@ -19,7 +20,10 @@ except ImportError:  # Windows: stale temporaries cannot be told from live ones,
     fcntl = None  # type: ignore[assignment]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_FOR_TORCH = "unexpected pos"  # what torch.save says of a write that was cut short; nothing else makes it say so
 _DISPLACED = "old-"
+_LONGEST_NAME = 200  # bytes; file systems take 255
+_DEEPEST = 200
 
 
 def cache_directory(kind: str) -> Path:
@@ -37,7 +41,7 @@ def cache_directory(kind: str) -> Path:
     else:
         base = Path.home() / ".cache" / "tensorfold"
     directory = base / kind
-    _make_parents(directory, remedy="set TENSORFOLD_CACHE to a directory that can be written")
+    make_directories(directory, remedy="set TENSORFOLD_CACHE to a directory that can be written")
     return directory
 
 
@@ -52,7 +56,7 @@ def is_disk_full(error: BaseException) -> bool:
         seen.add(id(current))
         if isinstance(current, OSError) and current.errno in _FULL:
             return True
-        if any(os.strerror(code) in str(current) for code in _FULL):
+        if any(words in str(current) for words in (_FULL_FOR_TORCH, *map(os.strerror, _FULL))):
             return True
         current = current.__cause__ or current.__context__
     return False
@@ -79,10 +83,11 @@ def atomic_directory(
     """
     if replace and keep_existing:
         raise InputError("atomic_directory: replace and keep_existing exclude each other; give one of them.")
+    check_place(Path(target))
     target = Path(target).resolve()
     if not target.name:
         raise InputError(f"{target} is the root directory; name a directory below it.")
-    _make_parents(target.parent, remedy="name a directory that can be created")
+    make_directories(target.parent, remedy="name a directory that can be created")
     _clear_leftovers(target)
     check_target(target, may_exist=replace or keep_existing)
     with _temporary(target, Path.mkdir) as temporary:
@@ -98,9 +103,10 @@ def write_file(target: str | os.PathLike[str], content: bytes) -> None:
         InputError: ``target`` is something else than a regular file, or cannot be written.
         TensorfoldError: The disk is full.
     """
+    check_place(Path(target))
     target = Path(target).resolve()
     check_file_target(target)
-    _make_parents(target.parent, remedy="name a file in a directory that can be created")
+    make_directories(target.parent, remedy="name a file in a directory that can be created")
     _clear_leftovers(target)
     with _temporary(target, lambda path: path.touch(exist_ok=False)) as temporary:
         temporary.write_bytes(content)
@@ -111,13 +117,10 @@ def write_file(target: str | os.PathLike[str], content: bytes) -> None:
 
 def check_file_target(target: Path) -> None:
     """Raise :class:`InputError` where :func:`write_file` would: for calling it before a long computation."""
+    check_place(target)
     if target.is_dir():
         raise InputError(f"{target} is a directory, and a file is to be written there; name a file.")
-    try:
-        special = target.exists() and not target.is_file()
-    except OSError as error:
-        raise InputError(f"{target} cannot be written ({error.strerror}); choose another name.") from error
-    if special:
+    if target.exists() and not target.is_file():
         raise InputError(f"{target} is neither a file nor free; choose another name.")
 
 
@@ -147,10 +150,21 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _make_parents(directory: Path, *, remedy: str) -> None:
+def make_directories(directory: Path, *, remedy: str) -> None:
+    """Make a directory and its parents, or none of them.
+
+    Raises:
+        InputError: It cannot be made; the message ends with ``remedy``.
+        TensorfoldError: The disk is full.
+    """
+    made = [directory, *directory.parents]
+    made = list(itertools.takewhile(lambda folder: not os.path.lexists(folder), made))
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        for folder in made:  # those of its parents that could be made
+            with suppress(OSError):
+                folder.rmdir()
         if is_disk_full(error):
             raise TensorfoldError(f"The disk is full: {directory} was not created. Free some space.") from error
         raise InputError(f"{directory} cannot be created ({error.strerror}); {remedy}.") from error
@@ -162,10 +176,46 @@ def _is_occupied(target: Path) -> bool:
 
 def check_target(target: Path, may_exist: bool = False) -> None:
     """Raise :class:`InputError` where :func:`atomic_directory` would: for calling it before a long computation."""
+    check_place(target)
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file, and a directory is to be written there; choose another name.")
     if _is_occupied(target) and not may_exist:
         raise InputError(f"{target} already exists and is not empty; choose another name or remove it first.")
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raise :class:`InputError` for a path that the system cannot look at, or that is not UTF-8."""
+    try:
+        os.fspath(path).encode()
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        shown = str(path)[:200].encode(errors="backslashreplace").decode()
+        raise InputError(f"{shown}: no usable path ({_cause(error)}); choose another name.") from error
+
+
+def check_place(target: Path) -> None:
+    """Raise :class:`InputError` for a path that nothing can be written to, whatever is there now."""
+    check_path(target)
+    shown = str(target)[:200]
+    try:
+        place = target.resolve()
+        above = next(folder for folder in (*place.parents, place) if folder.exists())
+    except (OSError, RuntimeError) as error:  # a path that is too long, or links in a circle
+        raise InputError(f"{shown} cannot be written ({_cause(error)}); choose another name.") from error
+    longest = len(os.fsencode(place.name))
+    if longest > _LONGEST_NAME or len(place.parts) > _DEEPEST:
+        raise InputError(
+            f"{shown}: a name of {longest} bytes, {len(place.parts)} folders deep; needed at most {_LONGEST_NAME} "
+            f"bytes, since temporary files beside it have longer names, and {_DEEPEST} folders."
+        )
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{shown} cannot be written: {above} is not a directory that can be; choose another place.")
+
+
+def _cause(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error))[:100]
 
 
 def _make_temporary(target: Path, make: Callable[[Path], None]) -> tuple[Path, int | None]:
@@ -211,6 +261,37 @@ def _try_lock(path: Path) -> int | None:
             raise
         return None
     return descriptor
+
+
+@contextmanager
+def claimed(directory: Path, remedy: str) -> Iterator[None]:
+    """A working directory for this process alone, made when missing; if nothing is in it in the end it goes again.
+
+    Raises:
+        TensorfoldError: Another process is at work in it; the message ends with ``remedy``. Or the disk is full.
+        InputError: It cannot be made.
+    """
+    while True:
+        make_directories(directory, remedy=remedy)
+        try:
+            lock = _try_lock(directory)
+        except BlockingIOError:
+            raise TensorfoldError(f"{directory} is in use by another process; wait for it, or {remedy}.") from None
+        try:
+            # Whoever had the lock may have removed the directory between our making it and locking it.
+            mine = lock is None or os.path.samestat(os.fstat(lock), os.stat(directory))
+        except FileNotFoundError:
+            mine = False
+        if mine:
+            break
+        os.close(lock)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            directory.rmdir()
+        if lock is not None:
+            os.close(lock)
 
 
 def _clear_leftovers(target: Path) -> None:

@@ -141,8 +141,17 @@ class BlockStream:
         return caught[0]
 
     def _until_stop(self, window: Tensor) -> None:
-        with suppress(_StopForward):
-            self.model(window, use_cache=False)
+        try:
+            with suppress(_StopForward):
+                self.model(window, use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
+        # Positions are counted in many ways, and some architectures have fewer than their configuration says.
+        except (IndexError, RuntimeError) as error:
+            raise InputError(
+                f"calibration: {type(self.model).__name__} does not run on {window.shape[-1]} tokens at a time "
+                f"({' '.join(str(error).split())[:200]}); give fewer with --tokens, or fold it without text."
+            ) from error
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """Output of block ``index`` for the hidden states of one window or several, shape (windows, length, width)."""

@@ -11,6 +11,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,12 +19,13 @@ import typer
 
 import tensorfold
 from tensorfold.cli_bench import bench
+from tensorfold.cli_errors import can_be_put_right, check_encoding, explain, line
 from tensorfold.cli_export import export
 from tensorfold.cli_heal import heal
 from tensorfold.cli_push import push
 from tensorfold.cli_report import report
 from tensorfold.cli_sample import sample
-from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.errors import InputError
 
 if TYPE_CHECKING:
     from tensorfold.hf.sources import Source
@@ -123,7 +125,7 @@ def fold(
 
     A calibrated fold keeps what is done in OUT.fold until OUT is there; the same command goes on from it.
     """
-    from tensorfold.cache import check_target
+    from tensorfold.cache import check_target, claimed
     from tensorfold.folding import FoldReport
     from tensorfold.folding import fold as fold_model
     from tensorfold.hf.loading import save
@@ -154,11 +156,13 @@ def fold(
         else:
             partial = Path(f"{out}.fold") if text else None
             options: dict[str, Any] = {"calibration_tokens": tokens, "checkpoint": partial, "progress": bar}
-            report = fold_model(loaded, chosen, tokenizer, documents, **options)
-            if ranks.is_first:
-                save(loaded, tokenizer, out, card(report))
-                if partial is not None:
-                    shutil.rmtree(partial, ignore_errors=True)
+            alone = partial is not None and ranks.count == 1  # several processes keep nothing there
+            with claimed(partial, "choose another --out") if alone and partial else nullcontext():
+                report = fold_model(loaded, chosen, tokenizer, documents, **options)
+                if ranks.is_first:
+                    save(loaded, tokenizer, out, card(report))
+                    if partial is not None:
+                        shutil.rmtree(partial, ignore_errors=True)
     if ranks.is_first:
         result = {**report.to_dict(), "out": str(out)}
         _emit(as_json, result, lambda: f"{report}\nwritten to {out} in {report.seconds:.0f} s")
@@ -223,6 +227,7 @@ def recipes(
     copy: Annotated[Path | None, typer.Option("--copy", help="Write it to this file, to be edited.")] = None,
 ) -> None:
     """List the shipped recipes, show one, or copy one."""
+    from tensorfold.cache import check_file_target, write_file
     from tensorfold.recipe import recipe_source, shipped_recipes
 
     if name is None:
@@ -236,11 +241,10 @@ def recipes(
     if copy is None:
         typer.echo(content, nl=False)
         return
-    try:
-        with copy.open("x", encoding="utf-8") as file:
-            file.write(content)
-    except OSError as error:
-        raise InputError(f"{copy}: cannot be written: {error.strerror}; name a new file.") from None
+    check_file_target(copy)
+    if copy.exists():
+        raise InputError(f"{copy}: exists already; name a new file.")
+    write_file(copy, content.encode())
     typer.echo(f"written to {copy}", err=True)
 
 
@@ -332,37 +336,15 @@ def run(arguments: list[str] | None = None) -> None:
     debug = "--debug" in given
     _quieten()
     try:
+        check_encoding(given)
         arguments = [argument for argument in given if argument != "--debug"]
         status = app(arguments, prog_name="tensorfold", standalone_mode=False)
     except Exception as error:
         if debug:
             raise
-        print(f"tensorfold: {' '.join(_explain(error).split())}", file=sys.stderr)
-        raise SystemExit(2 if _can_be_put_right(error) else 1) from None
+        print(f"tensorfold: {line(explain(error))}", file=sys.stderr)
+        raise SystemExit(2 if can_be_put_right(error) else 1) from None
     raise SystemExit(status or 0)
-
-
-def _can_be_put_right(error: Exception) -> bool:
-    """Whether the caller must change something first: the input, the command line, or the room on the disk."""
-    from tensorfold.cache import is_disk_full
-
-    return isinstance(error, InputError) or _usage_message(error) is not None or is_disk_full(error)
-
-
-def _usage_message(error: Exception) -> str | None:
-    """What the argument parser says, if it raised this; typer may carry its own click, so no class can be named."""
-    message = getattr(error, "format_message", None)
-    return message() if message else None
-
-
-def _explain(error: Exception) -> str:
-    usage = _usage_message(error)
-    if usage is not None:
-        context = getattr(error, "ctx", None)
-        return f"{usage.rstrip('.')}; see {context.command_path if context else 'tensorfold'} --help"
-    if isinstance(error, TensorfoldError):
-        return str(error)
-    return f"unexpected {type(error).__name__}: {error}; run again with --debug and report what it prints"
 
 
 def _quieten() -> None:

@@ -53,15 +53,17 @@ def export(
         check_packages()
     source = find_model(model)
     loaded = source.model("float32" if to is Target.onnx else None)
+    tokenizer, absent = None, None
     try:
         tokenizer = source.tokenizer()
     except InputError as error:
         # A model without one is still a model; other tools may bring their own.
-        typer.echo(f"written without a tokenizer: {error}", err=True)
-        tokenizer = None
+        absent = error
 
     from tensorfold.export import export_dense, export_int8, export_onnx
 
     write = {Target.dense: export_dense, Target.onnx: export_onnx, Target.int8: export_int8}[to]
     report = write(loaded, out, tokenizer, name=source.name)
+    if absent is not None:
+        typer.echo(f"written without a tokenizer: {absent}", err=True)
     typer.echo(json.dumps(report.to_dict()) if as_json else str(report))

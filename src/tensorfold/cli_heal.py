@@ -103,14 +103,14 @@ def _stages(recipe: str | None, pairs: list[str], given: dict[str, Any]) -> list
             raise InputError(f"heal: --set {pair!r}; needed KEY=VALUE, for example --set kl=1.")
         try:
             parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError, ValueError):
             raise InputError(f"heal: --set {pair!r}; the value is not valid YAML.") from None
         values[key.strip().replace("-", "_")] = tuple(parsed) if isinstance(parsed, list) else parsed
     check_keys("heal", values, [field.name for field in dataclasses.fields(HealSettings)])
     stages = [None] if found is None else [found] if isinstance(found, HealSettings) else list(found)
     return [
         (
-            dataclasses.replace(stage or HealSettings(), **values, **given),
+            dataclasses.replace(stage or HealSettings(), **{**values, **given}),
             values.get("text", stage.text if stage else None),
         )
         for stage in stages

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tensorfold.anatomy import context_length
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.evaluation_mode import evaluation_mode
+from tensorfold.strict import check_types
 from tensorfold.tokens import Encoder
 
 if TYPE_CHECKING:
@@ -287,6 +289,8 @@ def evaluate(
         TensorfoldError: The model's logits are not finite numbers.
     """
     start = time.perf_counter()
+    check_types("evaluate", model=(model, nn.Module), protocol=(protocol, str), text=(text, str | Sequence | None))
+    check_types("evaluate", max_tokens=(max_tokens, int | None), batch_size=(batch_size, int))
     check_judge(protocol, text, tasks, include_path, limit, max_tokens)
     if protocol == HARNESS:
         from tensorfold.harness import evaluate_tasks
@@ -298,9 +302,9 @@ def evaluate(
     documents = [text] if isinstance(text, str) else list(text or ())
     _check_arguments(documents, max_tokens, batch_size)
     config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):  # a model of text and images nests the sizes
+    positions = context_length(config)
+    if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
     if rule.context is not None and positions is not None and rule.context > positions:
         raise InputError(
             f"protocol {rule.name} needs a context of {rule.context} tokens, the model has "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tensorfold.anatomy import matrices
+from tensorfold.anatomy import context_length, matrices
 from tensorfold.budgets import check_budgets
 from tensorfold.calibrate import calibration_windows, token_counts
 from tensorfold.errors import InputError
@@ -22,6 +22,7 @@ from tensorfold.planning import Plan, plan
 from tensorfold.ranks import Ranks
 from tensorfold.recipe import Recipe
 from tensorfold.settings import CalibrateSettings
+from tensorfold.strict import check_types
 from tensorfold.texts import load_text
 
 
@@ -40,7 +41,11 @@ def documents(recipe: Recipe, tokenizer: Any, calibration: Iterable[str] | None)
         return None
     if tokenizer is None:
         raise InputError("fold: got calibration text without a tokenizer; needed the model's tokenizer.")
-    return [calibration] if isinstance(calibration, str) else list(calibration)
+    check_types("fold", calibration=(calibration, Iterable))
+    given = [calibration] if isinstance(calibration, str) else list(calibration)
+    if not all(isinstance(document, str) for document in given):
+        raise InputError("fold: got calibration that is no text; needed a list of documents, each a str.")
+    return given
 
 
 def text_windows(
@@ -49,8 +54,9 @@ def text_windows(
     """Calibration windows, shape (windows, length)."""
     if documents is None:
         return None
+    check_types("fold", calibration_tokens=(tokens, int | None))
     settings = recipe.calibrate or CalibrateSettings()
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(model.config)
     return calibration_windows(tokenizer, documents, tokens or settings.tokens, limit)
 
 

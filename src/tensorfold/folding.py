@@ -34,6 +34,7 @@ from tensorfold.recipe import Recipe
 from tensorfold.report import module_table, progress_bar
 from tensorfold.search import Search, search
 from tensorfold.solving import ERROR, cost_of, solve_matrix, solve_rows, unsolved_state
+from tensorfold.strict import check_types
 from tensorfold.surgery import HiddenUnits, hidden_units, reorder_hidden
 
 log = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ def fold(
     """
     started = time.monotonic()
     check_foldable(model)
+    check_types("fold", checkpoint=(checkpoint, str | Path | None))
     ranks = Ranks.find(cpu=model.device.type in ("cpu", "meta"))
     with ranks.together():
         recipe = Recipe.of(recipe)

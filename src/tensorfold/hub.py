@@ -9,10 +9,12 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from tensorfold.cache import check_path
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.hf.loading import load, reason
 from tensorfold.records import CARD, EVALUATIONS, read_lines, read_object
 from tensorfold.report import model_card
+from tensorfold.strict import check_types
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ def push_to_hub(
         InputError: The directory is no complete model, or ``repo`` is no name of a repository.
         TensorfoldError: The hub cannot be reached, or does not take it.
     """
+    check_types("push", directory=(directory, str | Path), repo=(repo, str), dry_run=(dry_run, bool))
+    check_path(directory)
     path = Path(directory)
     if not path.is_dir():
         raise InputError(

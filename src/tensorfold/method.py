@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from tensorfold.algebra.any_spec import AnySpec
@@ -23,6 +23,7 @@ METHODS: dict[str, type[Method]] = {}
 
 Keep = Annotated[float, Gt(0), Lt(1)]
 Positive = Annotated[int, Ge(1)]
+Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 OwnSpec = Any  # the kind of spec that the method itself makes
 NOTHING = Statistics()
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from tensorfold.algebra.contract import to_dense
@@ -24,7 +24,7 @@ from tensorfold.algebra.token_mps import TokenMPSSpec, powers_of_two, token_mps_
 from tensorfold.algebra.token_order import TokenOrder, token_order
 from tensorfold.algebra.ttsvd import tt_svd
 from tensorfold.errors import InputError, SpecError
-from tensorfold.method import METHODS, NOTHING, Keep, Method, Positive, exactly_one, largest_bond
+from tensorfold.method import METHODS, NOTHING, Keep, Method, Positive, Seed, exactly_one, largest_bond
 from tensorfold.strict import strict
 
 __all__ = ["METHODS", "MPO", "Graded", "Kronecker", "LowRank", "Method", "TokenMPS"]
@@ -113,7 +113,7 @@ class Kronecker(Method):
     permute: Literal["none", "hidden", "all"] = "none"
     pad: bool = False
     order: TokenOrder = "own"
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.keep is not None and self.terms is not None:
@@ -243,17 +243,22 @@ class MPO(Method):
 
     bond: Positive | None = None
     keep: Keep | None = None
-    sites: Positive | None = None
+    sites: Annotated[int, Ge(1), Le(64)] | None = None
     out_modes: tuple[Positive, ...] | None = None
     in_modes: tuple[Positive, ...] | None = None
     init: Literal["tt-svd", "random"] | None = None
     order: TokenOrder = "own"
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         exactly_one("mpo", bond=self.bond, keep=self.keep)
         if (self.out_modes is None) != (self.in_modes is None):
             raise InputError("mpo: got one of out_modes and in_modes; needed both, or sites.")
+        if len(self.out_modes or ()) != len(self.in_modes or ()):
+            raise InputError(
+                f"mpo: got out_modes {self.out_modes} and in_modes {self.in_modes}; needed as many of the one as of "
+                "the other. Pad the shorter with 1."
+            )
         if self.out_modes is not None and self.sites is not None:
             raise InputError("mpo: got both sites and modes; needed one of the two.")
 

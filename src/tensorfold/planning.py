@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tensorfold.algebra.any_spec import AnySpec
+from tensorfold.algebra.any_spec import AnySpec, check_size
 from tensorfold.anatomy import (
     ALREADY_FOLDED,
     Matrix,
@@ -192,6 +192,8 @@ def _spec(matrix: Matrix, method: Method) -> AnySpec:
             "layer; use it with targets: embedding or positions, and order: own here."
         )
     try:
-        return method.spec(matrix.out_features, matrix.in_features)
+        spec = method.spec(matrix.out_features, matrix.in_features)
+        check_size(spec)
+        return spec
     except SpecError as error:
         raise SpecError(f"{matrix.name}: {error}") from None

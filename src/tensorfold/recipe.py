@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tensorfold.auto import Auto
+from tensorfold.cache import check_path
 from tensorfold.errors import InputError
 from tensorfold.methods import METHODS, Method
 from tensorfold.settings import CalibrateSettings, EvalSettings, HealSettings
-from tensorfold.strict import check_keys, nearest
+from tensorfold.strict import check_keys, check_types, nearest
 
 if TYPE_CHECKING:
     from tensorfold.anatomy import Targets
@@ -35,6 +36,17 @@ class Rule:
     method: Method
     exclude: Targets | None = None
     split: int | tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_types("rule", targets=(self.targets, str | list | tuple | Mapping), method=(self.method, Method))
+        check_types("rule", exclude=(self.exclude, str | list | tuple | Mapping | None))
+        check_types("rule", split=(self.split, int | list | tuple | None))
+        for names in (self.targets, self.exclude):
+            if isinstance(names, list | tuple) and not all(isinstance(name, str) for name in names):
+                raise InputError(f"rule: got {names!r:.100}; needed a list of names.")
+        sizes = self.split if isinstance(self.split, list | tuple) else [1 if self.split is None else self.split]
+        if not sizes or not all(type(size) is int and size > 0 for size in sizes):
+            raise InputError(f"rule: split={self.split!r:.100}; needed a number of equal parts or a list of sizes.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +71,7 @@ class Recipe:
     untie: bool = False
 
     def __post_init__(self) -> None:
+        check_types("recipe", fold=(self.fold, tuple | list), layers=(self.layers, tuple | list | None))
         object.__setattr__(self, "fold", tuple(self.fold))
         if not (self.fold or self.layers) or not all(isinstance(rule, Rule) for rule in self.fold):
             raise InputError(f"recipe: fold={list(self.fold)!r}; needed at least one entry with targets and a method.")
@@ -100,7 +113,7 @@ class Recipe:
         text = recipe_source(name_or_path)
         try:
             data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
             raise InputError(f"recipe {name_or_path}: not valid YAML: {' '.join(str(error).split())}") from None
         return dataclasses.replace(cls.from_dict(data), name=Path(name_or_path).stem)
 
@@ -190,6 +203,7 @@ def recipe_source(name_or_path: str | Path) -> str:
     shipped = shipped_recipes()
     if str(name_or_path) in shipped:
         return (resources.files("tensorfold") / "recipes" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    check_path(name_or_path)
     path = Path(name_or_path)
     if not path.is_file():
         raise InputError(f"recipe {str(name_or_path)!r}: no such file or shipped recipe; {nearest(path.stem, shipped)}")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorfold.cache import is_disk_full
+from tensorfold.cache import check_path, is_disk_full
 from tensorfold.errors import InputError, TensorfoldError
 
 CARD = "tensorfold.json"
@@ -24,6 +24,7 @@ def check_recordable(directory: str | Path) -> Path:
     Raises:
         InputError: It is no directory of a model, or cannot be written.
     """
+    check_path(directory)
     path = Path(directory)
     if not (path / "config.json").is_file():
         raise InputError(f"{directory}: not a model's directory; needed one with a config.json to record in.")

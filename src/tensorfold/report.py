@@ -90,7 +90,7 @@ def model_card(
         path: Where the checkpoint lies, as code that loads it says it.
         size: Bytes of its weight files.
     """
-    before, after = card.get("parameters_before"), card.get("parameters_after")
+    before, after = (_count(card.get(f"parameters_{when}")) for when in ("before", "after"))
     where = path if path == "PATH" else repr(path).replace("'", '"')
     lines = [
         "```python",
@@ -102,10 +102,10 @@ def model_card(
         "",
         "Without `import tensorfold`, transformers only warns and fills the folded layers with random numbers.",
         "",
-        f"# {card.get('base_model', 'A language model')}, folded",
+        f"# {_text(card.get('base_model', 'A language model'))}, folded",
         "",
-        f"- base model: {card.get('base_model', 'unknown')}",
-        f"- recipe: {card.get('recipe', 'unknown')}",
+        f"- base model: {_text(card.get('base_model', 'unknown'))}",
+        f"- recipe: {_text(card.get('recipe', 'unknown'))}",
     ]
     if before and after:
         lines.append(f"- parameters: {before:,} → {after:,} ({after / before:.1%}), a tied output head counted once")
@@ -115,14 +115,14 @@ def model_card(
     if isinstance(modules, Mapping) and modules:
         lines.append(f"- folded: {len(modules)} matrices; tensorfold.json has their shapes, bonds and errors")
     if card.get("calibration"):
-        lines.append(f"- calibration: {card['calibration']}")
+        lines.append(f"- calibration: {_text(card['calibration'])}")
     healed = card.get("heal")
     if isinstance(healed, Mapping):
         lines.append(
-            f"- healed: {healed.get('tokens', 0):,} tokens of {healed.get('text')}, validation loss "
-            f"{healed.get('validation_loss_before')} → {healed.get('validation_loss')}"
+            f"- healed: {_number(healed.get('tokens')) or 0} tokens of {_text(healed.get('text'))}, validation loss "
+            f"{_text(healed.get('validation_loss_before'))} → {_text(healed.get('validation_loss'))}"
         )
-    lines.append(f"- folded with tensorfold {card.get('tensorfold', '')}".rstrip())
+    lines.append(f"- folded with tensorfold {_text(card.get('tensorfold', ''))}".rstrip())
     return "\n".join([*lines, *_measured(evaluations)]) + "\n"
 
 
@@ -152,8 +152,18 @@ def _measured(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*lines, *perplexities]
 
 
+def _text(value: Any) -> str:
+    """On one line, and in characters that UTF-8 has: a card may come from anyone."""
+    return " ".join(str(value).encode(errors="backslashreplace").decode().split())
+
+
+def _count(value: Any) -> int:
+    """A number of parameters; 0 for anything else."""
+    return value if type(value) is int and 0 < value < 2**63 else 0
+
+
 def _row(*cells: str) -> str:
-    return "| " + " | ".join(" ".join(str(cell).replace("|", "/").split()) for cell in cells) + " |"
+    return "| " + " | ".join(_text(cell).replace("|", "/") for cell in cells) + " |"
 
 
 def _number(value: Any) -> str:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tensorfold.anatomy import context_length
 from tensorfold.errors import InputError
+from tensorfold.hf.loading import reason
 from tensorfold.tokens import Encoder
 
 if TYPE_CHECKING:
@@ -63,25 +65,29 @@ def new_tokens(asked: int | None, prompt: int, model: PreTrainedModel) -> int:
 
 def context_room(prompt: int, model: PreTrainedModel) -> int | None:
     """Positions left after a prompt; None where the model names no limit."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model.config)
     return None if context is None else context - prompt
 
 
 def generate(model: PreTrainedModel, tokenizer: Any, ids: list[int], count: int, **options: Any) -> list[int]:
-    """``ids`` and at most ``count`` tokens after them; ``options`` are those of transformers' ``generate``."""
+    """``ids`` and at most ``count`` tokens after them; ``options`` are those of transformers' ``generate``.
+
+    Raises:
+        InputError: transformers cannot generate with what ``generation_config.json`` or the configuration asks for.
+    """
     inputs = torch.tensor([ids], device=model.device)
-    given: list[int] = (
-        model.eval()
-        .generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=count,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **options,
-        )[0]
-        .tolist()
-    )
-    return given
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    given = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "pad_token_id": padding, **options}
+    try:
+        found = model.eval().generate(max_new_tokens=count, return_dict_in_generate=False, **given)
+    # Prompt and options are ours and have been checked; what is left are the checkpoint's own settings, of any type.
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+        raise InputError(
+            f"sample: transformers cannot generate with this model ({reason(error)}); see generation_config.json and "
+            "config.json beside it."
+        ) from error
+    ids_found: list[int] = found[0].tolist()
+    return ids_found
 
 
 def continuation(tokenizer: Any, ids: list[int], given: list[int]) -> tuple[str, str]:

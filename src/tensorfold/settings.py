@@ -9,7 +9,8 @@ from annotated_types import Ge, Gt, Le, MinLen
 from tensorfold.errors import InputError
 from tensorfold.strict import strict
 
-Count = Annotated[int, Ge(1)]
+Count = Annotated[int, Ge(1), Le(2**31 - 1)]
+Natural = Annotated[int, Ge(0), Le(2**31 - 1)]
 Weight = Annotated[float, Ge(0)]
 
 
@@ -45,12 +46,12 @@ class BenchSettings:
         memory: Whether peak memory is measured too.
     """
 
-    tokens: Annotated[tuple[Count, ...], MinLen(1)] = (1, 16, 128, 1024, 4096)
+    tokens: Annotated[tuple[Annotated[int, Ge(1), Le(2**20)], ...], MinLen(1)] = (1, 16, 128, 1024, 4096)
     prefill: Count | None = None
     decode: Count = 32
     rounds: Count = 7
     way: Literal["chain", "materialise"] | None = None
-    threads: Count | None = None
+    threads: Annotated[int, Ge(1), Le(1024)] | None = None
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     memory: bool = True
 
@@ -91,19 +92,19 @@ class HealSettings:
     """
 
     text: str = "openwebtext"
-    steps: Annotated[int, Ge(0)] = 1000
+    steps: Natural = 1000
     batch: Count = 8
     micro_batch: Count | None = None
-    block: Annotated[int, Ge(2)] = 512
+    block: Annotated[int, Ge(2), Le(2**31 - 1)] = 512
     windows: Literal["packed", "random"] = "packed"
     lr: Annotated[float, Gt(0)] = 6e-5
     min_lr: Weight = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: Annotated[int, Ge(0)] = 0
+    warmup: Natural = 0
     weight_decay: Weight = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     clip: Weight = 1.0
-    seed: int = 0
+    seed: Annotated[int, Ge(0), Le(2**32 - 1)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     train: Literal["cores", "all", "all-but-embeddings"] = "all"
     freeze_scalars: bool = False
@@ -120,12 +121,12 @@ class HealSettings:
     save_every: Count | None = None
     select: Literal["best", "last"] = "best"
     patience: Count | None = None
-    blockwise_tokens: Annotated[int, Ge(0)] = 0
+    blockwise_tokens: Natural = 0
     blockwise_epochs: Count = 4
     blockwise_batch: Count = 2
     blockwise_lr: Annotated[float, Gt(0)] = 3e-3
-    activations_mb: Annotated[int, Ge(0)] = 2048
-    workers: Annotated[int, Ge(0)] = 0
+    activations_mb: Natural = 2048
+    workers: Annotated[int, Ge(0), Le(1024)] = 0
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.batch % self.micro_batch:

@@ -39,6 +39,7 @@ from tensorfold.ranks import Ranks
 from tensorfold.recipe import Recipe
 from tensorfold.report import progress_bar
 from tensorfold.solving import ERROR, cost_of, solve_matrix, unsolved_state
+from tensorfold.strict import check_types
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ def fold_directory(
             what it is; :func:`tensorfold.fold` and the model's ``save_pretrained`` do all of this.
         TensorfoldError: The disk is full.
     """
+    check_types("fold_directory", source=(source, str | Path), out=(out, str | Path))
     check_target(Path(out))
     recipe = Recipe.of(recipe)
     if recipe.calibrate is not None:

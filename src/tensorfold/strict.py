@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Iterable
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform, get_args
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
@@ -18,8 +18,10 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True)
 def strict(cls: type[T]) -> type[T]:
-    """Class decorator: frozen, types enforced, unknown fields refused with the nearest known one named."""
-    checked: Any = dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))(cls)
+    """Class decorator: frozen, types enforced, finite, unknown fields refused with the nearest known one named."""
+    checked: Any = dataclass(
+        frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+    )(cls)
     construct = checked.__init__
 
     @functools.wraps(construct, updated=())
@@ -50,6 +52,18 @@ def check_keys(where: str, mapping: Any, known: Iterable[str]) -> None:
     for key in mapping:
         if key not in known:
             raise InputError(f"{where}: unknown key {key!r}; {nearest(str(key), known)}")
+
+
+def check_types(where: str, **given: tuple[object, Any]) -> None:
+    """Raise :class:`InputError` for a value that is not of its type: ``check_types("load", path=(path, str | Path))``.
+
+    A bool is no number here.
+    """
+    for name, (value, kind) in given.items():
+        kinds = get_args(kind) or (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            words = " or ".join("None" if each is type(None) else each.__name__ for each in kinds)
+            raise InputError(f"{where}: got {name}={value!r:.100}; needed {words}.")
 
 
 def _explain(label: str, error: Any, fields: list[str]) -> str:

@@ -122,9 +122,26 @@ def split_linear(model: PreTrainedModel, name: str, parts: int | Sequence[int]) 
         stacked.append(part)
     stacked.train(module.training)
     model.set_submodule(name, stacked)
-    for parent in (model.get_submodule(name.rpartition(".")[0]), stacked):
-        parent._is_hf_initialized = True  # type: ignore[assignment]
+    mark_initialised(model, name)
     return [f"{name}.{index}" for index in range(len(sizes))]
+
+
+def mark_initialised(model: PreTrainedModel, name: str) -> None:
+    """Tell transformers that a module that was put in place of another needs no initialisation.
+
+    Neither do parents whose initialiser reaches into their children by name (GPT-2's) and would look for the dense
+    weight. All other parents are left to it: it fills the buffers that no checkpoint holds, such as position indices.
+    """
+    module, above = model.get_submodule(name), name.rpartition(".")[0]
+    module._is_hf_initialized = True  # type: ignore[assignment]
+    parent = model.get_submodule(above)
+    if any(tensor.is_meta for tensor in itertools.chain(module.parameters(), module.buffers())):
+        paths = [".".join(above.split(".")[:end]) for end in range(above.count(".") + 1, -1, -1)]
+        owners = [owner for path in paths if isinstance(owner := model.get_submodule(path), PreTrainedModel)]
+        try:
+            owners[0]._init_weights(parent)
+        except AttributeError:
+            parent._is_hf_initialized = True  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

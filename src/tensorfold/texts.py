@@ -289,7 +289,15 @@ def _json_document(line: str, place: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         got = f"an object with the keys {sorted(row)}" if isinstance(row, dict) else f"a JSON {type(row).__name__}"
         raise InputError(f'{place}: got {got}; needed an object with a string "text"')
-    return row["text"]
+    text: str = row["text"]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{place}: its text has half of a surrogate pair at character {error.start}, which is no character; write "
+            "the pair whole, or leave the line out"
+        ) from error
+    return text
 
 
 def python_docs(half: str) -> list[str]:

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
+from tensorfold.errors import InputError
+
 # Tokens beyond the wanted ones that a prefix of the text must give before its tokenisation is trusted.
 _MARGIN = 64
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Raise :class:`InputError` for what is no tokenizer, such as its name."""
+    if not callable(tokenizer) or not (hasattr(tokenizer, "bos_token_id") or hasattr(tokenizer, "get_vocab")):
+        raise InputError(
+            f"got {tokenizer!r:.100} as a tokenizer; needed the model's, as AutoTokenizer.from_pretrained gives it."
+        )
 
 
 class Encoder:
     """Text to token ids, with a beginning-of-sequence token only where that is the tokenizer's default."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        check_tokenizer(tokenizer)
         self._tokenizer = tokenizer
         default = list(tokenizer("")["input_ids"])
         # Only that one: an end-of-sequence token in the default would cut the stream.

@@ -29,6 +29,7 @@ from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.statistics import Metrics
 from tensorfold.algebra.ttsvd import balance, check_weight
 from tensorfold.errors import SpecError
+from tensorfold.strict import check_types
 
 # Up to this many unknowns an output index a normal matrix is formed (32 MB in fp64) and factored; beyond it conjugate
 # gradients apply it through the dense matrix, at about out·in² multiply–adds an iteration.
@@ -287,6 +288,7 @@ def check_metric(metric: Tensor, spec: Spec) -> Tensor:
     Raises:
         SpecError: It is not, or its diagonal has a negative entry.
     """
+    check_types("fit", metric=(metric, Tensor))
     if tuple(metric.shape) != (spec.in_features, spec.in_features):
         raise SpecError(f"metric of shape {tuple(metric.shape)}; needed ({spec.in_features}, {spec.in_features}).")
     if not torch.isfinite(metric).all():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tensorfold.algebra.spec import Spec
 from tensorfold.errors import SpecError
+from tensorfold.strict import check_types
 
 # A matrix up to this many elements is worked on in fp64 as a whole (64 MB); beyond it only Gram matrices are fp64.
 _WHOLE_FP64 = 2**23
@@ -97,7 +98,11 @@ def _thin_cores(weight: Tensor, spec: Spec, result: torch.dtype) -> list[Tensor]
 
 def check_weight(weight: Tensor, spec: Spec) -> Tensor:
     """``weight`` itself, after checking that its shape is the spec's and that it holds neither NaN nor infinity."""
+    check_types("fit", weight=(weight, Tensor))
     _check_shape(weight, spec)
+    if not weight.is_floating_point() or weight.is_meta:
+        where = " on the meta device" if weight.is_meta else ""
+        raise SpecError(f"weight of {weight.dtype}{where}; needed floating-point numbers.")
     if not torch.isfinite(weight).all():
         raise SpecError("weight holds NaN or infinity; repair the checkpoint, or exclude this module.")
     return weight

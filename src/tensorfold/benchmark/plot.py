@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
 from tensorfold.benchmark.report import BenchReport, short_label
+from tensorfold.cache import check_file_target
 from tensorfold.errors import InputError
 
 _FORMATS = (".svg", ".png", ".pdf")
@@ -22,8 +22,9 @@ def check_plot(path: Path) -> None:
         raise InputError(f"--plot {path}: needed a file that ends in {', '.join(_FORMATS)}.")
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot needs the package matplotlib, which is not installed; run: pip install matplotlib")
-    if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
-        raise InputError(f"--plot {path}: cannot be written; name a file in a directory that can.")
+    check_file_target(path)
+    if not path.resolve().parent.is_dir():
+        raise InputError(f"--plot {path}: cannot be written; name a file in a directory that there is.")
 
 
 def draw(report: BenchReport, path: Path) -> None:

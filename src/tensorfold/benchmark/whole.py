@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tensorfold.anatomy import is_plain_linear
+from tensorfold.anatomy import context_length, is_plain_linear
 from tensorfold.benchmark.timing import Clock, Timing, in_turn, waiting_for
 from tensorfold.errors import InputError
 from tensorfold.nn import (
@@ -114,7 +114,7 @@ def prompt_length(models: Sequence[PreTrainedModel], prefill: int | None, decode
     Raises:
         InputError: Prompt and decoded tokens are more than a context.
     """
-    contexts = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
+    contexts = [context_length(model.config) for model in models]
     context = min((context for context in contexts if context is not None), default=None)
     if context is None:
         return prefill or PREFILL

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from tensorfold.cache import atomic_directory
+from tensorfold.cache import atomic_directory, make_directories
 from tensorfold.errors import InputError, TensorfoldError
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def begin(work: Path, identity: Mapping[str, Any], write: bool) -> None:
             )
         return
     if write:
-        work.mkdir(parents=True, exist_ok=True)
+        make_directories(work, remedy="choose another --out")
         temporary = path.with_suffix(".partial")
         with temporary.open("w", encoding="utf-8") as file:
             file.write(json.dumps(identity, indent=1) + "\n")

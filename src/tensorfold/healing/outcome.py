@@ -56,11 +56,16 @@ class HealReport:
 
 
 def card_of(directory: Path) -> dict[str, Any]:
-    """The ``tensorfold.json`` of a directory, empty where there is none to read."""
+    """The ``tensorfold.json`` of a directory, empty where there is none to read; without a ``heal`` that is none."""
     try:
-        return json.loads((directory / "tensorfold.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        card = json.loads((directory / "tensorfold.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    if not isinstance(card, dict):
+        return {}
+    needed = {field.name for field in dataclasses.fields(HealReport)}
+    healed = card.get("heal", ...)
+    return card if healed is ... or (isinstance(healed, dict) and needed <= healed.keys()) else {**card, "heal": None}
 
 
 def finished(target: Path, identity: Mapping[str, Any], model: PreTrainedModel) -> HealReport:

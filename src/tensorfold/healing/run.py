@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 import tensorfold
 from tensorfold import texts
-from tensorfold.anatomy import count_parameters
-from tensorfold.cache import check_target, is_disk_full
+from tensorfold.anatomy import context_length, count_parameters
+from tensorfold.cache import check_place, check_target, claimed, is_disk_full
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.healing.blockwise import heal_blocks
 from tensorfold.healing.checkpoints import begin, damage, digest, fingerprint, newest, sealed
@@ -42,10 +42,12 @@ from tensorfold.healing.end_to_end import (
 from tensorfold.healing.log import Reporter, StepLog
 from tensorfold.healing.losses import HealLoss, cross_entropy
 from tensorfold.healing.outcome import HealReport, card_of, finished, write
+from tensorfold.hf.plain import check_floating
 from tensorfold.hf.sources import find_model
 from tensorfold.ranks import PATIENCE
 from tensorfold.settings import HealSettings
-from tensorfold.strict import check_keys
+from tensorfold.strict import check_keys, check_types
+from tensorfold.tokens import check_tokenizer
 
 
 def heal(
@@ -89,8 +91,16 @@ def heal(
         raise InputError("heal: the teacher is the model itself; needed the dense model, loaded separately.")
     if settings.needs_teacher and teacher is None:
         raise InputError("heal: the settings compare with a teacher, and none was given; name the dense model.")
+    check_types("heal", model=(model, PreTrainedModel), out=(out, str | os.PathLike | None))
+    check_types("heal", teacher=(teacher, PreTrainedModel | str | None), settings=(settings, HealSettings | None))
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
+    check_floating(model)
     state = PartialState(cpu=uses_cpu(), timeout=PATIENCE)
     micro_batch(settings, state.num_processes)
+    _check_reporters(report_to)
+    if out is not None:
+        check_place(Path(out))
     target = None if out is None else Path(out).resolve()
     if target is None and state.num_processes > 1:
         raise InputError("heal: several processes and no out; needed a directory that all of them can write.")
@@ -112,8 +122,9 @@ def heal(
     if target is not None and card_of(target).get("heal") is not None:
         return finished(target, identity, model)
 
-    with tempfile.TemporaryDirectory() if target is None else nullcontext(f"{target}.heal") as directory:
-        work = Path(directory)
+    with _workplace(target, state) as work:
+        if target is not None and card_of(target).get("heal") is not None:  # by another process, in the meantime
+            return finished(target, identity, model)
         if state.is_main_process:
             begin(work, identity, write=True)
         state.wait_for_everyone()
@@ -287,6 +298,32 @@ class _Run:
         return shell or self.model, last, step, reached, start
 
 
+@contextmanager
+def _workplace(target: Path | None, state: PartialState) -> Iterator[Path]:
+    """``OUT.heal``, claimed by the main process, or a temporary directory."""
+    if target is None:
+        with tempfile.TemporaryDirectory() as directory:
+            yield Path(directory)
+        return
+    work = Path(f"{target}.heal")
+    with claimed(work, "choose another --out") if state.is_main_process else nullcontext():
+        yield work
+
+
+def _check_reporters(report_to: str | list[str]) -> None:
+    """Raise :class:`InputError` for what the Trainer would refuse only after the blocks are healed."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    check_types("heal", report_to=(report_to, str | list))
+    known = ["none", "all", *get_available_reporting_integrations()]
+    for name in [report_to] if isinstance(report_to, str) else report_to:
+        if name not in known:
+            raise InputError(
+                f"heal: the Trainer refuses these settings: report_to={name!r:.100} is unknown or not installed; "
+                f"needed one of {', '.join(known)}."
+            )
+
+
 def _settings(settings: HealSettings | None, overrides: Mapping[str, Any], teacher: bool) -> HealSettings:
     check_keys("heal", dict(overrides), [field.name for field in dataclasses.fields(HealSettings)])
     settings = dataclasses.replace(settings or HealSettings(), **overrides)
@@ -312,7 +349,7 @@ def _source(text: Any) -> Source:
 def _tokens(
     source: Source, tokenizer: Any, model: PreTrainedModel, settings: HealSettings, state: PartialState
 ) -> TokenCache:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(model.config)
     if limit is not None and settings.block > limit:
         raise InputError(f"heal: block={settings.block}; needed at most the {limit} positions of the model.")
     vocabulary = model.config.get_text_config().vocab_size

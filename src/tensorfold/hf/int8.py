@@ -17,6 +17,7 @@ from tensorfold.hf.quantizer import TensorfoldConfig, mark
 from tensorfold.hf.swap import set_module
 from tensorfold.nn import FoldedModule
 from tensorfold.nn.int8 import Int8Embedding, Int8Folded, Int8Linear
+from tensorfold.strict import check_types
 
 Int8 = Int8Linear | Int8Embedding | Int8Folded
 
@@ -50,6 +51,7 @@ def quantize(model: PreTrainedModel, bits: int = 8) -> Int8Report:
     Raises:
         InputError: Another number of bits than 8, or the model is quantised already.
     """
+    check_types("quantize", bits=(bits, int))
     if bits != 8:
         raise InputError(f"quantize: bits={bits}; needed 8, the only width there is.")
     if not isinstance(model, PreTrainedModel):

@@ -20,8 +20,10 @@ from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.hf.int8 import install_int8
 from tensorfold.hf.quantizer import NAME, TensorfoldConfig
 from tensorfold.hf.swap import install
+from tensorfold.hf.untrusted import check_files
 from tensorfold.nn import FoldedModule
 from tensorfold.report import model_card
+from tensorfold.strict import check_types
 
 CAUSAL_LM = "needed a decoder-only causal language model"
 
@@ -29,7 +31,8 @@ CAUSAL_LM = "needed a decoder-only causal language model"
 def load(path: str | Path, *, dtype: torch.dtype | str | None = None, **options: Any) -> PreTrainedModel:
     """Load a folded or dense causal language model from a directory (or hub id), refusing anything incomplete.
 
-    ``from_pretrained`` only warns about missing weights and fills them with random numbers; this raises.
+    ``from_pretrained`` only warns about missing weights and fills them with random numbers; this raises. Pickles are
+    never read, and code that comes with a checkpoint is run with ``trust_remote_code=True`` alone.
 
     Args:
         path: What ``save_pretrained`` wrote, or a hub id.
@@ -39,11 +42,15 @@ def load(path: str | Path, *, dtype: torch.dtype | str | None = None, **options:
     Raises:
         InputError: No such model, or a tensor is missing, unexpected, truncated or of the wrong shape.
     """
-    config = load_config(path)
+    check_types("load", path=(path, str | Path), dtype=(dtype, torch.dtype | str | None))
+    options = {"use_safetensors": True, "trust_remote_code": False, **options}
+    config = load_config(path, trust_remote_code=options["trust_remote_code"])
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        _check_size(Path(path), config)
+        check_files(Path(path))
+        if not options["trust_remote_code"]:
+            _check_size(Path(path), config)
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -147,18 +154,23 @@ def _check_sound(path: str | Path, model: PreTrainedModel) -> None:
         )
 
 
-def load_config(path: str | Path) -> PreTrainedConfig:
+def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration alone.
 
     Raises:
         InputError: There is no such model, or it is an encoder–decoder.
     """
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     # A damaged config.json fails in as many ways as there are checks in transformers.
     except Exception as error:
         if isinstance(error, TensorfoldError):
             raise
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"model {str(path)!r} comes with code of its own, which is not run; needed a type that transformers "
+                "knows. If you have read the code, tensorfold.load(path, trust_remote_code=True) runs it."
+            ) from error
         missing = "has no usable config.json" if Path(path).exists() else "no such directory, and not on the hub"
         raise InputError(
             f"model {str(path)!r}: {missing}; needed a directory written by save_pretrained, a .gguf file, a hub id or "

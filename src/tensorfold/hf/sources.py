@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
-from tensorfold.cache import atomic_directory, cache_directory
+from tensorfold.cache import atomic_directory, cache_directory, check_path
 from tensorfold.errors import InputError
 from tensorfold.hf.loading import load, load_config, reason
 
@@ -38,7 +40,9 @@ class Source:
             InputError: There is none beside the model.
         """
         try:
-            return AutoTokenizer.from_pretrained(self.path)
+            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+            tokenizer("a")  # what is wrong with its settings shows at the first word
+            return tokenizer
         except Exception as error:  # the tokenizers library raises plain ones
             raise InputError(
                 f"model {self.name!r} has no tokenizer that transformers can read; save one beside the model with "
@@ -56,6 +60,7 @@ def find_model(name: str) -> Source:
         return Source(name, str(converted(packaged_gguf(name))))
     if not name.strip():
         raise InputError(f"model {name!r}: no name; needed a hub id, a directory, a .gguf file or smollm2-135m.")
+    check_path(name)
     path = Path(name)
     if name.endswith(".gguf"):
         if not path.is_file():
@@ -98,14 +103,19 @@ def converted(gguf: Path) -> Path:
     if target.is_dir():
         return target
     folder, file = str(gguf.parent), gguf.name
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)  # it reports at length what the error then says in a line
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     # A damaged file fails wherever the reader happens to be: in numpy, struct, gguf or transformers.
     except Exception as error:
+        why = "its tensors have other shapes than it says" if "ignore_mismatched" in str(error) else reason(error)
         raise InputError(
-            f"{gguf}: cannot be read as a GGUF model ({reason(error)}); copy the file again, or give another."
+            f"{gguf}: cannot be read as a GGUF model ({why}); copy the file again, or give another."
         ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     # The weights are dense fp32 now, but the model still carries the GGUF quantizer, which refuses to be saved.
     model.hf_quantizer.remove_quantization_config(model)
     with atomic_directory(target, keep_existing=True) as partial:

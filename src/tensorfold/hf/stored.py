@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers.utils.hub import cached_file
 from tensorfold.anatomy import empty_model
 from tensorfold.errors import InputError
 from tensorfold.hf.loading import load_config, reason
+from tensorfold.hf.untrusted import check_files, shards
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -118,10 +118,10 @@ def _tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], torch.dt
     """By its name: the file, the shape and the dtype of every tensor; from headers alone."""
     files = [directory / "model.safetensors"]
     index = directory / "model.safetensors.index.json"
+    check_files(directory)
+    if not files[0].is_file() and index.is_file():
+        files = shards(index)
     try:
-        if not files[0].is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted({directory / name for name in weight_map.values()})
         found = {}
         for file in files:
             with safe_open(file, framework="pt") as tensors:
@@ -167,8 +167,13 @@ def _describe_generation(directory: Path, model: PreTrainedModel) -> None:
     if not model.can_generate():
         return
     try:
-        model.generation_config = GenerationConfig.from_pretrained(directory)
-    except OSError:
-        model.generation_config = GenerationConfig.from_pretrained(
-            directory, config_file_name="config.json", _from_model_config=True
-        )
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        except OSError:
+            model.generation_config = GenerationConfig.from_pretrained(
+                directory, config_file_name="config.json", _from_model_config=True
+            )
+    except (TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
+        raise InputError(
+            f"{directory}: generation_config.json cannot be used ({reason(error)}); correct it, or delete it."
+        ) from error

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tensorfold.algebra.any_spec import AnySpec
+from tensorfold.algebra.any_spec import AnySpec, check_size
 from tensorfold.algebra.graded import GradedSpec
 from tensorfold.algebra.solve import Factors
 from tensorfold.algebra.spec import Spec
@@ -19,7 +19,7 @@ from tensorfold.anatomy import Matrix, embedding_scale, matrices
 from tensorfold.errors import InputError
 from tensorfold.hf.vocabulary import resize_token_embeddings
 from tensorfold.nn import GradedEmbedding, MPOEmbedding, MPOLinear, TokenMPSEmbedding
-from tensorfold.surgery import split_linear
+from tensorfold.surgery import mark_initialised, split_linear
 
 Folded = MPOLinear | MPOEmbedding | TokenMPSEmbedding | GradedEmbedding
 
@@ -109,6 +109,7 @@ def install(
                 f"checkpoint: {name} is folded as {spec.out_features}×{spec.in_features}, but the model's "
                 f"configuration makes it {matrix.out_features}×{matrix.in_features}; they do not belong together."
             )
+        check_size(spec)
         if matrix.tied_head != tied.get(name):
             raise InputError(
                 f"checkpoint: {name} is tied to {tied.get(name)!r} in the folded configuration, but to "
@@ -120,7 +121,4 @@ def install(
 def set_module(model: PreTrainedModel, name: str, module: nn.Module) -> None:
     """Put a module in the place of another, as one that needs no initialisation."""
     model.set_submodule(name, module)
-    parent = model.get_submodule(name.rpartition(".")[0])
-    # Some initialisers (GPT-2's) reach into their children by name and would look for the dense weight.
-    for initialised in (parent, module):
-        initialised._is_hf_initialized = True  # type: ignore[assignment]
+    mark_initialised(model, name)

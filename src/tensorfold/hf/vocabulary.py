@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from tensorfold.anatomy import is_plain_linear
 from tensorfold.errors import InputError
 from tensorfold.nn import TokenMPSEmbedding, TokenMPSHead
+from tensorfold.strict import check_types
 
 
 @torch.no_grad()
@@ -27,6 +28,8 @@ def append_tokens(model: PreTrainedModel, vectors: Tensor, head_vectors: Tensor 
         InputError: The embedding, or the head of an untied model, cannot grow, or a shape does not fit. Found before
             anything is changed.
     """
+    check_types("append_tokens", model=(model, PreTrainedModel), vectors=(vectors, Tensor))
+    check_types("append_tokens", head_vectors=(head_vectors, Tensor | None))
     table, head = _growing(model), model.get_output_embeddings()
     tied = isinstance(head, TokenMPSHead)
     if not (tied or head is None or (isinstance(head, nn.Linear) and is_plain_linear(head))):

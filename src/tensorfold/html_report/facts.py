@@ -18,6 +18,7 @@ from tensorfold.algebra.pivots import with_identity
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.spectrum import bond_spectra
 from tensorfold.anatomy import blocks, count_parameters, empty_model
+from tensorfold.cache import check_path
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.hf.loading import folded_skeleton, folding_of, load_config, reason
 from tensorfold.records import BENCH, CARD, EVALUATIONS, HEAL_LOG, read_lines, read_object
@@ -152,6 +153,7 @@ def read_directory(path: Path, label: str, step: Callable[[str], None] = lambda 
 
 def check_directory(path: Path) -> None:
     """Raise :class:`InputError` unless a path is the directory of a model."""
+    check_path(path)
     if not path.is_dir():
         found = "is a file" if path.exists() else "no such directory"
         raise InputError(f"{path}: {found}; needed a model's directory, as tensorfold fold writes it.")

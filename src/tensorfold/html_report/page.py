@@ -18,6 +18,7 @@ from tensorfold.html_report.facts import ModelFacts, check_directory, labels, re
 from tensorfold.html_report.samples import Sample, sample_all
 from tensorfold.html_report.tables import bench_rows, bond_rows, healing_rows, judgements, size_rows
 from tensorfold.report import progress_bar
+from tensorfold.strict import check_types
 
 if TYPE_CHECKING:
     from tensorfold.html_report.figures import Chart
@@ -59,6 +60,14 @@ def write_report(
         TensorfoldError: The disk is full.
     """
     check_packages()
+    check_types("report", directories=(directories, list | tuple), out=(out, str | os.PathLike))
+    check_types("report", prompt=(prompt, str | None), tokens=(tokens, int))
+    try:
+        (prompt or "").encode()
+    except UnicodeEncodeError:
+        raise InputError(f"report: got prompt={prompt!r:.100}; needed text that UTF-8 can hold.") from None
+    for each in directories:
+        check_types("report", directory=(each, str | os.PathLike))
     target = Path(out)
     check_file_target(target)
     paths = [Path(directory) for directory in directories]

@@ -11,6 +11,7 @@ from tensorfold.algebra.contract import rows
 from tensorfold.algebra.solve import Factors, fit
 from tensorfold.algebra.spec import Spec
 from tensorfold.nn.linear import MPOLinear, MPOModule
+from tensorfold.strict import check_types
 
 
 class MPOEmbedding(MPOModule):
@@ -37,6 +38,7 @@ class MPOEmbedding(MPOModule):
         Raises:
             SpecError: A shape does not fit ``spec``, or a value is not finite.
         """
+        check_types(cls.__name__, weight=(weight, Tensor), spec=(spec, Spec))
         return cls.from_factors(Factors(fit(weight.detach(), spec, metric)), spec, weight, scale)
 
     @classmethod

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tensorfold.algebra.graded import GradedSpec, graded_low_rank
 from tensorfold.algebra.solve import Factors
 from tensorfold.nn.folded import FoldedModule
+from tensorfold.strict import check_types
 
 
 class GradedModule(FoldedModule):
@@ -26,6 +27,7 @@ class GradedModule(FoldedModule):
 
     def __init__(self, spec: GradedSpec, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        check_types(type(self).__name__, spec=(spec, GradedSpec))
         self.spec = spec
         self.cores = nn.ParameterList(
             nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in spec.core_shapes

@@ -16,7 +16,9 @@ from tensorfold.algebra.solve import Factors, fit
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.starts import core_std
 from tensorfold.algebra.ways import Order, Way
+from tensorfold.errors import SpecError
 from tensorfold.nn.machine import way_for
+from tensorfold.strict import check_types
 
 
 class MPOModule(nn.Module):
@@ -27,6 +29,7 @@ class MPOModule(nn.Module):
 
     def __init__(self, spec: Spec, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        check_types(type(self).__name__, spec=(spec, Spec))
         self.spec = spec
         self.cores = nn.ParameterList(
             nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in spec.stored_shapes
@@ -118,6 +121,7 @@ class MPOLinear(MPOModule):
     _matrix: tuple[tuple[object, ...], Tensor] | None = None
 
     def __init__(self, spec: Spec, bias: bool = True, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        check_types("MPOLinear", bias=(bias, bool))
         super().__init__(spec, device, dtype)
         self.in_features, self.out_features = spec.in_features, spec.out_features
         self.bias = nn.Parameter(torch.empty(spec.out_features, device=device, dtype=dtype)) if bias else None
@@ -142,6 +146,9 @@ class MPOLinear(MPOModule):
         Raises:
             SpecError: A shape does not fit ``spec``, or a value is not finite.
         """
+        check_types(cls.__name__, weight=(weight, Tensor), spec=(spec, Spec), bias=(bias, Tensor | None))
+        if bias is not None and bias.shape != (spec.out_features,):
+            raise SpecError(f"bias of shape {tuple(bias.shape)}; the spec needs ({spec.out_features},).")
         return cls.from_factors(Factors(fit(weight.detach(), spec, metric)), spec, weight, bias)
 
     @classmethod

@@ -15,6 +15,7 @@ from tensorfold.algebra.solve import Factors
 from tensorfold.algebra.token_mps import TokenMPSSpec, rows, token_mps_svd
 from tensorfold.errors import SpecError
 from tensorfold.nn.folded import FoldedModule
+from tensorfold.strict import check_types
 
 # Bytes of the table that a head holds at a time.
 CHUNK_BYTES = 2**24
@@ -25,6 +26,7 @@ class TokenMPSModule(FoldedModule):
 
     def __init__(self, spec: TokenMPSSpec, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        check_types(type(self).__name__, spec=(spec, TokenMPSSpec))
         self._shape = spec
         self.cores = nn.ParameterList(
             nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in spec.core_shapes
@@ -122,6 +124,8 @@ class TokenMPSEmbedding(TokenMPSModule):
             SpecError: ``vectors`` has another shape, or is not finite.
         """
         shape = self._shape
+        if not vectors.is_floating_point():
+            raise SpecError(f"append: got vectors of {vectors.dtype}; needed floating-point numbers.")
         if vectors.dim() != 2 or vectors.shape[1] != shape.width or not len(vectors):
             raise SpecError(
                 f"append: got vectors of shape {tuple(vectors.shape)}; needed (tokens, {shape.width}), one row for "

@@ -1,0 +1,47 @@
+"""How the command line ends where something is wrong: one line, and an exit status."""
+
+from __future__ import annotations
+
+from tensorfold.cache import is_disk_full
+from tensorfold.errors import InputError, TensorfoldError
+
+_LONGEST = 1200  # characters of a message
+
+
+def can_be_put_right(error: Exception) -> bool:
+    """Whether the caller must change something first: the input, the command line, or the room on the disk."""
+    return isinstance(error, InputError) or _usage_message(error) is not None or is_disk_full(error)
+
+
+def _usage_message(error: Exception) -> str | None:
+    """What the argument parser says, if it raised this; typer may carry its own click, so no class can be named."""
+    message = getattr(error, "format_message", None)
+    return message() if message else None
+
+
+def explain(error: Exception) -> str:
+    """What went wrong, and what to do about it."""
+    usage = _usage_message(error)
+    if usage is not None:
+        context = getattr(error, "ctx", None)
+        return f"{usage.rstrip('.')}; see {context.command_path if context else 'tensorfold'} --help"
+    if isinstance(error, TensorfoldError):
+        return str(error)
+    if is_disk_full(error):
+        return f"The disk is full: {error}. Free some space, then run the command again."
+    return f"unexpected {type(error).__name__}: {error}; run again with --debug and report what it prints"
+
+
+def check_encoding(arguments: list[str]) -> None:
+    """Raise :class:`InputError` for an argument that is not UTF-8: no path, prompt or name of ours can hold it."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:  # Python passes bytes that are not UTF-8 on as lone surrogates
+            raise InputError(f"got {argument!r:.100} on the command line, which is not UTF-8; needed UTF-8.") from None
+
+
+def line(message: str) -> str:
+    """One line; of a message that quotes endless input, the beginning and the end. Lone surrogates are escaped."""
+    words = " ".join(message.encode(errors="backslashreplace").decode().split())
+    return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 300]} […] {words[-200:]}"

@@ -1,0 +1,233 @@
+"""Thousands of bad inputs, over every command and every public function, in one process.
+
+    python studies/reliability/inputs.py --cases 2400 --calls 800 --log studies/reliability/inputs.jsonl
+
+Each must end with one clear line on standard error and the Contract's exit status, or succeed: no traceback, no hang,
+no half-written output, nothing else touched. A case follows from ``--seed`` and its number alone, so that the same
+command goes on after an interruption, and ``--only N`` repeats one and shows what it printed. Cases that crash the
+process or hang in native code are found by the next start, which notes them and goes on. Calls of public functions come
+from hypothesis (``calls.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    # As the command line sets them before its imports.
+    os.environ.update(TRANSFORMERS_VERBOSITY="error", TQDM_DISABLE="1")
+    os.environ.pop("TENSORFOLD_DATA", None)
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cases import Case, make_case
+from templates import make_templates
+
+SECONDS = 30
+MEMORY = 12 * 2**30  # of address space; the libraries alone take some four
+
+
+class HangError(BaseException):
+    """Not an ``Exception``: nothing that is tested may catch it."""
+
+
+def _ring(*_: object) -> None:
+    raise HangError
+
+
+@contextlib.contextmanager
+def captured(file: Path) -> Iterator[None]:
+    """Standard output and error of this process, native code included, go to ``file``.out and ``file``.err."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    try:
+        for number, suffix in ((1, ".out"), (2, ".err")):
+            descriptor = os.open(f"{file}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, number in zip(kept, (1, 2), strict=True):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+
+
+def snapshot(root: Path) -> dict[str, tuple[int, int, int]]:
+    """Every entry below a directory, with what changes when it is written."""
+    found = {}
+    for folder, directories, files in os.walk(root):
+        for name in (*directories, *files):
+            path = os.path.join(folder, name)
+            status = os.lstat(path)
+            whole = not os.path.isdir(path)
+            found[os.path.relpath(path, root)] = (status.st_mode, status.st_size * whole, status.st_mtime_ns * whole)
+    return found
+
+
+@contextlib.contextmanager
+def timed(seconds: float) -> Iterator[None]:
+    """Raise :class:`HangError` after ``seconds``; end the process where native code does not let that happen."""
+    previous = signal.signal(signal.SIGALRM, _ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    faulthandler.dump_traceback_later(4 * seconds, exit=True)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+        signal.signal(signal.SIGALRM, previous)
+
+
+def run_case(case: Case, scratch: Path, templates: Path) -> dict[str, Any]:
+    """Run the command in the working directory and judge what it did."""
+    from tensorfold.cli import run
+
+    work = Path.cwd()
+    before, kept = snapshot(work), snapshot(templates)
+    files = scratch / "printed"
+    status: int | str = "returned"
+    started = time.monotonic()
+    with captured(files):
+        try:
+            with timed(SECONDS):
+                run(case.arguments)
+        except SystemExit as stopped:
+            status = stopped.code if isinstance(stopped.code, int) else 0 if stopped.code is None else 1
+        except HangError:
+            status = "hang"
+        except BaseException as error:
+            status = f"{type(error).__name__}: {error}"[:300]
+    out = Path(f"{files}.out").read_text(errors="replace")
+    err = Path(f"{files}.err").read_text(errors="replace")
+    after = snapshot(work)
+    wrong = list(_wrongs(case, status, out, err, before, after))
+    if snapshot(templates) != kept:
+        wrong.append("a model outside was changed")
+    verdict = "wrong" if wrong else "accepted" if status == 0 else "failed" if status == 1 else "refused"
+    line = (err.strip().splitlines() or [""])[-1]
+    found = {"kind": case.kind, "command": case.arguments[0] if case.arguments else "", "what": case.what[:160]}
+    line = line.replace(str(scratch), "")
+    found["what"] = found["what"].replace(str(scratch), "")
+    found.update(verdict=verdict, status=status, message=line, seconds=round(time.monotonic() - started, 2))
+    return {**found, "wrong": wrong} if wrong else found
+
+
+def _wrongs(
+    case: Case, status: int | str, out: str, err: str, before: dict[str, Any], after: dict[str, Any]
+) -> Iterator[str]:
+    if status not in (0, 1, 2):
+        yield f"ended with {status}"
+    if "Traceback (most recent" in err or "panicked at" in err:
+        yield "traceback"
+    if "unexpected " in err.rpartition("tensorfold: ")[2][:14]:
+        yield "unexpected exception"
+    if status in (1, 2):
+        lines = err.strip().splitlines()
+        if not lines or not lines[-1].startswith("tensorfold: "):
+            yield "no message"
+        elif len(lines) > 1:
+            yield "more than one line"
+        elif len(lines[0]) > 1500:
+            yield "a message of more than 1500 characters"
+        if out and case.arguments[0] != "sample":
+            yield "output in spite of failure"
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    allowed = {"out", "out.html", *case.may_change} if status == 0 else set()
+    if case.kind == "path" or "--copy" in case.arguments or case.kind == "option":
+        allowed |= {name for name in changed if status == 0}
+    beyond = sorted(name for name in changed if name.split("/")[0] not in allowed and name not in allowed)
+    if beyond:
+        yield f"left or changed {', '.join(beyond[:4])}"
+    if status == 0 and "out" in after and not Path("out/config.json").is_file():
+        yield "half-written output"
+
+
+def fresh(scratch: Path) -> Path:
+    work = scratch / "work"
+    os.chdir(scratch)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    os.chdir(work)
+    return work
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=2400)
+    parser.add_argument("--calls", type=int, default=800, help="of public functions")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, action="append", help="run this case and show what it prints")
+    parser.add_argument("--log", type=Path, default=Path(__file__).with_name("inputs.jsonl"))
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "tensorfold-reliability")
+    args = parser.parse_args()
+    args.log, args.scratch = args.log.resolve(), args.scratch.resolve()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    os.environ["TENSORFOLD_CACHE"] = str(args.scratch / "cache")
+    templates = make_templates(args.scratch / "templates")
+    import torch
+
+    torch.set_num_threads(1)
+    if args.only:
+        for number in args.only:
+            fresh(args.scratch)
+            case = make_case(number, args.seed, templates)
+            print(number, case)
+            print(json.dumps(run_case(case, args.scratch, templates), indent=1))
+            print(Path(f"{args.scratch / 'printed'}.err").read_text(errors="replace")[-6000:])
+        return
+    known = [json.loads(line) for line in args.log.read_text().splitlines()] if args.log.exists() else []
+    done = {entry["number"] for entry in known if "number" in entry}
+    current = args.scratch / "current"
+    for number in range(args.first, args.first + args.cases):
+        if number in done:
+            continue
+        fresh(args.scratch)
+        case = make_case(number, args.seed, templates)
+        if current.exists() and current.read_text() == str(number):
+            entry = {"kind": case.kind, "command": case.arguments[0], "what": case.what[:160], "verdict": "wrong"}
+            entry["wrong"] = ["crashed the process, or hung in native code"]
+        else:
+            current.write_text(str(number))
+            entry = run_case(case, args.scratch, templates)
+        _append(args.log, {"number": number, **entry})
+        current.unlink()
+        if entry["verdict"] == "wrong":
+            print(number, entry["command"], entry["what"], entry["wrong"], entry.get("message"), file=sys.stderr)
+    if args.calls and not any("call" in entry for entry in known):
+        from calls import call_everything
+
+        fresh(args.scratch)
+        note: Callable[[dict[str, Any]], None] = lambda entry: _append(args.log, entry)  # noqa: E731
+        call_everything(args.calls, templates, note, timed, captured, args.scratch / "printed")
+    entries = [json.loads(line) for line in args.log.read_text().splitlines()]
+    print(Counter(entry["verdict"] for entry in entries))
+
+
+def _append(log: Path, entry: dict[str, Any]) -> None:
+    entry.pop("seconds", None)
+    short = {key: value[:72] if isinstance(value, str) else value for key, value in entry.items()}
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(short) + "\n")
+
+
+if __name__ == "__main__":
+    main()
