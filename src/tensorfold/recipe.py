@@ -44,9 +44,7 @@ class Rule:
         for names in (self.targets, self.exclude):
             if isinstance(names, list | tuple) and not all(isinstance(name, str) for name in names):
                 raise InputError(f"rule: got {names!r:.100}; needed a list of names.")
-        sizes = self.split if isinstance(self.split, list | tuple) else [1 if self.split is None else self.split]
-        if not sizes or not all(type(size) is int and size > 0 for size in sizes):
-            raise InputError(f"rule: split={self.split!r:.100}; needed a number of equal parts or a list of sizes.")
+        _check_split("rule", self.split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,13 +177,17 @@ def _rule(index: int, entry: Any) -> Rule:
         if value is not None and not texts:
             raise InputError(f"{where}: {key}={value!r}; needed a name, a list of names or {{regex: ...}}.")
     split = entry.get("split")
-    sizes = split if isinstance(split, list) else [1 if split is None else split]
-    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
-        raise InputError(f"{where}: split={split!r}; needed a number of equal parts or a list of sizes.")
+    _check_split(where, split)
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k in own}
     return Rule(
         entry["targets"], kind(**settings), entry.get("exclude"), tuple(split) if isinstance(split, list) else split
     )
+
+
+def _check_split(where: str, split: object) -> None:
+    sizes = split if isinstance(split, list | tuple) else [1 if split is None else split]
+    if not sizes or not all(type(size) is int and size > 0 for size in sizes):
+        raise InputError(f"{where}: split={split!r:.100}; needed a number of equal parts or a list of sizes.")
 
 
 def shipped_recipes() -> list[str]:

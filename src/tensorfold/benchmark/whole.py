@@ -154,12 +154,14 @@ def bench_models(
     ids = prompt(list(models.values()), prefill + decode)
     finish = waiting_for(ids.device)
 
+    asked = {name: last_only(model) for name, model in models.items()}
+
     def once(name: str, count: int) -> tuple[float, float | None]:
         model = models[name]
         with ways_kept(model, ways.get(name)):
             finish()
             start = clock()
-            out = model(input_ids=ids[:, :prefill], use_cache=True, **last_only(model))
+            out = model(input_ids=ids[:, :prefill], use_cache=True, **asked[name])
             finish()
             between = clock()
             cache = getattr(out, "past_key_values", None)
@@ -175,7 +177,7 @@ def bench_models(
         result = {}
         for name, model in models.items():
             with ways_kept(model, ways.get(name)):
-                head = model.get_output_embeddings() if last_only(model) else None
+                head = model.get_output_embeddings() if asked[name] else None
                 unused = 0.0 if head is None else macs(head, tokens) - macs(head, 1) / tokens
                 result[name] = model_macs(model, tokens) - unused
         return result
