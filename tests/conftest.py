@@ -155,6 +155,20 @@ class Outcome:
 
 
 @pytest.fixture
+def student(folded_directory):
+    import tensorfold
+
+    return tensorfold.load(folded_directory)
+
+
+@pytest.fixture
+def teacher(dense_directory):
+    import tensorfold
+
+    return tensorfold.load(dense_directory)
+
+
+@pytest.fixture
 def command(capsys) -> Callable[..., Outcome]:
     """``command("plan", path, …)`` runs the command line in this process."""
     from tensorfold.cli import run

@@ -21,16 +21,6 @@ from tensorfold.settings import HealSettings
 FAST = {"steps": 3, "batch": 4, "block": 16, "lr": 1e-3, "validation_fraction": 0.1}
 
 
-@pytest.fixture
-def student(folded_directory):
-    return tensorfold.load(folded_directory)
-
-
-@pytest.fixture
-def teacher(dense_directory):
-    return tensorfold.load(dense_directory)
-
-
 def weights(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 

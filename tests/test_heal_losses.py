@@ -5,20 +5,9 @@ import math
 import pytest
 import torch
 
-import tensorfold
 from tensorfold.errors import InputError
 from tensorfold.healing.losses import HealLoss, feed_forward_names
 from tensorfold.settings import HealSettings
-
-
-@pytest.fixture
-def student(folded_directory):
-    return tensorfold.load(folded_directory)
-
-
-@pytest.fixture
-def teacher(dense_directory):
-    return tensorfold.load(dense_directory)
 
 
 @pytest.fixture

@@ -94,6 +94,11 @@ def judge(
     return wrong
 
 
+def log_entry(what: str, command: str, status: int, said: str, wrong: list[str], **more: Any) -> dict[str, Any]:
+    """A line of the log."""
+    return {"what": what, "command": command, **more, "status": status, "said": said[:200], "wrong": wrong}
+
+
 def commands(templates: Path) -> dict[str, list[str]]:
     dense, folded, text = (str(templates / name) for name in ("dense", "folded", "prose.txt"))
     half = ["--keep", "0.5"]
@@ -133,14 +138,7 @@ def full(templates: Path, scratch: Path) -> Iterator[dict[str, Any]]:
                     left = sorted(entry.name for entry in os.scandir(disk) if entry.name not in ("filler", "out"))
                     beside = [each for each in left if each not in ("out.html", "own.yaml")]
                     wrong += [f"afterwards left {beside}"] if beside else []
-            yield {
-                "what": "full",
-                "command": name,
-                "free_kb": pages * 4,
-                "status": status,
-                "said": said[:200],
-                "wrong": wrong,
-            }
+            yield log_entry("full", name, status, said, wrong, free_kb=pages * 4)
 
 
 def read_only(templates: Path, scratch: Path) -> Iterator[dict[str, Any]]:
@@ -149,8 +147,8 @@ def read_only(templates: Path, scratch: Path) -> Iterator[dict[str, Any]]:
         with mounted(scratch / "disk", "10m") as disk:
             remount(disk, "ro")
             status, said = forked(arguments, disk)()
-            yield {"what": "read-only", "command": name, "status": status, "said": said[:200],
-                   "wrong": judge(status, said, disk, (2,), "out" if name != "recipes" else "")}  # fmt: skip
+            wrong = judge(status, said, disk, (2,), "out" if name != "recipes" else "")
+            yield log_entry("read-only", name, status, said, wrong)
 
 
 def links(templates: Path, scratch: Path) -> Iterator[dict[str, Any]]:
@@ -182,14 +180,7 @@ def links(templates: Path, scratch: Path) -> Iterator[dict[str, Any]]:
                     wrong.append("what the link points to was changed")
                 left = sorted(entry.name for entry in os.scandir(work) if entry.name not in ("out", "aim"))
                 wrong += [f"left {left}"] if left else []
-                yield {
-                    "what": "link",
-                    "command": name,
-                    "kind": kind,
-                    "status": status,
-                    "said": said[:200],
-                    "wrong": wrong,
-                }
+                yield log_entry("link", name, status, said, wrong, kind=kind)
 
 
 def names(templates: Path, scratch: Path) -> Iterator[dict[str, Any]]:
@@ -214,14 +205,7 @@ def names(templates: Path, scratch: Path) -> Iterator[dict[str, Any]]:
                 if status == 0 and len(os.listdir(target.parent)) != 1:
                     wrong.append(f"beside it {os.listdir(target.parent)}")
                 shown = f"{out[:12]!r}, {len(out.encode())} bytes"
-                yield {
-                    "what": "name",
-                    "command": name,
-                    "kind": shown,
-                    "status": status,
-                    "said": said[:200],
-                    "wrong": wrong,
-                }
+                yield log_entry("name", name, status, said, wrong, kind=shown)
 
 
 def two(templates: Path, scratch: Path) -> Iterator[dict[str, Any]]:

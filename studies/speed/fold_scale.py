@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 import yaml
+from facts import facts
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -56,10 +55,8 @@ def main() -> None:
     parser.add_argument("--note", default="", help="Written beside the results, such as what else the machine did.")
     parser.add_argument("--quick", action="store_true", help="A tiny checkpoint and small widths, to see that it runs.")
     given = parser.parse_args()
-    facts = {
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
+    about = {
+        **facts(),
         "note": given.note,
     }
     given.work.mkdir(parents=True, exist_ok=True)
@@ -70,8 +67,8 @@ def main() -> None:
             entries.append(time_width(width, LowRank(keep=0.5)))
     with given.log.open("a") as file:
         for entry in entries:
-            print({**entry, **facts}, flush=True)
-            file.write(json.dumps({**entry, **facts}) + "\n")
+            print({**entry, **about}, flush=True)
+            file.write(json.dumps({**entry, **about}) + "\n")
 
 
 def fold_checkpoint(work: Path, shape: dict[str, int]) -> dict[str, object]:

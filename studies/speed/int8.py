@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from facts import facts
 from transformers import PreTrainedModel
 
 import tensorfold
@@ -69,9 +68,7 @@ def main() -> None:
             "protocol": protocol,
             "tokens": result.tokens,
             **speeds[name],
-            "threads": torch.get_num_threads(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "torch": torch.__version__,
+            **facts(),
             "note": given.note,
         }
         print(entry, flush=True)

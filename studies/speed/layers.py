@@ -15,14 +15,13 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from facts import facts
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
@@ -70,13 +69,11 @@ def main() -> None:
     given = parser.parse_args()
     tensorfold.nn.calibrate_machine()
     tokens, rounds = ((1, 16), 1) if given.quick else (TOKENS, given.rounds)
-    facts = {
+    about = {
         "rounds": rounds,
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
+        **facts(),
     }
-    seen: dict[object, str] = {}
+    seen: set[object] = set()
     for name, config, recipe in systems():
         if not fnmatch.fnmatch(name, "picogpt-mpo-16" if given.quick else given.only):
             continue
@@ -84,9 +81,9 @@ def main() -> None:
             key = (type(group.module), group.module.spec, getattr(group.module, "bias", None) is None)
             if key in seen:
                 continue
-            seen[key] = name
+            seen.add(key)
             layer, notes = bench_layer(group, tokens, rounds, time.perf_counter, (), False, lambda: None)
-            entry = {"system": name, **facts, **layer.to_dict(), "notes": notes}
+            entry = {"system": name, **about, **layer.to_dict(), "notes": notes}
             entry |= {"held": held(group, tokens, rounds), "training": trained(group, tokens, rounds)}
             with given.log.open("a") as file:
                 file.write(json.dumps(entry) + "\n")

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from facts import facts
 from layers import folded
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
@@ -51,11 +50,9 @@ def main() -> None:
     timings = bench_models(
         models, {"materialised": "materialise"}, prefill, decode, rounds, time.perf_counter, lambda: None
     )
-    facts = {
+    about = {
         "rounds": rounds,
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
+        **facts(),
     }
     entries: list[dict[str, Any]] = []
     for what, timing in zip(("prefill", "decode"), timings, strict=True):
@@ -71,7 +68,7 @@ def main() -> None:
     with given.log.open("a") as file:
         for entry in entries:
             print(entry, flush=True)
-            file.write(json.dumps({**entry, **facts}) + "\n")
+            file.write(json.dumps({**entry, **about}) + "\n")
 
 
 @torch.inference_mode()

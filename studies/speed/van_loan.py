@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from facts import facts
 from torch import Tensor
 
 from tensorfold import Kronecker
@@ -59,9 +58,7 @@ def main() -> None:
         "times_as_fast": str(Spread.of(ratios)),
         "largest_excess_error": worst,
         "rounds": rounds,
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
+        **facts(),
     }
     print(entry)
     with given.log.open("a") as file:
