@@ -67,6 +67,21 @@ def test_it_is_nearer_than_low_rank_of_the_same_size():
     assert errors[1] < 0.75 * errors[0]
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 64, 512, 1300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_of_tokens_give_what_one_product_gives(tokens, dtype):
+    torch.manual_seed(0)
+    layer = MPOLinear(Spec.low_rank(40, 24, 10, pivoted=True), dtype=dtype)
+    layer.out_position.copy_(torch.randperm(40))
+    x = torch.randn(2, tokens, 48, dtype=dtype)[..., :24]  # not contiguous
+    expected = layer(x)  # with gradients, for which every product is kept
+    assert expected.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5 if dtype is torch.float32 else 1e-1)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype is torch.bfloat16
+
+
 def test_gradients_reach_what_is_stored():
     weight = matrix(24, 16, 6)
     spec = Spec.low_rank(24, 16, 6, pivoted=True)

@@ -20,6 +20,8 @@ from tensorfold.errors import SpecError
 from tensorfold.nn.machine import way_for
 from tensorfold.strict import check_types
 
+_FEW, _TILE = 64, 512  # tokens
+
 
 class MPOModule(nn.Module):
     """Cores of one spec, with the bond scalars and index orders it may have: what linear layer and embedding share."""
@@ -63,8 +65,9 @@ class MPOModule(nn.Module):
         cores = self._stored()
         if self.spec.pivoted:
             return [with_identity(cores[0]), cores[1]]
-        if self.scalars is None:
+        if not self.spec.scalars:
             return cores
+        assert self.scalars is not None
         if cores[0].numel() <= cores[1].numel():
             return [cores[0] * self.scalars, cores[1]]
         return [cores[0], self.scalars.reshape(-1, 1, 1, 1) * cores[1]]
@@ -167,15 +170,18 @@ class MPOLinear(MPOModule):
         Raises:
             InputError: ``way`` is none of those that there are.
         """
-        tokens = math.prod(x.shape[:-1])
         training = torch.is_grad_enabled() and (x.requires_grad or any(core.requires_grad for core in self._stored()))
-        way = way_for(self.spec, tokens, training, x.device, x.dtype, self.way)
+        if self.spec.pivoted and not self.holds_matrix:  # there is one way only
+            return self._from_pivots(x, training)
+        way = way_for(self.spec, math.prod(x.shape[:-1]), training, x.device, x.dtype, self.way)
         holds = self.holds_matrix and self.way is None and not training and not torch.compiler.is_compiling()
         if holds and way.dense < way.seconds:
             return F.linear(x, self._held_matrix(), self.bias)
         if self.spec.pivoted:
-            return self._from_pivots(x)
+            return self._from_pivots(x, training)
         factors = self.factors()
+        if not self.spec.reordered:  # looked up faster than a buffer that may be None
+            return apply(x, factors, self.spec, self.bias, way)
         if self.in_order is not None:
             x = x.index_select(-1, self.in_order)
         if self.out_position is None:
@@ -183,14 +189,35 @@ class MPOLinear(MPOModule):
         y = apply(x, factors, self.spec, None, way).index_select(-1, self.out_position)
         return y if self.bias is None else add_bias(y, self.bias)
 
-    def _from_pivots(self, x: Tensor) -> Tensor:
+    def _from_pivots(self, x: Tensor, training: bool) -> Tensor:
         """``S x``, the outputs that are pivots, then ``T S x``, all the others from them."""
         assert self.out_position is not None
-        others, pivots = self._stored()
-        known = F.linear(x, pivots[:, 0, :, 0])
-        mixed = F.linear(known, others[0, :, 0])
-        y = torch.cat([known, mixed], dim=-1).index_select(-1, self.out_position)  # a third faster than y[..., order]
+        rank, others, pivots = self.spec.ranks[0], *self._stored()
+        others, pivots = others.reshape(-1, rank), pivots.reshape(rank, -1)
+        few = math.prod(x.shape[:-1]) < _FEW
+        if few or training or torch.compiler.is_compiling() or x.dtype != pivots.dtype or torch.is_autocast_enabled(x.device.type):
+            known = F.linear(x, pivots)
+            mixed = F.linear(known, others)
+            y = torch.cat([known, mixed], dim=-1).index_select(-1, self.out_position)
+        else:
+            y = self._in_tiles(x, others.T, pivots.T)
         return y if self.bias is None else add_bias(y, self.bias)
+
+    def _in_tiles(self, x: Tensor, others: Tensor, pivots: Tensor) -> Tensor:
+        """The same, as many tokens at a time as stay in the processor's cache until their outputs are in order."""
+        flat, rank, order = x.reshape(-1, self.in_features), self.spec.ranks[0], self.out_position
+        assert order is not None
+        size = min(len(flat), _TILE if x.device.type == "cpu" else len(flat))
+        y = flat.new_empty(len(flat), self.out_features)
+        space = flat.new_empty(size, self.out_features)
+        for start in range(0, len(flat), max(size, 1)):
+            part = flat[start : start + size]
+            outputs = space[: len(part)]
+            known = outputs[:, :rank]
+            torch.mm(part, pivots, out=known)
+            torch.mm(known, others, out=outputs[:, rank:])
+            torch.index_select(outputs, -1, order, out=y[start : start + size])
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def chosen(self, tokens: int, training: bool = False) -> Way:
         """The way that ``tokens`` vectors take through this layer on its own device; ``str`` names it."""
