@@ -13,6 +13,7 @@ import pytest
 import tensorfold
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = ("plan", "fold", "heal", "eval", "bench", "export", "sample", "report", "push", "recipes", "demo")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -78,20 +79,23 @@ sys.exit(",".join(sorted(heavy & sys.modules.keys())) or 0)
     assert "Usage: tensorfold" in done.stdout
 
 
-def test_the_shell_completes_commands(tmp_path):
-    """The script that ``--show-completion`` prints, and the words it gets for a half-typed command."""
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "HOME": str(tmp_path),
-        "PYTHONPATH": ":".join(sys.path),
-        "SHELL": "/bin/bash",
-    }
-    completing = {"_TENSORFOLD_COMPLETE": "complete_bash", "COMP_WORDS": "tensorfold re", "COMP_CWORD": "1"}
-    program = [sys.executable, "-m", "tensorfold"]
-    done = subprocess.run(
-        program, capture_output=True, text=True, timeout=120, env={**environment, **completing}, check=False
-    )
-    assert set(done.stdout.split()) == {"report", "recipes"}, done.stderr
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes_commands(tmp_path, shell):
+    """The script that each shell is given, and the words it gets for a half-typed command."""
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    typed = {"COMP_WORDS": "tensorfold re", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "tensorfold re"}
+
+    def answer(what):
+        program = [sys.executable, "-c", "from tensorfold.cli import app; app(prog_name='tensorfold')"]
+        asked = {"_TENSORFOLD_COMPLETE": f"{what}_{shell}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+        done = subprocess.run(
+            program, capture_output=True, text=True, timeout=120, env={**environment, **typed, **asked}, check=False
+        )
+        return done.stdout
+
+    assert f"_TENSORFOLD_COMPLETE=complete_{shell}" in answer("source")
+    found = answer("complete")
+    assert {"report", "recipes"} == {name for name in COMMANDS if re.search(rf"\b{name}\b", found)}, found
 
 
 def test_the_changelog_opens_with_what_is_unreleased():
