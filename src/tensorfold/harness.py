@@ -150,7 +150,8 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
             except Exception as error:
                 raise InputError(
                     f"lm-eval {', '.join(names)}: cannot be loaded ({reason(_origin(error))}); offline, a task needs "
-                    "local data: put a YAML whose data_files are on this machine in a directory and give it as include path."
+                    "local data: put a YAML whose data_files are on this machine in a directory and give it as"
+                    " include path."
                 ) from error
 
     for defaults in (False, True) if include_path is not None else (True,):
