@@ -44,7 +44,7 @@ def quiet(monkeypatch, capfd):
 
 def test_the_log_has_every_case_and_none_that_went_wrong():
     lines = [json.loads(line) for line in (CAMPAIGN / "inputs.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert {line["verdict"] for line in lines} == {"accepted", "refused"}
+    assert "wrong" not in {line["verdict"] for line in lines}
     numbers = [number for line in lines for number in line.get("cases", ())]
     assert sorted(number for number in numbers if isinstance(number, int)) == list(range(2400))
     assert sum(line.get("count", 0) for line in lines) == 812

@@ -1,6 +1,6 @@
 """Thousands of bad inputs, over every command and every public function, in one process.
 
-    python studies/reliability/inputs.py --cases 2400 --calls 800 --onnx 60 --tasks 60
+    python studies/reliability/inputs.py --cases 2400 --calls 800 --tasks 60
 
 Each must end with one clear line on standard error and the Contract's exit status, or succeed: no traceback, no hang,
 no half-written output, nothing else touched. A case follows from ``--seed`` and its number alone, so that the same
