@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from byte_tokenizer import sentence_pairs
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 # The command line sets it too, but here transformers is imported before the command line runs.
@@ -62,18 +64,7 @@ def text_file(prose, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(prose):
     """Byte-level BPE with 300 tokens, trained on the prose."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator([prose], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    return sentence_pairs(prose)
 
 
 def _configs():

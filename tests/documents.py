@@ -10,7 +10,7 @@ DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) fo
 
 # Commands that are only parsed, and why. Everything else is run.
 PARSED = {
-    r"tensorfold demo": "folds the real model, for minutes",
+    r"tensorfold demo": "folds the real model, for minutes; tests/test_demo.py runs it on a tiny one",
     r"tensorfold bench": "times things for minutes; tests/test_bench_command.py runs it",
     r"tensorfold export .*--to onnx": "traces for many seconds; tests/test_export.py runs it",
     r"--protocol lm-eval": "needs an extra; tests/test_harness.py runs it",

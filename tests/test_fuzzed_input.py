@@ -3,6 +3,7 @@
 Every one ends with one line on standard error and the Contract's exit status, or succeeds; nothing is left behind.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -39,6 +40,14 @@ def quiet(monkeypatch, capfd):
     monkeypatch.delenv("TENSORFOLD_DATA", raising=False)
     yield
     logging.set_verbosity(verbosity)
+
+
+def test_the_log_has_every_case_and_none_that_went_wrong():
+    lines = [json.loads(line) for line in (CAMPAIGN / "inputs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert "wrong" not in {line["verdict"] for line in lines}
+    numbers = [number for line in lines for number in line.get("cases", ())]
+    assert sorted(number for number in numbers if isinstance(number, int)) == list(range(2400))
+    assert sum(line.get("count", 0) for line in lines) == 812
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")

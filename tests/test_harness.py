@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import math
+import re
 
 import pytest
 import torch
 
 import tensorfold
+from documents import blocks
 from tensorfold.errors import InputError
 from tensorfold.harness import HarnessEvaluation, check_tasks, evaluate_tasks
 
@@ -112,6 +114,26 @@ def test_data_that_cannot_be_had_is_named(folded_directory, tokenizer, task_dire
     (task_directory / "pages.jsonl").unlink()
     with pytest.raises(InputError, match=r"tiny_pages: cannot be loaded .*include path"):
         evaluate_tasks(tensorfold.load(folded_directory), tokenizer, ["tiny_pages"], include_path=task_directory)
+
+
+@needs_harness
+def test_data_that_cannot_be_read_are_one_line(command, folded_directory, task_directory):
+    """What is wrong with the file, not that something is, and nothing of the harness's own beside it."""
+    (task_directory / "pages.jsonl").write_text('{"page": "a"}\n{"page": \n')
+    arguments = ("--protocol", "lm-eval", "--tasks", "tiny_pages", "--include-path", task_directory)
+    outcome = command("eval", folded_directory, *arguments)
+    assert outcome.status == 2
+    *before, last = outcome.err.strip().splitlines()
+    assert re.match(r"tensorfold: lm-eval tiny_pages: cannot be loaded .*JSON", last)
+    assert not [line for line in before if "examples/s]" not in line]
+
+
+@needs_harness
+def test_the_task_in_the_documentation_runs(folded_directory, tokenizer, task_directory):
+    [task] = [block.text for block in blocks("docs/tools.md") if block.language == "yaml"]
+    (task_directory / "own.yaml").write_text(task.replace("/data/", f"{task_directory}/"))
+    result = evaluate_tasks(tensorfold.load(folded_directory), tokenizer, ["my_task"], include_path=task_directory)
+    assert result.perplexity is not None
 
 
 @needs_harness

@@ -9,11 +9,11 @@ from errno import ENOSPC
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from byte_tokenizer import Bytes
+from byte_tokenizer import Bytes, byte_pairs
 from tensorfold import cache
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.healing import data, documents, encode
@@ -24,19 +24,9 @@ from tensorfold.texts import load_text
 PROSE = "The quick brown fox, aged 12, isn't lazy.\n\n  It jumps\tover 3 dogs;\r\nthe cat's asleep - naïve café! "
 
 
-def byte_pairs(vocabulary=400, eos="<eos>"):
-    """A byte-level BPE tokenizer of the GPT-2 family, trained on the test prose."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[eos] if eos else [],
-        show_progress=False,
-    )
-    backend.train_from_iterator([PROSE], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos)
+def trained(vocabulary=400, eos="<eos>"):
+    """A tokenizer of the GPT-2 family, trained on the test prose."""
+    return byte_pairs([PROSE], vocabulary, [eos] if eos else [], eos_token=eos)
 
 
 class Fatal(Bytes):
@@ -53,7 +43,7 @@ class Fatal(Bytes):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return byte_pairs()
+    return trained()
 
 
 @pytest.fixture
@@ -99,7 +89,7 @@ def test_text_without_a_place_to_cut(tmp_path, small_pieces, text):
 
 def test_without_eos_a_blank_line_separates(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    tokenizer = byte_pairs(eos=None)
+    tokenizer = trained(eos=None)
     cached = TokenCache.build(tmp_path / "a.jsonl", tokenizer, 4, cache_dir=tmp_path / "cache")
     assert tokenizer.decode(stream(cached).tolist()) == "one\n\ntwo\n\n"
 
@@ -206,13 +196,13 @@ def test_key_follows_text_and_tokenizer(tmp_path, tokenizer):
     keys += [
         key(one, Bytes()),
         key(one, other_end),
-        key(one, byte_pairs(300)),
-        key(one, byte_pairs(eos="<end>")),
-        key(one, byte_pairs(eos=None)),
+        key(one, trained(300)),
+        key(one, trained(eos="<end>")),
+        key(one, trained(eos=None)),
     ]
     assert len(set(keys)) == len(keys)
 
-    used = byte_pairs()
+    used = trained()
     used.backend_tokenizer.enable_truncation(2)
     assert key(one, used) == keys[0]
     assert stream(TokenCache.build(two, used, 8, cache_dir=tmp_path / "other")).tolist() == expected_ids(

@@ -14,6 +14,7 @@ import tensorfold
 from browser import CHROMIUM, Page, look
 from tensorfold import MPO, Auto, LowRank, Recipe, Rule, TokenMPS, write_report
 from tensorfold.errors import InputError
+from tensorfold.export import export_int8
 from tensorfold.hf.loading import save
 from tensorfold.html_report import page
 from tensorfold.records import BENCH, CARD, EVALUATIONS, HEAL_LOG, record_evaluation
@@ -322,6 +323,20 @@ def test_bad_input_is_refused_and_nothing_is_written(refused, models, dense_dire
     before = sorted(os.listdir(workplace))
     refused("report", *arguments, *(() if "--out" in arguments else ("--out", "r.html")), says=says)
     assert sorted(os.listdir(workplace)) == before
+
+
+def test_what_is_in_int8_is_shown_as_what_it_was_made_from(models, tokenizer, tmp_path):
+    """Spectra to the rounding of eight bits."""
+    path = tmp_path / "int8"
+    export_int8(tensorfold.load(models.folded), path, tokenizer)
+    page = report([models.folded, path], tmp_path / "r.html")
+    before, after = (page.figures[f"spectra-{k}"]["data"] for k in range(2))
+    assert [trace["text"] for trace in after] == [trace["text"] for trace in before]
+    for old, new in zip(before, after, strict=True):
+        assert new["y"] == pytest.approx(old["y"], abs=0.02)
+    shutil.copy(models.folded / "model.safetensors", path)
+    with pytest.raises(InputError, match=r"lacks the tensor .*others"):
+        report([path], tmp_path / "r.html")
 
 
 def test_a_missing_package_is_named(models, monkeypatch, tmp_path):

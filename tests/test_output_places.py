@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tensorfold.block_checkpoints import BlockCheckpoints
 from tensorfold.cache import check_place, claimed, is_disk_full
 from tensorfold.errors import InputError, TensorfoldError
 
@@ -145,3 +146,11 @@ def test_a_recipe_is_copied_whole_or_not_at_all(command, workplace, monkeypatch)
     assert outcome.status == 2
     assert "The disk is full" in outcome.err
     assert os.listdir(workplace) == []
+
+
+def test_a_folder_that_a_checkpoint_cannot_make_is_named(tmp_path):
+    store = BlockCheckpoints(tmp_path, "key", "fold")
+    assert store.folder("gradients") == store.folder("gradients") == tmp_path / "gradients"
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(InputError, match=r"taken cannot be created \(.*\); free its name"):
+        store.folder("taken")

@@ -1,5 +1,7 @@
 """What a wheel and an sdist hold, what is bounded, and what importing the command line costs."""
 
+import ast
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -13,6 +15,8 @@ import pytest
 import tensorfold
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = ("plan", "fold", "heal", "eval", "bench", "export", "sample", "report", "push", "recipes", "demo")
+LATE = ("lora.py", "figures.py")  # modules that are imported where their extra is known to be there
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -54,10 +58,40 @@ def test_the_sdist_can_be_built_and_read(built):
 
 
 def test_every_requirement_is_bounded():
-    extras = [requirement for extra in PROJECT["optional-dependencies"].values() for requirement in extra]
-    for requirement in [*PROJECT["dependencies"], *extras]:
+    for requirement in [*PROJECT["dependencies"], *extras()]:
         if not requirement.startswith("tensorfold["):
             assert re.search(r">=[\d.]+,<\d", requirement), requirement
+
+
+def test_every_import_is_declared():
+    """Whatever the package imports is a dependency or, where it is imported in a function, perhaps of an extra."""
+    wanted, optional = (set(map(distribution, each)) for each in (PROJECT["dependencies"], extras()))
+    owners = importlib.metadata.packages_distributions()
+    for path in (ROOT / "src" / "tensorfold").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        at_once = {name for node in tree.body for name in imported(node)}
+        for name in {name for node in ast.walk(tree) for name in imported(node)}:
+            if name in sys.stdlib_module_names or name == "tensorfold":
+                continue
+            given = {distribution(name), *map(distribution, owners.get(name, ()))}
+            needed = name in at_once and path.name not in LATE
+            assert given & (wanted if needed else wanted | optional), f"{path}: {name}"
+
+
+def extras():
+    return [requirement for extra in PROJECT["optional-dependencies"].values() for requirement in extra]
+
+
+def distribution(requirement):
+    """Its name, as names are compared."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+
+
+def imported(node):
+    """First parts of what a statement imports from other packages."""
+    if isinstance(node, ast.Import):
+        return [alias.name.partition(".")[0] for alias in node.names]
+    return [node.module.partition(".")[0]] if isinstance(node, ast.ImportFrom) and not node.level else []
 
 
 def test_the_command_line_starts_without_the_heavy_libraries():
@@ -78,20 +112,23 @@ sys.exit(",".join(sorted(heavy & sys.modules.keys())) or 0)
     assert "Usage: tensorfold" in done.stdout
 
 
-def test_the_shell_completes_commands(tmp_path):
-    """The script that ``--show-completion`` prints, and the words it gets for a half-typed command."""
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "HOME": str(tmp_path),
-        "PYTHONPATH": ":".join(sys.path),
-        "SHELL": "/bin/bash",
-    }
-    completing = {"_TENSORFOLD_COMPLETE": "complete_bash", "COMP_WORDS": "tensorfold re", "COMP_CWORD": "1"}
-    program = [sys.executable, "-m", "tensorfold"]
-    done = subprocess.run(
-        program, capture_output=True, text=True, timeout=120, env={**environment, **completing}, check=False
-    )
-    assert set(done.stdout.split()) == {"report", "recipes"}, done.stderr
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes_commands(tmp_path, shell):
+    """The script that each shell is given, and the words it gets for a half-typed command."""
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    typed = {"COMP_WORDS": "tensorfold re", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "tensorfold re"}
+
+    def answer(what):
+        program = [sys.executable, "-c", "from tensorfold.cli import app; app(prog_name='tensorfold')"]
+        asked = {"_TENSORFOLD_COMPLETE": f"{what}_{shell}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+        done = subprocess.run(
+            program, capture_output=True, text=True, timeout=120, env={**environment, **typed, **asked}, check=False
+        )
+        return done.stdout
+
+    assert f"_TENSORFOLD_COMPLETE=complete_{shell}" in answer("source")
+    found = answer("complete")
+    assert {"report", "recipes"} == {name for name in COMMANDS if re.search(rf"\b{name}\b", found)}, found
 
 
 def test_the_changelog_opens_with_what_is_unreleased():

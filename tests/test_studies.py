@@ -74,3 +74,16 @@ def test_the_speed_studies(tmp_path, study):
         assert [entry["what"] for entry in entries] == [*["prefill"] * 4, *["decode"] * 4, "mlp of one token"]
     else:
         assert entries[0]["largest_excess_error"] < 1e-6
+
+
+def test_the_export_study(tmp_path):
+    """A pair of graphs of one block, written and timed."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    log = tmp_path / "log.jsonl"
+    command = [sys.executable, STUDIES / "export/onnx_speed.py", "--work", tmp_path / "work", "--log", log, "--quick"]
+    subprocess.run([*command, "--export", "--rounds", "1"], check=True, timeout=600)
+    [entry] = map(json.loads, log.read_text().splitlines())
+    assert entry["model"] == "krony-81m"
+    assert entry["parameters"]["folded"] < entry["parameters"]["dense"]
+    assert entry["seconds"].keys() == {"dense", "folded"}

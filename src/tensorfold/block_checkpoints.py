@@ -14,7 +14,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from tensorfold.cache import atomic_directory
+from tensorfold.cache import atomic_directory, make_directories
 from tensorfold.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -72,13 +72,14 @@ class BlockCheckpoints:
         return tensors, dict(outcome)
 
     def folder(self, name: str) -> Path:
-        """A directory for files that are written while a block is computed; created, with what is in it.
+        """A directory for files that are written while a block is computed; created, or kept with what is in it.
 
         Raises:
-            OSError: It cannot be created.
+            InputError: It cannot be created.
+            TensorfoldError: The disk is full.
         """
         path = self._directory / name
-        path.mkdir(parents=True, exist_ok=True)
+        make_directories(path, remedy=f"free its name, or remove {self._directory} to start anew")
         return path
 
     def save(

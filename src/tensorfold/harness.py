@@ -149,8 +149,9 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
             # Whatever is wrong with a file, its functions or its data set comes out here, as any kind of exception.
             except Exception as error:
                 raise InputError(
-                    f"lm-eval {', '.join(names)}: cannot be loaded ({reason(error)}); offline, a task needs local "
-                    "data: put a YAML whose data_files are on this machine in a directory and give it as include path."
+                    f"lm-eval {', '.join(names)}: cannot be loaded ({reason(_origin(error))}); offline, a task needs "
+                    "local data: put a YAML whose data_files are on this machine in a directory and give it as"
+                    " include path."
                 ) from error
 
     for defaults in (False, True) if include_path is not None else (True,):
@@ -176,14 +177,32 @@ def _perplexity(metrics: Mapping[str, float]) -> float | None:
     return next((metrics[name] for name in _PERPLEXITIES if name in metrics), None)
 
 
+def _origin(error: BaseException) -> BaseException:
+    """What an exception was raised from in the first place: ``datasets`` wraps what is wrong with a file."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness off standard output, which is for results, and its notices to errors."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep the harness off standard output, which is for results, and notices off standard error.
+
+    What ``datasets`` logs of a file that it cannot read is in the exception as well. The harness asks git for the
+    commit of the working directory, and git complains on standard error where there is none.
+    """
+    import lm_eval.evaluator
+
+    levels = {logging.getLogger("lm_eval"): logging.ERROR, logging.getLogger("datasets"): logging.CRITICAL}
+    before = {logger: logger.level for logger in levels}
+    commit = getattr(lm_eval.evaluator, "get_git_commit_hash", None)
+    for logger, level in levels.items():
+        logger.setLevel(level)
+    lm_eval.evaluator.get_git_commit_hash = lambda: None
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
-        logger.setLevel(level)
+        lm_eval.evaluator.get_git_commit_hash = commit
+        for logger, level in before.items():
+            logger.setLevel(level)

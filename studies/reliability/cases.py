@@ -41,11 +41,13 @@ class Case:
     may_change: tuple[str, ...] = ()
 
 
-def make_case(number: int, seed: int, templates: Path) -> Case:
-    """The case of this number, with its files in the working directory."""
+def make_case(number: int | str, seed: int, templates: Path) -> Case:
+    """The case of this number, with its files in the working directory; ``"onnx-3"`` is the third of a kind by name."""
     random = Random(f"{seed}:{number}")
-    kind = random.choices(KINDS, SHARES)[0]
+    kind = str(number).rpartition("-")[0] or random.choices(KINDS, SHARES)[0]
     makers = {
+        "onnx": _onnx,
+        "tasks": _tasks,
         "recipe": _recipe,
         "text": _text,
         "option": _option,
@@ -96,35 +98,89 @@ def _checkpoint(kind: str, random: Random, templates: Path) -> Case:
     names = {"quantization": ("folded", "graded", "int8"), "index": ("sharded",)}.get(
         kind, ("dense", "gpt2", "folded", "graded", "int8")
     )
-    name = random.choice(names)
-    path = _copy(templates, name)
-    if kind in ("config", "quantization"):
-        file = path / random.choice(("config.json",) * 6 + (("generation_config.json",) if kind == "config" else ()))
-        below = ("quantization_config",) if kind == "quantization" else ()
-        what = _edit(file, mutate_json(random, file.read_bytes(), below))
-    elif kind == "weights":
-        file = path / "model.safetensors"
-        what = _edit(file, mutate_safetensors(random, file.read_bytes()))
-    elif kind == "index":
-        file = path / "model.safetensors.index.json"
-        if random.random() < 0.5:
-            index = json.loads(file.read_text())
-            key = random.choice(list(index["weight_map"]))
-            index["weight_map"][key] = random.choice(
-                ("../../etc/passwd", "/etc/passwd", "../dense/model.safetensors", "absent.safetensors", "", ".", 3,
-                 None, "config.json", str(templates / "dense" / "model.safetensors"), "a\x00b", [], "x" * 5000)
-            )  # fmt: skip
-            what = _edit(file, (json.dumps(index).encode(), f"{key} -> {str(index['weight_map'][key])[:60]}"))
-        else:
-            what = _edit(file, mutate_json(random, file.read_bytes()))
-    else:
-        file = path / random.choice(("tokenizer.json", "tokenizer_config.json"))
-        what = _edit(file, mutate_json(random, file.read_bytes()))
+    name, what = _damaged(kind, random, templates, names)
     folded = name in ("folded", "graded", "int8")
     arguments = _on_model(random, name, folded, str(templates / "prose.txt"))
     if kind == "tokenizer" and arguments[0] in ("plan", "bench", "report"):
         arguments = ["eval", name, "--text", str(templates / "prose.txt"), *EVAL]
     return Case(kind, arguments, what)
+
+
+def _damaged(kind: str, random: Random, templates: Path, names: tuple[str, ...]) -> tuple[str, str]:
+    """A copy of one of the models with one file damaged: its name, and what was done."""
+    name = random.choice(names)
+    path = _copy(templates, name)
+    if kind in ("config", "quantization"):
+        file = path / random.choice(("config.json",) * 6 + (("generation_config.json",) if kind == "config" else ()))
+        below = ("quantization_config",) if kind == "quantization" else ()
+        return name, _edit(file, mutate_json(random, file.read_bytes(), below))
+    if kind == "weights":
+        file = path / "model.safetensors"
+        return name, _edit(file, mutate_safetensors(random, file.read_bytes()))
+    if kind != "index":
+        file = path / random.choice(("tokenizer.json", "tokenizer_config.json"))
+        return name, _edit(file, mutate_json(random, file.read_bytes()))
+    file = path / "model.safetensors.index.json"
+    if random.random() >= 0.5:
+        return name, _edit(file, mutate_json(random, file.read_bytes()))
+    index = json.loads(file.read_text())
+    key = random.choice(list(index["weight_map"]))
+    index["weight_map"][key] = random.choice(
+        ("../../etc/passwd", "/etc/passwd", "../dense/model.safetensors", "absent.safetensors", "", ".", 3,
+         None, "config.json", str(templates / "dense" / "model.safetensors"), "a\x00b", [], "x" * 5000)
+    )  # fmt: skip
+    return name, _edit(file, (json.dumps(index).encode(), f"{key} -> {str(index['weight_map'][key])[:60]}"))
+
+
+def _onnx(random: Random, templates: Path) -> Case:
+    """``export --to onnx``; of the folded models the one that is traced soonest."""
+    kind = random.choice(("config", "quantization", "weights", "index", "tokenizer", "place"))
+    if kind == "place":
+        Path("file").write_text("mine")
+        Path("loop").symlink_to("loop")
+        out = random.choice(("file", "file/below", "loop", "a" * 300, "", ".", "/proc/x"))
+        return Case("onnx", ["export", str(templates / "gpt2"), "--to", "onnx", "--out", out], f"--out {out[:40]!r}")
+    names = {"quantization": ("graded", "int8"), "index": ("sharded",)}.get(kind, ("gpt2", "graded", "int8"))
+    name, what = _damaged(kind, random, templates, names)
+    return Case("onnx", ["export", name, "--to", "onnx", "--out", "out"], what)
+
+
+def _tasks(random: Random, templates: Path) -> Case:
+    """``eval --protocol lm-eval`` on a task of a local file: its YAML, its data or the options are wrong."""
+    Path("tasks").mkdir()
+    task: dict[str, Any] = {
+        "task": "own", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "tasks/pages.jsonl"}},
+        "output_type": random.choice(("loglikelihood_rolling", "loglikelihood")), "test_split": "test",
+        "doc_to_text": "", "doc_to_target": "{{text}}", "metadata": {"version": 1.0},
+    }  # fmt: skip
+    rolling = task["output_type"] == "loglikelihood_rolling"
+    task["metric_list"] = [
+        {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}
+        if rolling
+        else {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+    ]
+    pages = b"".join(line + b"\n" for line in (templates / "lines.jsonl").read_bytes().splitlines()[:3])
+    names, rest, what = "own", ["--include-path", "tasks"], ""
+    how = random.choice(("tree", "tree", "tree", "yaml", "data", "option"))
+    if how == "tree":
+        what = mutate_tree(random, task)
+    elif how == "data":
+        pages, what = mutate_text(random, pages)
+    elif how == "option":
+        names, rest = random.choice(
+            (("", rest), (",", rest), ("owm", rest), ("own,own", rest), ("own", ["--include-path", "absent"]),
+             ("own", ["--include-path", "tasks/own.yaml"]), ("own", [*rest, "--limit", "0"]), ("../own", rest),
+             ("own", [*rest, "--limit", "-1"]), ("own", [*rest, "--limit", "x"]), ("own", [*rest, "--text", "x"]),
+             ("own", [*rest, "--batch-size", "0"]), ("own", [*rest, "--max-tokens", "5"]), ("own" * 2000, rest))
+        )  # fmt: skip
+        what = " ".join(["--tasks", names[:40], *rest])
+    source = yaml.safe_dump(task).encode("utf-8", "surrogatepass")
+    if how == "yaml":
+        source, what = mutate_bytes(random, source)
+    Path("tasks/own.yaml").write_bytes(source)
+    Path("tasks/pages.jsonl").write_bytes(pages)
+    model = str(templates / random.choice(("folded", "gpt2")))
+    return Case("tasks", ["eval", model, "--protocol", "lm-eval", "--tasks", names, *rest], f"{how}: {what}")
 
 
 def _record(random: Random, templates: Path) -> Case:

@@ -1,12 +1,15 @@
 """Thousands of bad inputs, over every command and every public function, in one process.
 
-    python studies/reliability/inputs.py --cases 2400 --calls 800 --log studies/reliability/inputs.jsonl
+    python studies/reliability/inputs.py --cases 2400 --calls 800 --tasks 60
 
 Each must end with one clear line on standard error and the Contract's exit status, or succeed: no traceback, no hang,
 no half-written output, nothing else touched. A case follows from ``--seed`` and its number alone, so that the same
 command goes on after an interruption, and ``--only N`` repeats one and shows what it printed. Cases that crash the
 process or hang in native code are found by the next start, which notes them and goes on. Calls of public functions come
 from hypothesis (``calls.py``).
+
+``--log`` has a line a case. ``inputs.jsonl`` is what is kept of it: a line for each way to end, with the numbers of the
+cases that ended so and the message of the first of them, and a line for every case that went wrong.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -38,7 +42,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cases import Case, make_case
 from templates import make_templates
 
-SECONDS = 30
+SECONDS = {"onnx": 240, "tasks": 180}  # tracing takes tens of seconds, and so does indexing all of the harness's tasks
+USUAL_SECONDS = 30
 MEMORY = 12 * 2**30  # of address space; the libraries alone take some four
 
 
@@ -107,7 +112,7 @@ def run_case(case: Case, scratch: Path, templates: Path) -> dict[str, Any]:
     started = time.monotonic()
     with captured(files):
         try:
-            with timed(SECONDS):
+            with timed(SECONDS.get(case.kind, USUAL_SECONDS)):
                 run(case.arguments)
         except SystemExit as stopped:
             status = stopped.code if isinstance(stopped.code, int) else 0 if stopped.code is None else 1
@@ -140,7 +145,8 @@ def _wrongs(
     if "unexpected " in err.rpartition("tensorfold: ")[2][:14]:
         yield "unexpected exception"
     if status in (1, 2):
-        lines = err.strip().splitlines()
+        # Progress bars are no messages.
+        lines = [line for line in err.strip().splitlines() if line and not re.search(r"(/s|s/it)\]$", line.strip())]
         if not lines or not lines[-1].startswith("tensorfold: "):
             yield "no message"
         elif len(lines) > 1:
@@ -173,13 +179,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=2400)
     parser.add_argument("--calls", type=int, default=800, help="of public functions")
+    parser.add_argument("--onnx", type=int, default=0, help="cases of export --to onnx, slow")
+    parser.add_argument("--tasks", type=int, default=0, help="cases of eval --protocol lm-eval, an extra")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, action="append", help="run this case and show what it prints")
-    parser.add_argument("--log", type=Path, default=Path(__file__).with_name("inputs.jsonl"))
+    parser.add_argument("--only", action="append", help="run this case, such as 12 or onnx-3, and show what it prints")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "tensorfold-reliability")
+    parser.add_argument("--log", type=Path, help="a line a case; cases.jsonl in --scratch if not given")
+    parser.add_argument("--summary", type=Path, default=Path(__file__).with_name("inputs.jsonl"))
     args = parser.parse_args()
-    args.log, args.scratch = args.log.resolve(), args.scratch.resolve()
+    args.scratch, args.summary = args.scratch.resolve(), args.summary.resolve()
+    args.log = (args.log or args.scratch / "cases.jsonl").resolve()
+    os.environ["HF_DATASETS_CACHE"] = str(args.scratch / "cache" / "datasets")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.environ["TENSORFOLD_CACHE"] = str(args.scratch / "cache")
     templates = make_templates(args.scratch / "templates")
@@ -197,7 +208,8 @@ def main() -> None:
     known = [json.loads(line) for line in args.log.read_text().splitlines()] if args.log.exists() else []
     done = {entry["number"] for entry in known if "number" in entry}
     current = args.scratch / "current"
-    for number in range(args.first, args.first + args.cases):
+    special = [f"{kind}-{number}" for kind in ("onnx", "tasks") for number in range(getattr(args, kind))]
+    for number in (*range(args.first, args.first + args.cases), *special):
         if number in done:
             continue
         fresh(args.scratch)
@@ -219,7 +231,30 @@ def main() -> None:
         note: Callable[[dict[str, Any]], None] = lambda entry: _append(args.log, entry)  # noqa: E731
         call_everything(args.calls, templates, note, timed, captured, args.scratch / "printed")
     entries = [json.loads(line) for line in args.log.read_text().splitlines()]
+    lines = [json.dumps(line, ensure_ascii=False) for line in summarise(entries)]
+    args.summary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(Counter(entry["verdict"] for entry in entries))
+
+
+def summarise(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a log says, without its repetitions: a line for each way to end, and all that went wrong as it is.
+
+    Messages that are alike but for names, numbers and what they quote are one way. Cases of commands are given by their
+    numbers, calls of functions by how many there were.
+    """
+    ways: dict[tuple[Any, ...], dict[str, Any]] = {}
+    wrong = [entry for entry in entries if entry["verdict"] == "wrong"]
+    for entry in entries:
+        message = entry.get("message", "") if entry["verdict"] in ("refused", "failed") else ""
+        name = {key: entry[key] for key in ("command", "call") if key in entry}
+        alike = re.sub(r"=[^;]*|got [^;]*|'[^']*'?|\"[^\"]*\"?|\S*\d\S*|^tensorfold: \S+:", "…", message)[:40]
+        ended = {**name, "verdict": entry["verdict"], **({"message": message} if message else {})}
+        way = ways.setdefault((*name.items(), entry["verdict"], alike), {**ended, "count": 0, "cases": []})
+        way["count"] += 1
+        way["cases"] += [entry["number"]] if "number" in entry else []
+    for way in ways.values():
+        way.pop("count" if way["cases"] else "cases")
+    return [*wrong, *(way for way in ways.values() if way["verdict"] != "wrong")]
 
 
 def _append(log: Path, entry: dict[str, Any]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from tensorfold.algebra.any_spec import AnySpec
 from tensorfold.algebra.pivots import with_identity
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.spectrum import bond_spectra
-from tensorfold.anatomy import blocks, count_parameters, empty_model
+from tensorfold.anatomy import count_parameters, empty_model
 from tensorfold.cache import check_path
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.hf.loading import folded_skeleton, folding_of, load_config, reason
@@ -74,7 +75,6 @@ class ModelFacts:
     parameters: int
     parameters_before: int
     weight_bytes: int
-    block_count: int
     modules: dict[str, Folded]
     evaluations: tuple[Evaluated, ...]
     healed: dict[str, Any] | None
@@ -114,9 +114,8 @@ def read_directory(path: Path, label: str, step: Callable[[str], None] = lambda 
             {name: folding.specs[name] for name, _ in model.named_modules() if name in folding.specs} if folding else {}
         )
         parameters = count_parameters(model)
-        block_count = len(blocks(model)[1])
         dense = parameters if folding is None else count_parameters(empty_model(config))
-        spectra = _spectra(files, specs, step)
+        spectra = _spectra(files, specs, set(folding.int8) if folding else set(), step)
     except TensorfoldError as error:
         raise InputError(f"{path}: {error}") from error
     except (SafetensorError, OSError) as error:
@@ -140,7 +139,6 @@ def read_directory(path: Path, label: str, step: Callable[[str], None] = lambda 
         parameters=parameters,
         parameters_before=dense if before is None else before,
         weight_bytes=sum(file.stat().st_size for file in files),
-        block_count=block_count,
         modules=modules,
         evaluations=_evaluations(path, parameters, notes),
         healed=dict(healed) if isinstance(healed, Mapping) else None,
@@ -223,9 +221,9 @@ def _choices(stored: Any) -> dict[str, Chosen]:
 
 
 def _spectra(
-    files: Sequence[Path], specs: Mapping[str, AnySpec], step: Callable[[str], None]
+    files: Sequence[Path], specs: Mapping[str, AnySpec], int8: Container[str], step: Callable[[str], None]
 ) -> dict[str, tuple[Tensor, ...]]:
-    """Spectra of the folded modules that are one chain of cores."""
+    """Spectra of the folded modules that are one chain of cores; ``int8`` names those that hold codes."""
     holders = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
@@ -235,22 +233,37 @@ def _spectra(
         if not isinstance(spec, Spec):
             continue
         step(f"spectra of {name}")
-        cores = [_tensor(holders, f"{name}.cores.{k}", shape) for k, shape in enumerate(spec.stored_shapes)]
+        values = partial(_values, holders, name, name in int8)
+        cores = [values(f"cores.{k}", shape) for k, shape in enumerate(spec.stored_shapes)]
         if spec.pivoted:
             cores[0] = with_identity(cores[0])
         if spec.scalars:
-            cores[0] = cores[0] * _tensor(holders, f"{name}.scalars", (spec.ranks[0],))
+            cores[0] = cores[0] * values("scalars", (spec.ranks[0],))
         found[name] = tuple(bond_spectra(cores))
     return found
 
 
-def _tensor(holders: Mapping[str, Path], name: str, shape: tuple[int, ...]) -> Tensor:
+def _values(holders: Mapping[str, Path], module: str, int8: bool, name: str, shape: tuple[int, ...]) -> Tensor:
+    """A parameter of a folded module; where the module is in int8, turned back."""
+    if not int8:
+        return _tensor(holders, f"{module}.{name}", shape)
+    key = name.replace(".", "_")
+    codes = f"{module}.codes.{key}"
+    if codes not in holders:
+        return _tensor(holders, f"{module}.others.{key}", shape)
+    scales = _tensor(holders, f"{module}.scales.{key}", (*shape[:2], *(1 for _ in shape[2:])))
+    return _tensor(holders, codes, shape, torch.int8) * scales
+
+
+def _tensor(holders: Mapping[str, Path], name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """A stored tensor, in float64; one of any floating-point type if ``dtype`` is None."""
     if name not in holders:
         raise InputError(f"the checkpoint lacks the tensor {name}; it is incomplete or not of this model.")
     with safe_open(holders[name], framework="pt") as tensors:
         tensor: Tensor = tensors.get_tensor(name)
-    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-        raise InputError(f"{name} has the shape {tuple(tensor.shape)}, needed {shape} in floating point.")
+    if tuple(tensor.shape) != shape or not (tensor.dtype == dtype if dtype else tensor.is_floating_point()):
+        needed = str(dtype).removeprefix("torch.") if dtype else "floating point"
+        raise InputError(f"{name} has the shape {tuple(tensor.shape)}, needed {shape} in {needed}.")
     if not torch.isfinite(tensor).all():
         raise InputError(f"{name} holds NaN or infinity; repair the checkpoint.")
     return tensor.double()
