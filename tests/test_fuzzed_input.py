@@ -47,6 +47,7 @@ def test_the_log_has_every_case_and_none_that_went_wrong():
     assert "wrong" not in {line["verdict"] for line in lines}
     numbers = [number for line in lines for number in line.get("cases", ())]
     assert sorted(number for number in numbers if isinstance(number, int)) == list(range(2400))
+    assert {number for number in numbers if isinstance(number, str)} == {f"tasks-{number}" for number in range(60)}
     assert sum(line.get("count", 0) for line in lines) == 812
 
 

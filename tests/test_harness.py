@@ -11,7 +11,7 @@ import torch
 import tensorfold
 from documents import blocks
 from tensorfold.errors import InputError
-from tensorfold.harness import HarnessEvaluation, check_tasks, evaluate_tasks
+from tensorfold.harness import HarnessEvaluation, _origin, check_tasks, evaluate_tasks
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval: pip install 'tensorfold[lm-eval]'"
@@ -114,6 +114,17 @@ def test_data_that_cannot_be_had_is_named(folded_directory, tokenizer, task_dire
     (task_directory / "pages.jsonl").unlink()
     with pytest.raises(InputError, match=r"tiny_pages: cannot be loaded .*include path"):
         evaluate_tasks(tensorfold.load(folded_directory), tokenizer, ["tiny_pages"], include_path=task_directory)
+
+
+def test_only_what_datasets_wraps_is_unwrapped():
+    """A data set that cannot be reached is named by the error itself, not by that of the socket below it."""
+    exceptions = pytest.importorskip("datasets.exceptions")
+    wrapped = exceptions.DatasetGenerationError("An error occurred while generating the dataset")
+    wrapped.__cause__ = ValueError("JSON parse error in row 1")
+    unreachable = ConnectionError("Couldn't reach 'some/pages' on the Hub")
+    unreachable.__cause__ = OSError("Name or service not known")
+    assert _origin(wrapped) is wrapped.__cause__
+    assert _origin(unreachable) is unreachable
 
 
 @needs_harness

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.evaluation import HARNESS, Evaluation
@@ -178,8 +179,13 @@ def _perplexity(metrics: Mapping[str, float]) -> float | None:
 
 
 def _origin(error: BaseException) -> BaseException:
-    """What an exception was raised from in the first place: ``datasets`` wraps what is wrong with a file."""
-    while error.__cause__ is not None:
+    """What is wrong with a file: ``datasets`` wraps it in an error that says only that something is.
+
+    Other exceptions are their own best words: what they were raised from (a socket's error) names no task or data set.
+    """
+    from datasets.exceptions import DatasetGenerationError
+
+    while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
@@ -191,18 +197,16 @@ def _quiet() -> Iterator[None]:
     What ``datasets`` logs of a file that it cannot read is in the exception as well. The harness asks git for the
     commit of the working directory, and git complains on standard error where there is none.
     """
-    import lm_eval.evaluator
-
     levels = {logging.getLogger("lm_eval"): logging.ERROR, logging.getLogger("datasets"): logging.CRITICAL}
     before = {logger: logger.level for logger in levels}
-    commit = getattr(lm_eval.evaluator, "get_git_commit_hash", None)
     for logger, level in levels.items():
         logger.setLevel(level)
-    lm_eval.evaluator.get_git_commit_hash = lambda: None
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            yield
+            import lm_eval.evaluator  # inside, for what it prints and logs while it is imported
+
+            with mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", create=True, return_value=None):
+                yield
     finally:
-        lm_eval.evaluator.get_git_commit_hash = commit
         for logger, level in before.items():
             logger.setLevel(level)

@@ -42,7 +42,7 @@ class Case:
 
 
 def make_case(number: int | str, seed: int, templates: Path) -> Case:
-    """The case of this number, with its files in the working directory; ``"onnx-3"`` is the third of a kind by name."""
+    """The case of this number, with its files in the working directory; ``"onnx-3"`` is number 3 of a kind by name."""
     random = Random(f"{seed}:{number}")
     kind = str(number).rpartition("-")[0] or random.choices(KINDS, SHARES)[0]
     makers = {

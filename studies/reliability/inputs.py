@@ -1,6 +1,6 @@
 """Thousands of bad inputs, over every command and every public function, in one process.
 
-    python studies/reliability/inputs.py --cases 2400 --calls 800 --tasks 60
+    python studies/reliability/inputs.py --cases 2400 --calls 800 --tasks 60 --summary studies/reliability/inputs.jsonl
 
 Each must end with one clear line on standard error and the Contract's exit status, or succeed: no traceback, no hang,
 no half-written output, nothing else touched. A case follows from ``--seed`` and its number alone, so that the same
@@ -8,8 +8,9 @@ command goes on after an interruption, and ``--only N`` repeats one and shows wh
 process or hang in native code are found by the next start, which notes them and goes on. Calls of public functions come
 from hypothesis (``calls.py``).
 
-``--log`` has a line a case. ``inputs.jsonl`` is what is kept of it: a line for each way to end, with the numbers of the
-cases that ended so and the message of the first of them, and a line for every case that went wrong.
+``--log`` has a line a case. ``--summary``, of which ``inputs.jsonl`` is the whole campaign's, is what is kept of it: a
+line for each way to end, with the numbers of the cases that ended so and the message of the first of them, and a line
+for every case that went wrong.
 """
 
 from __future__ import annotations
@@ -186,10 +187,11 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="run this case, such as 12 or onnx-3, and show what it prints")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "tensorfold-reliability")
     parser.add_argument("--log", type=Path, help="a line a case; cases.jsonl in --scratch if not given")
-    parser.add_argument("--summary", type=Path, default=Path(__file__).with_name("inputs.jsonl"))
+    parser.add_argument("--summary", type=Path, help="a line a way to end; summary.jsonl in --scratch if not given")
     args = parser.parse_args()
-    args.scratch, args.summary = args.scratch.resolve(), args.summary.resolve()
+    args.scratch = args.scratch.resolve()
     args.log = (args.log or args.scratch / "cases.jsonl").resolve()
+    args.summary = (args.summary or args.scratch / "summary.jsonl").resolve()
     os.environ["HF_DATASETS_CACHE"] = str(args.scratch / "cache" / "datasets")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.environ["TENSORFOLD_CACHE"] = str(args.scratch / "cache")
