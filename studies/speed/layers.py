@@ -6,8 +6,12 @@
 Models of GPT-2's, PicoGPT's and SmolLM2's shapes with random float32 weights, folded to random cores: only shapes
 matter here. Layers of equal shape are timed once, whichever recipes have them, at 1, 16, 128, 1024 and 4096 tokens, in
 turn with the ``nn.Linear`` or ``nn.Embedding`` of the same size; linear layers also with their matrix held between
-forwards (``tensorfold.nn.cache_matrices``), and in training. The ways are chosen by the speeds of this machine, which
-are measured first (``tensorfold.nn.calibrate_machine``). Appends to ``layers.jsonl``.
+forwards (``tensorfold.nn.cache_matrices``), and in training. Those as large as a vocabulary have fewer rounds, and
+beyond 128 tokens their forward alone is timed. The ways are chosen by the speeds of this machine, which are measured
+first (``tensorfold.nn.calibrate_machine``). Appends to ``layers.jsonl``; layers that are there are skipped.
+
+With ``--rivals`` the forward is also timed with the libraries that apply the same operators, where they are installed;
+their threads may slow down the rest, so that goes to ``rivals.jsonl``.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 import tensorfold
 from tensorfold import LowRank, Recipe, Rule
 from tensorfold.benchmark.layers import Group, bench_layer, groups
+from tensorfold.benchmark.rivals import installed
 from tensorfold.benchmark.timing import Spread, interleave
 from tensorfold.hf.swap import empty_module, swap
 from tensorfold.nn import MPOLinear
@@ -37,6 +42,7 @@ from tensorfold.recipe import shipped_recipes
 
 LOG = Path(__file__).with_suffix(".jsonl")
 TOKENS = (1, 16, 128, 1024, 4096)
+VOCABULARY = 2**24  # numbers
 DISTILGPT2 = "tensorgpt-distilgpt2"
 
 # Of SmolLM2-135M, two layers; the others have the same shapes.
@@ -65,27 +71,31 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="Systems whose names match.")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--log", type=Path, default=LOG)
+    parser.add_argument("--rivals", action="store_true", help="Beside tensorly-torch and pyfastkron, if installed.")
     parser.add_argument("--quick", action="store_true", help="One system, few tokens, to see that it runs.")
     given = parser.parse_args()
+    rivals, versions = installed() if given.rivals else ([], [])
+    log = LOG.with_name("rivals.jsonl") if given.rivals and given.log == LOG else given.log
     tensorfold.nn.calibrate_machine()
-    tokens, rounds = ((1, 16), 1) if given.quick else (TOKENS, given.rounds)
-    about = {
-        "rounds": rounds,
-        **facts(),
-    }
-    seen: set[object] = set()
+    tokens, most = ((1, 16), 1) if given.quick else (TOKENS, given.rounds)
+    done = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    seen = {(entry["kind"], entry["spec"], entry["bias"], entry["parameters"]) for entry in done}
     for name, config, recipe in systems():
         if not fnmatch.fnmatch(name, "picogpt-mpo-16" if given.quick else given.only):
             continue
         for group in groups(folded(config, recipe), None):
-            key = (type(group.module), group.module.spec, getattr(group.module, "bias", None) is None)
+            module, spec = group.module, group.module.spec
+            key = (type(module).__name__, str(spec), getattr(module, "bias", None) is not None, spec.parameters)
             if key in seen:
                 continue
             seen.add(key)
-            layer, notes = bench_layer(group, tokens, rounds, time.perf_counter, (), False, lambda: None)
-            entry = {"system": name, **about, **layer.to_dict(), "notes": notes}
-            entry |= {"held": held(group, tokens, rounds), "training": trained(group, tokens, rounds)}
-            with given.log.open("a") as file:
+            large = spec.dense_parameters >= VOCABULARY
+            few, rounds = (tokens[:3], min(most, 3)) if large else (tokens, most)
+            layer, notes = bench_layer(group, tokens, rounds, time.perf_counter, rivals, False, lambda: None)
+            entry = {"system": name, "rounds": rounds, **facts(), **layer.to_dict(), "notes": [*versions, *notes]}
+            if not rivals:
+                entry |= {"held": held(group, few, rounds), "training": trained(group, few, rounds)}
+            with log.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             ratios = {point.timing.tokens: str(point.timing.speedup["dense"]) for point in layer.points}
             print(name, layer.kind, layer.spec, ratios, flush=True)
