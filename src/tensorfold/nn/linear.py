@@ -194,13 +194,14 @@ class MPOLinear(MPOModule):
         assert self.out_position is not None
         rank, others, pivots = self.spec.ranks[0], *self._stored()
         others, pivots = others.reshape(-1, rank), pivots.reshape(rank, -1)
-        few = math.prod(x.shape[:-1]) < _FEW
-        if few or training or torch.compiler.is_compiling() or x.dtype != pivots.dtype or torch.is_autocast_enabled(x.device.type):
+        # Products into given memory know neither gradients nor autocast.
+        plain = x.dtype == pivots.dtype and not (training or torch.is_autocast_enabled(x.device.type))
+        if plain and not torch.compiler.is_compiling() and math.prod(x.shape[:-1]) >= _FEW:
+            y = self._in_tiles(x, others.T, pivots.T)
+        else:
             known = F.linear(x, pivots)
             mixed = F.linear(known, others)
             y = torch.cat([known, mixed], dim=-1).index_select(-1, self.out_position)
-        else:
-            y = self._in_tiles(x, others.T, pivots.T)
         return y if self.bias is None else add_bias(y, self.bias)
 
     def _in_tiles(self, x: Tensor, others: Tensor, pivots: Tensor) -> Tensor:
