@@ -24,7 +24,8 @@ class Effort:
             those before it, instead of all at once.
         feedback: Whether each is fitted to the dense model's output from what the folded model gives it.
         shapes: Whether matrices with at least as many columns as rows may share one basis among groups of columns,
-            ``Σ_k A_k ⊗ b_kᵀ`` with A_k of shape (out, groups), where that is nearer.
+            ``Σ_k A_k ⊗ b_kᵀ`` with A_k of shape (out, groups) and pivots among the columns of the basis, where that is
+            nearer. Only under a budget of parameters: groups take more multiply–adds than they have parameters.
     """
 
     gradient_tokens: int | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from tensorfold.algebra.als import weighted_als
 from tensorfold.algebra.low_rank import error_curve
 from tensorfold.algebra.packed import Packed
-from tensorfold.algebra.spec import Spec, attainable_ranks
+from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import tt_svd
 from tensorfold.anatomy import Matrix, by_block, dense_weight
 from tensorfold.auto import EFFORTS, Effort
@@ -96,7 +97,9 @@ def search(
         choices |= divide(budget, planned, members, curves)
     choices = ranks.gather(choices if ranks.is_first else None)[0]
     gradients = _still_needed(gradients, choices)
-    shaped = {name: members[name] for name in choices if efforts[name].shapes and _has_groups(members[name])}
+    # Groups take more bytes for their order than low rank, and more multiply–adds than they have parameters.
+    free = {name for budget in budgets if budget.method.budget == "parameters" for name in budget.names}
+    shaped = {n: members[n] for n in choices if n in free and efforts[n].shapes and _has_groups(members[n])}
     starts = {}
     if shaped:
         fitted = _shapes(BlockStream(model, sample), shaped, gradients, choices, curves, works_on)
@@ -235,9 +238,15 @@ def _grouped(matrix: Matrix, groups: int, parameters: int) -> Spec | None:
     """The largest sum of ``(out × groups) ⊗ (1 × in / groups)`` of so many parameters, if there is one."""
     if matrix.in_features % groups:
         return None
-    out_modes, in_modes = (matrix.out_features, 1), (groups, matrix.in_features // groups)
-    bond = min(parameters // (out_modes[0] * groups + in_modes[1]), *attainable_ranks(out_modes, in_modes))
-    return Spec(out_modes, in_modes, (bond,)) if bond else None
+    slope, width = matrix.out_features * groups + matrix.in_features // groups, matrix.in_features // groups
+    bond = (slope - math.isqrt(max(0, slope * slope - 4 * parameters - 1)) - 1) // 2  # slope · r − r² in the budget
+    bond = min(bond, width - 1, matrix.out_features * groups)
+    return _groups_spec(matrix, groups, bond) if bond > 0 else None
+
+
+def _groups_spec(matrix: Matrix, groups: int, bond: int) -> Spec:
+    in_modes = (groups, matrix.in_features // groups)
+    return Spec((matrix.out_features, 1), in_modes, (bond,), reordered=("in",), pivoted=True)
 
 
 def _no_cores(matrix: Matrix, choice: Choice) -> list[Tensor]:
@@ -284,7 +293,7 @@ def _curves(
 def _spec(matrix: Matrix, choice: Choice) -> Spec:
     if choice.groups == 1:
         return Spec.low_rank(matrix.out_features, matrix.in_features, choice.rank, pivoted=True)
-    return Spec((matrix.out_features, 1), (choice.groups, matrix.in_features // choice.groups), (choice.rank,))
+    return _groups_spec(matrix, choice.groups, choice.rank)
 
 
 def _at_entrances(stream: BlockStream, matrices: Mapping[str, Matrix]) -> Iterator[tuple[int, dict[str, Matrix]]]:

@@ -1,10 +1,11 @@
-"""What floor the budgets of a search need: SmolLM2's MLP at half size, judged by held-out calibration text.
+"""What floor the budgets of a search need: SmolLM2 at half size and below, judged by held-out text.
 
     OMP_NUM_THREADS=1 python studies/smollm2/floors.py
 
 Each line of ``floors.jsonl`` is one fold at medium effort, as in ``run.py``: 24,000 tokens from the start of
 ``wikitext-2-valid``, 8,192 of them for gradients. It is judged by ``hf-1024`` on the first 8,192 tokens of the third
 and of the last quarter of the same file, which neither saw. The test text has no part in it. What is there is skipped.
+A floor that binds nowhere changes nothing, so a lower one is not folded again: ``same_as`` names what it equals.
 """
 
 from __future__ import annotations
@@ -20,16 +21,20 @@ from tensorfold.hf.sources import find_model
 from tensorfold.texts import load_text
 
 LOG = Path(__file__).parent / "floors.jsonl"
-KEEP, TOKENS = 0.5, 24_000
-FLOORS = (0.5, 0.0, 0.25, 0.75)
+TOKENS = 24_000
+RUNS = [
+    (targets, keep, floor)
+    for targets, keep in (("mlp", 0.5), ("all-linear", 0.5), ("mlp", 0.2))
+    for floor in (0.5, 0.75, 0.0, 0.25)
+]
 QUARTERS = (2, 3)
 
 
-def measure(floor: float) -> dict[str, Any]:
+def measure(targets: str, keep: float, floor: float) -> dict[str, Any]:
     whole = "\n\n".join(load_text("wikitext-2", split="validation"))
     source = find_model("smollm2-135m")
     model, tokenizer = source.model(), source.tokenizer()
-    recipe = Recipe(fold=(Rule("mlp", Auto(keep=KEEP, floor=floor)),))
+    recipe = Recipe(fold=(Rule(targets, Auto(keep=keep, floor=floor)),))
     started = time.process_time()
     report = tensorfold.fold(model, recipe, tokenizer, [whole], calibration_tokens=TOKENS)
     spent = time.process_time() - started
@@ -44,13 +49,14 @@ def measure(floor: float) -> dict[str, Any]:
         if not choice.dense
     }
     return {
+        "targets": targets,
+        "keep": keep,
         "floor": floor,
-        "keep": KEEP,
         "perplexity": perplexities,
         "parameters": report.parameters_after,
         "least_kept": round(min(shares.values()), 4),
         "most_kept": round(max(shares.values()), 4),
-        "at_floor": sum(share < floor * KEEP * 1.01 for share in shares.values()),
+        "at_floor": sum(share < floor * keep * 1.04 for share in shares.values()),
         "layers": len(report.choices),
         "dense": sum(choice.dense for choice in report.choices.values()),
         "fold_cpu_seconds": round(spent),
@@ -58,13 +64,17 @@ def measure(floor: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    done = {json.loads(line)["floor"] for line in LOG.read_text().splitlines()} if LOG.exists() else set()
-    for floor in FLOORS:
-        if floor not in done:
-            entry = measure(floor)
-            print(entry, flush=True)
-            with LOG.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+    entries = [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
+    for targets, keep, floor in RUNS:
+        others = [entry for entry in entries if (entry["targets"], entry["keep"]) == (targets, keep)]
+        if any(entry["floor"] == floor for entry in others):
+            continue
+        same = next((e for e in others if not e["at_floor"] and e["floor"] > floor), None)
+        entry = {**same, "floor": floor, "same_as": same["floor"]} if same else measure(targets, keep, floor)
+        entries.append(entry)
+        print(entry, flush=True)
+        with LOG.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,10 @@ def shapes(known: Known, kind: str, block: int, keep: float) -> dict[str, Any]:
         low = low_rank(problem.target, problem.metric, problem.rank(given))
         errors["low rank"] = math.sqrt(problem.loss(low) / whole)
         planned = [("grouped", groups, problem.terms(groups, given)) for groups in (2, 3, 4)]
+        planned += [  # K² more numbers, as effort high has them
+            ("plain", groups, min(width // groups, int(given) // (problem.free * groups + width // groups)))
+            for groups in (2, 3, 4)
+        ]
         for share in (0.25, 0.5):
             planned.append((f"sum {share}", 2, problem.terms(2, share * given)))
             # One Kronecker product of about that size.
@@ -88,14 +92,14 @@ def shapes(known: Known, kind: str, block: int, keep: float) -> dict[str, Any]:
             planned.append((f"sum {share}", groups, 1))
         for what, groups, terms in planned:
             paid = terms * (problem.free * groups + width // groups - terms)
-            rank = problem.rank(given - paid) if what != "grouped" else 0
+            rank = problem.rank(given - paid) if what.startswith("sum") else 0
             rest = problem.target - low_rank(problem.target, problem.metric, rank) if rank else problem.target
             shape = Grouped.start(problem, groups, terms, rest)
             loss, low = shape.improve(rank, ROUNDS, problem.target - rest)
             label = f"{what} {side}: {terms} × {groups} groups" + (f" + rank {rank}" if rank else "")
             errors[label] = math.sqrt(loss / whole)
             going[label] = (problem, shape, rank, low)
-    for what in ("grouped", "sum"):
+    for what in ("grouped", "plain", "sum"):
         label = min((label for label in going if label.startswith(what)), key=errors.__getitem__)
         problem, shape, rank, low = going[label]
         errors[f"best {label}"] = math.sqrt(shape.improve(rank, MORE_ROUNDS, low)[0] / problem.loss())

@@ -44,7 +44,7 @@ def rows(entries: Entries, what: str, row: Callable[[list[dict[str, Any]]], list
 def shapes(entries: Entries) -> str:
     def row(found: list[dict[str, Any]]) -> list[str]:
         cells = [f"{mean(each['low rank'] for each in found):.3f}"]
-        for start in ("best grouped", "best sum"):
+        for start in ("best plain", "best grouped", "best sum"):
             ratio = mean(best(each, start)[0] / each["low rank"] for each in found)
             cells.append(f"{ratio:.2f}, {best(found[0], start)[1].removeprefix('best ')}")
         added = [each["diagonal + low rank"] / each["low rank"] for each in found if "diagonal + low rank" in each]
@@ -55,8 +55,8 @@ def shapes(entries: Entries) -> str:
         f"Blocks {', '.join(map(str, blocks))}; × the error of low rank with pivots, geometric mean over them; the "
         f"shape is that of block {next(key[2] for key in entries if key[0] == 'shapes')}.",
         "",
-        "| | kept | low rank with pivots | best grouped, × | best sum, × | diagonal + low rank, × |",
-        "|---|---:|---:|---|---|---:|",
+        "| | kept | low rank with pivots | best grouped, × | with pivots, × | low rank + grouped, × | + diagonal, × |",
+        "|---|---:|---:|---|---|---|---:|",
     ]
     return "\n".join(head + rows(entries, "shapes", row))
 

@@ -237,7 +237,7 @@ def _spectra(
         step(f"spectra of {name}")
         cores = [_tensor(holders, f"{name}.cores.{k}", shape) for k, shape in enumerate(spec.stored_shapes)]
         if spec.pivoted:
-            cores[0] = with_identity(cores[0])
+            cores = with_identity(cores, spec)
         if spec.scalars:
             cores[0] = cores[0] * _tensor(holders, f"{name}.scalars", (spec.ranks[0],))
         found[name] = tuple(bond_spectra(cores))

@@ -49,9 +49,13 @@ class MPOModule(nn.Module):
         """Random cores whose product has entries of standard deviation ``std``, for any number of sites."""
         for core in self.cores:
             nn.init.normal_(core, std=core_std(self.spec, std))
-        if self.spec.pivoted:  # the pivots are rows of the matrix, and every other row mixes all of them
+        if self.spec.has_pivot_rows:  # they are rows of the matrix, and every other row mixes all of them
             nn.init.normal_(self.cores[0], std=self.spec.ranks[0] ** -0.5)
             nn.init.normal_(self.cores[1], std=std)
+        elif self.spec.pivoted:  # as many inputs are themselves as are mixed of all the others
+            rank, _, others, _ = self.cores[1].shape
+            nn.init.normal_(self.cores[1], std=others**-0.5)
+            nn.init.normal_(self.cores[0], std=std * (self.spec.in_modes[1] / (2 * rank)) ** 0.5)
         if self.scalars is not None:
             nn.init.ones_(self.scalars)
 
@@ -62,7 +66,7 @@ class MPOModule(nn.Module):
         """
         cores = self._stored()
         if self.spec.pivoted:
-            return [with_identity(cores[0]), cores[1]]
+            return with_identity(cores, self.spec)
         if self.scalars is None:
             return cores
         if cores[0].numel() <= cores[1].numel():
@@ -83,7 +87,7 @@ class MPOModule(nn.Module):
     def load_factors(self, factors: Factors) -> None:
         """Copy a solver's output into parameters and index orders; scalars it does not give are 1."""
         for parameter, core in zip(self.cores, factors.cores, strict=True):
-            parameter.copy_(core[:, -parameter.shape[1] :])  # of a pivoted spec, what is below the identity
+            parameter.copy_(core[:, -parameter.shape[1] :, -parameter.shape[2] :])  # without the identity on pivots
         if self.scalars is not None:
             self.scalars.copy_(torch.ones_like(self.scalars) if factors.scalars is None else factors.scalars)
         if self.out_position is not None:
@@ -173,7 +177,7 @@ class MPOLinear(MPOModule):
         holds = self.holds_matrix and self.way is None and not training and not torch.compiler.is_compiling()
         if holds and way.dense < way.seconds:
             return F.linear(x, self._held_matrix(), self.bias)
-        if self.spec.pivoted:
+        if self.spec.has_pivot_rows:
             return self._from_pivots(x)
         factors = self.factors()
         if self.in_order is not None:
