@@ -1,4 +1,4 @@
-"""Groups of columns with one basis that begins with the identity: the same matrix with fewer numbers."""
+"""Groups of columns or rows with one basis that begins with the identity: the same matrix with fewer numbers."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 
 import tensorfold
 from tensorfold import Auto, LowRank, Recipe, Rule, Spec, SpecError
-from tensorfold.algebra.pivots import with_identity, with_pivot_columns
+from tensorfold.algebra.pivots import with_identity, with_pivots_in_basis
 from tensorfold.nn import MPOLinear
 
 SHAPES = [(12, 3, 8, 5), (40, 2, 30, 29), (6, 4, 9, 1)]  # out, groups, columns of each, terms
@@ -26,18 +26,23 @@ def matrix(rows, groups, width, rank):
     return torch.einsum("ogk,kn->ogn", mix, basis).reshape(rows, groups * width)
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_matrix_of_that_shape_is_kept_exactly_by_fewer_numbers(shape):
+def test_a_matrix_of_that_shape_is_kept_exactly_by_fewer_numbers(shape, turned):
     rows, groups, width, rank = shape
     weight, spec = matrix(*shape), grouped(*shape)
+    if turned:
+        weight, spec = weight.T.contiguous(), spec.transposed
     assert spec.parameters == rank * (rows * groups + width - rank)
+    assert spec.grouped == ("out" if turned else "in")
     factors = LowRank(rank=1, pivots=True).solve(weight, spec)
-    assert torch.equal(factors.in_order.sort().values, torch.arange(groups * width))
-    layer = MPOLinear.from_factors(factors, spec, weight, random(rows, seed=2))
+    order = factors.out_order if turned else factors.in_order
+    assert torch.equal(order.sort().values, torch.arange(groups * width))
+    layer = MPOLinear.from_factors(factors, spec, weight, random(spec.out_features, seed=2))
     assert sum(core.numel() for core in layer.cores) == spec.parameters
     torch.testing.assert_close(layer.to_dense(), weight, rtol=0, atol=1e-10 * float(weight.abs().max()))
     for tokens in (1, 200):
-        x = random(tokens, groups * width, seed=3)
+        x = random(tokens, spec.in_features, seed=3)
         torch.testing.assert_close(layer(x), x @ weight.T + layer.bias, rtol=1e-9, atol=1e-8)
 
 
@@ -45,7 +50,7 @@ def test_a_matrix_of_that_shape_is_kept_exactly_by_fewer_numbers(shape):
 def test_pivots_change_neither_the_matrix_nor_the_shapes(shape):
     rows, groups, width, rank = shape
     cores = [random(1, rows, groups, rank), random(rank, 1, width, 1, seed=1)]
-    (left, basis), order = with_pivot_columns(cores)
+    (left, basis), order = with_pivots_in_basis(cores, grouped(*shape))
     assert (left.shape, basis.shape) == (cores[0].shape, cores[1].shape)
     assert torch.equal(basis[:, 0, :rank, 0], torch.eye(rank, dtype=torch.float64))
     assert basis.abs().max() < 4
@@ -57,10 +62,11 @@ def test_pivots_change_neither_the_matrix_nor_the_shapes(shape):
     assert all(torch.equal(a, b) for a, b in zip(with_identity(stored, grouped(*shape)), (left, basis), strict=True))
 
 
-def test_gradients_reach_what_is_stored():
-    shape = (12, 3, 8, 5)
-    layer = MPOLinear(grouped(*shape), bias=False, dtype=torch.float64)
-    x = random(7, 24)
+@pytest.mark.parametrize("turned", [False, True])
+def test_gradients_reach_what_is_stored(turned):
+    spec = grouped(12, 3, 8, 5)
+    layer = MPOLinear(spec.transposed if turned else spec, bias=False, dtype=torch.float64)
+    x = random(7, layer.in_features)
     layer(x).square().sum().backward()
     found = [core.grad.clone() for core in layer.cores]
     layer.zero_grad()
@@ -87,26 +93,30 @@ def test_what_has_no_pivots_is_refused(wrong):
 
 def test_a_stored_spec_is_read_back():
     spec = grouped(12, 3, 8, 5)
-    assert Spec.from_dict(spec.to_dict()) == spec
+    for each in (spec, spec.transposed):
+        assert Spec.from_dict(each.to_dict()) == each
+    assert spec.transposed.transposed == spec
     assert str(spec) == "5 × (12×3 ⊗ 1×8), pivoted"
-    with pytest.raises(SpecError, match="columns for pivots"):
-        _ = spec.transposed
+    assert str(spec.transposed) == "5 × (3×12 ⊗ 8×1), pivoted"
 
 
-def test_a_fresh_layer_has_the_variance_of_a_linear_one():
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_fresh_layer_has_the_variance_of_a_linear_one(turned):
     torch.manual_seed(0)
-    layer = MPOLinear(grouped(256, 4, 128, 40), bias=False)
-    assert layer(torch.randn(2000, 512)).var().item() == pytest.approx(1 / 3, rel=0.1)
+    spec = grouped(256, 4, 128, 40)
+    layer = MPOLinear(spec.transposed if turned else spec, bias=False)
+    assert layer(torch.randn(2000, layer.in_features)).var().item() == pytest.approx(1 / 3, rel=0.15)
 
 
 def test_a_folded_model_is_read_back(tiny, tokenizer, prose, tmp_path):
     model = tiny("llama", intermediate_size=96)
     for block in model.model.layers:
         block.mlp.down_proj.weight.data = matrix(32, 4, 24, 3).float() * 0.1
+        block.mlp.up_proj.weight.data = matrix(32, 4, 24, 3).float().T.contiguous() * 0.1
     kept = copy.deepcopy(model)
-    recipe = Recipe(fold=(Rule(["down_proj"], Auto(keep=0.2, effort="high")),))
+    recipe = Recipe(fold=(Rule(["down_proj", "up_proj"], Auto(keep=0.2, effort="high")),))
     report = tensorfold.fold(model, recipe, tokenizer, [prose], calibration_tokens=512)
-    assert any(spec.in_modes[0] > 1 and spec.pivoted for spec in report.modules.values())
+    assert {spec.grouped for spec in report.modules.values() if spec.pivoted} >= {"in", "out"}
     assert report.parameters_after == sum(parameter.numel() for parameter in model.parameters())
     model.save_pretrained(tmp_path / "folded")
     again, ids = tensorfold.load(tmp_path / "folded").eval(), torch.arange(12)[None]

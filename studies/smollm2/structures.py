@@ -9,7 +9,7 @@ model. Shapes are counted with pivots: B, like the factors of low rank, holds KÂ
 ``shapes``: grouped and Kronecker shapes (``grouped.py``), and low rank + each of them. ``squares``: low rank +
 Kronecker products that split both sides. ``heads``: the free basis of every value head (``smaller_heads.py``).
 ``rotation``: another basis of the residual stream. ``joint``: values and outputs of all blocks folded either way,
-judged by the first 8,192 tokens of the third quarter of that text.
+judged by the first 8,192 tokens of the third quarter of that text; ``together``: so are the MLPs of three blocks.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import tensorfold
 from tensorfold.algebra.als import weighted_als
 from tensorfold.algebra.contract import to_dense
 from tensorfold.algebra.low_rank import error_curve, whitened_low_rank
+from tensorfold.algebra.shared_basis import fit_shared_basis
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import tt_svd
 from tensorfold.anatomy import dense_weight, matrices
@@ -235,14 +236,35 @@ def joint(known: Known, model: Any, tokenizer: Any, keep: float, sizes: tuple[in
                 weight[:, rows] = low
             module.weight.data = weight
         chosen.append((size, rank_v, rank_o))
-    whole_text = "\n\n".join(load_text("wikitext-2", split="validation"))
-    text = [whole_text[len(whole_text) // 2 :]]
-    result = tensorfold.evaluate(model, tokenizer, text, "hf-1024", max_tokens=8192)
-    return {"perplexity": round(result.perplexity, 3), "sizes and ranks": chosen}
+    return {"perplexity": perplexity(model, tokenizer), "sizes and ranks": chosen}
 
 
 def heads_of(known: Known, block: int, size: int) -> Heads:
     return Heads.of(*known[name_of("v_proj", block)], *known[name_of("o_proj", block)], size)
+
+
+def together(known: Known, model: Any, tokenizer: Any, keep: float, groups: int) -> dict[str, Any]:
+    """Perplexity with the MLPs of ``BLOCKS`` folded, all by low rank or all by so many groups; on the dense model."""
+    for block in BLOCKS if keep else ():
+        for kind in ("up_proj", "gate_proj", "down_proj"):
+            w, c, g = known[name_of(kind, block)]
+            problem = Problem.of(w, c, g, kind != "down_proj")
+            if groups == 1:
+                spec = Spec.low_rank(*w.shape, problem.rank(keep * w.numel()))
+                cores = whitened_low_rank(w, c, spec, g)
+            else:
+                modes = (min(w.shape), 1), (groups, max(w.shape) // groups)
+                spec = Spec(*modes, (problem.terms(groups, keep * w.numel()),))
+                spec = spec if kind == "down_proj" else spec.transposed
+                cores = fit_shared_basis(w, spec, c, g, rounds=2 * ROUNDS).cores
+            model.get_submodule(name_of(kind, block)).weight.data = to_dense(cores, spec)
+    return {"perplexity": perplexity(model, tokenizer)}
+
+
+def perplexity(model: Any, tokenizer: Any) -> float:
+    whole = "\n\n".join(load_text("wikitext-2", split="validation"))
+    result = tensorfold.evaluate(model, tokenizer, [whole[len(whole) // 2 :]], "hf-1024", max_tokens=8192)
+    return round(result.perplexity, 3)
 
 
 def name_of(kind: str, block: int) -> str:
@@ -263,6 +285,7 @@ def planned() -> Iterator[tuple[str, ...]]:
                 for sizes in ("64", "64 56 48 40 32")
                 if keep or sizes == "64"
             )
+            yield from (("together", groups, "three", keep) for keep in ("0.5", "0.8") for groups in ("1", "2"))
             yield from (("squares", kind, block, "0.5") for kind in ("o_proj", "down_proj"))
 
 
@@ -287,6 +310,8 @@ def main() -> None:
         started = time.process_time()
         if what == "joint":
             found = joint(known, source.model(), tokenizer, float(keep or 0), tuple(map(int, kind.split())))
+        elif what == "together":
+            found = together(known, source.model(), tokenizer, float(keep), int(kind))
         elif what == "heads":
             found = heads(known, int(block), float(keep))
         elif what == "rotation":

@@ -9,7 +9,7 @@ with column pivoting finds keep T small (Cheng, Gimbutas, Martinsson & Rokhlin, 
 layer: PIFA, arXiv 2501.19090.
 
 Groups of columns that share a basis, ``A (I_g ⊗ B)`` with B (r, in / g), are the same matrix for every invertible R in
-``A (I_g ⊗ R⁻¹) · (I_g ⊗ R B)``. There r columns of B become the identity.
+``A (I_g ⊗ R⁻¹) · (I_g ⊗ R B)``. There r columns of B become the identity. Groups of rows are the transpose of that.
 """
 
 from __future__ import annotations
@@ -47,16 +47,20 @@ def with_pivots(cores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     return [top[None, :, None, :].to(cores[0]), rows[:, None, :, None].to(cores[1])], order
 
 
-def with_pivot_columns(cores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The same matrix with a basis of its groups of columns that begins with the identity, and the order for it.
+def with_pivots_in_basis(cores: Sequence[Tensor], spec: Spec) -> tuple[list[Tensor], Tensor]:
+    """The same matrix with a basis of its groups that begins with the identity, and the order for it.
 
     Args:
-        cores: Shapes (1, out, groups, r) and (r, 1, width, 1), the latter of rank r.
+        cores: Of groups of columns, shapes (1, out, groups, r) and (r, 1, width, 1), the latter of rank r; or of rows.
+        spec: Theirs.
 
     Returns:
-        Cores of the same shapes for ``W[:, order]``, and ``order``, int64, (groups · width,): within every group the
-        pivots, then its other columns.
+        Cores of the same shapes for ``W[:, order]``, or ``W[order]``, and ``order``, int64, (groups · width,): within
+        every group the pivots, then its other columns or rows.
     """
+    if spec.grouped == "out":
+        turned, order = with_pivots_in_basis([core.transpose(1, 2) for core in cores], spec.transposed)
+        return [core.transpose(1, 2) for core in turned], order
     (_, _, groups, rank), width = cores[0].shape, cores[1].shape[2]
     basis = cores[1].reshape(1, rank, width).transpose(1, 2)[:, :, None]  # (1, width, 1, r), a factor of low rank
     change = torch.eye(rank, dtype=basis.dtype, device=basis.device)[:, None, :, None]
@@ -72,4 +76,6 @@ def with_identity(stored: Sequence[Tensor], spec: Spec) -> list[Tensor]:
     identity = torch.eye(spec.ranks[0], dtype=first.dtype, device=first.device)
     if spec.has_pivot_rows:
         return [torch.cat([identity[None, :, None, :], first], dim=1), last]
-    return [first, torch.cat([identity[:, None, :, None], last], dim=2)]
+    if spec.grouped == "in":
+        return [first, torch.cat([identity[:, None, :, None], last], dim=2)]
+    return [first, torch.cat([identity[:, :, None, None], last], dim=1)]

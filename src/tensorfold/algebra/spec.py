@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from tensorfold.algebra.modes import balanced_modes, nearest_divisors
 from tensorfold.errors import SpecError
@@ -47,7 +47,8 @@ class Spec:
             PIFA, arXiv 2501.19090). ``U V`` holds rank² numbers that a change of basis ``U R⁻¹ · R V`` takes away;
             here they are not stored, so that the rank can be up to a quarter higher at equal size. Of groups of columns
             with one basis, modes (out, 1) and (groups, in / groups): that basis is ``[I, T]``, T (rank, in / groups -
-            rank), over columns in a stored order that is the same in every group.
+            rank), over columns in a stored order that is the same in every group. Likewise of groups of rows, modes
+            (groups, out / groups) and (in, 1).
 
     Raises:
         SpecError: Modes and bonds do not fit together, or a bond exceeds what its unfolding can have.
@@ -98,15 +99,16 @@ class Spec:
             raise SpecError(
                 f"Spec: pivoted with out_modes {self.out_modes}, in_modes {self.in_modes}, ranks {self.ranks}, "
                 f"reordered={self.reordered}; needed low rank, (out, 1) and (1, in), of a rank below out and "
-                "reordered=('out',), or groups of columns, (out, 1) and (groups, in / groups), of a rank below "
-                "in / groups and reordered=('in',); neither with padding or scalars."
+                "reordered=('out',); or groups of columns, (out, 1) and (groups, in / groups), of a rank below "
+                "in / groups and reordered=('in',), or of rows likewise; all without padding or scalars."
             )
 
     @property
     def _can_pivot(self) -> bool:
-        if self.sites != 2 or self.out_modes[1] != 1 or self.is_padded or self.scalars:
+        side = "out" if self.is_low_rank else self.grouped
+        if side is None or self.is_padded or self.scalars:
             return False
-        side, size = ("out", self.out_modes[0]) if self.is_low_rank else ("in", self.in_modes[1])
+        size = self.out_modes[0] if self.is_low_rank else max(self.out_modes[1], self.in_modes[1])
         return self.reordered == (side,) and self.ranks[0] < size
 
     def _check_ranks(self) -> None:
@@ -220,7 +222,7 @@ class Spec:
         rank = self.ranks[0]
         if self.has_pivot_rows:
             return (1, first[1] - rank, 1, rank), last
-        return first, (rank, 1, last[2] - rank, 1)
+        return first, (rank, max(1, last[1] - rank), max(1, last[2] - rank), 1)  # one of them is 1
 
     @property
     def parameters(self) -> int:
@@ -250,8 +252,15 @@ class Spec:
         return self.sites == 2 and self.out_modes[1] == 1 and self.in_modes[0] == 1
 
     @property
+    def grouped(self) -> Literal["in", "out"] | None:
+        """The side, if any, whose groups share one basis: ``A (I_g ⊗ B)``, groups of columns, or its transpose."""
+        if self.sites != 2 or self.is_low_rank or (self.out_modes[1] == 1) == (self.in_modes[1] == 1):
+            return None
+        return "in" if self.out_modes[1] == 1 else "out"
+
+    @property
     def has_pivot_rows(self) -> bool:
-        """Whether it is pivoted low rank; other pivoted specs have pivots among the columns of a basis."""
+        """Whether it is pivoted low rank; other pivoted specs have their pivots in the basis of their groups."""
         return self.pivoted and self.is_low_rank
 
     @property
@@ -259,13 +268,14 @@ class Spec:
         """The spec of the transposed matrix, with the same cores but for their two middle axes.
 
         Raises:
-            SpecError: It is pivoted: pivots belong to one side.
+            SpecError: It is pivoted low rank: pivots are rows.
         """
-        if self.pivoted:
-            pivots = "rows" if self.has_pivot_rows else "columns"
-            raise SpecError(f"Spec: {self} has {pivots} for pivots, so its transpose is none of its kind.")
+        if self.has_pivot_rows:
+            raise SpecError(f"Spec: {self} has rows for pivots, so its transpose is none of its kind.")
         sides = tuple(side for side, other in (("out", "in"), ("in", "out")) if other in self.reordered)
-        return Spec(self.in_modes, self.out_modes, self.ranks, self.in_features, self.out_features, self.scalars, sides)
+        modes = (self.in_modes, self.out_modes)
+        features = (self.in_features, self.out_features)
+        return Spec(*modes, self.ranks, *features, self.scalars, sides, self.pivoted)
 
     @property
     def attainable_matrix_rank(self) -> int:

@@ -52,6 +52,9 @@ class MPOModule(nn.Module):
         if self.spec.has_pivot_rows:  # they are rows of the matrix, and every other row mixes all of them
             nn.init.normal_(self.cores[0], std=self.spec.ranks[0] ** -0.5)
             nn.init.normal_(self.cores[1], std=std)
+        elif self.spec.pivoted and self.spec.grouped == "out":
+            nn.init.normal_(self.cores[0], std=std)
+            nn.init.normal_(self.cores[1], std=self.spec.ranks[0] ** -0.5)
         elif self.spec.pivoted:  # as many inputs are themselves as are mixed of all the others
             rank, _, others, _ = self.cores[1].shape
             nn.init.normal_(self.cores[1], std=others**-0.5)
