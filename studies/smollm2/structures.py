@@ -1,6 +1,7 @@
 """Do other structures than low rank with pivots pay, in the metric in which layers are fitted? SmolLM2-135M.
 
-    OMP_NUM_THREADS=1 python studies/smollm2/structures.py [--only PATTERN …] [--statistics FILE] [--table]
+    OMP_NUM_THREADS=1 python studies/smollm2/structures.py [--only PATTERN …] [--statistics FILE]
+    python studies/smollm2/structures_table.py
 
 Every entry appends a line of errors ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖`` at equal parameters to ``structures.jsonl``;
 what is there is skipped. C is of 24,000 tokens and G of 8,192, from the start of ``wikitext-2-valid``, on the dense
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from grouped import Grouped, Problem, low_rank
+from moments import BLOCKS, KINDS, Known, name_of, statistics
 from smaller_heads import HEADS, KV_HEADS, Heads
 from torch import Tensor
 
@@ -35,40 +37,12 @@ from tensorfold.algebra.low_rank import error_curve, whitened_low_rank
 from tensorfold.algebra.shared_basis import fit_shared_basis
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import tt_svd
-from tensorfold.anatomy import dense_weight, matrices
-from tensorfold.calibrate import BlockStream, calibration_windows
-from tensorfold.gradients import gradient_moments
 from tensorfold.hf.sources import find_model
 from tensorfold.texts import load_text
 
 LOG = Path(__file__).parent / "structures.jsonl"
-BLOCKS = (15, 4, 26)
 KEEPS = (0.5, 0.8, 0.2)
-KINDS = {"down_proj": "mlp", "up_proj": "mlp", "gate_proj": "mlp"} | dict.fromkeys(
-    ("o_proj", "q_proj", "v_proj"), "self_attn"
-)
 ROUNDS, MORE_ROUNDS = 5, 20
-Known = dict[str, tuple[Tensor, Tensor, Tensor]]  # by name: W (out, in), C (in, in), G (out, out)
-
-
-@torch.no_grad()
-def statistics(model: Any, tokenizer: Any) -> Known:
-    whole = "\n\n".join(load_text("wikitext-2", split="validation"))
-    windows = calibration_windows(tokenizer, [whole], 24_000)
-    chosen = {}
-    for name, matrix in matrices(model).items():
-        kind = name.rpartition(".")[2]
-        if kind in ("v_proj", "o_proj") or (kind in KINDS and int(name.split(".")[2]) in BLOCKS):
-            chosen[name] = matrix
-    gradients = gradient_moments(model, windows[:8], {name: matrix.module for name, matrix in chosen.items()})
-    known, stream = {}, BlockStream(model, windows)
-    for index in range(len(stream.blocks)):
-        batch = {name: matrix for name, matrix in chosen.items() if int(name.split(".")[2]) == index}
-        moments = stream.moments(index, {name: matrix.module for name, matrix in batch.items()})
-        for name, matrix in batch.items():
-            known[name] = (dense_weight(matrix.module).detach().clone(), moments[name], gradients[name].full())
-        stream.advance(index)
-    return known
 
 
 def shapes(known: Known, kind: str, block: int, keep: float) -> dict[str, Any]:
@@ -81,7 +55,7 @@ def shapes(known: Known, kind: str, block: int, keep: float) -> dict[str, Any]:
         low = low_rank(problem.target, problem.metric, problem.rank(given))
         errors["low rank"] = math.sqrt(problem.loss(low) / whole)
         planned = [("grouped", groups, problem.terms(groups, given)) for groups in (2, 3, 4)]
-        planned += [  # K² more numbers, as effort high has them
+        planned += [  # K² more numbers
             ("plain", groups, min(width // groups, int(given) // (problem.free * groups + width // groups)))
             for groups in (2, 3, 4)
         ]
@@ -265,10 +239,6 @@ def perplexity(model: Any, tokenizer: Any) -> float:
     whole = "\n\n".join(load_text("wikitext-2", split="validation"))
     result = tensorfold.evaluate(model, tokenizer, [whole[len(whole) // 2 :]], "hf-1024", max_tokens=8192)
     return round(result.perplexity, 3)
-
-
-def name_of(kind: str, block: int) -> str:
-    return f"model.layers.{block}.{KINDS[kind]}.{kind}"
 
 
 def planned() -> Iterator[tuple[str, ...]]:
