@@ -52,7 +52,7 @@ def shapes(entries: Entries) -> str:
 
     blocks = sorted({int(key[2]) for key in entries if key[0] == "shapes"})
     head = [
-        f"Blocks {', '.join(map(str, blocks))}; × the error of low rank with pivots, geometric mean over them; the "
+        f"Block {', '.join(map(str, blocks))}; × the error of low rank with pivots, geometric mean over them; the "
         f"shape is that of block {next(key[2] for key in entries if key[0] == 'shapes')}.",
         "",
         "| | kept | low rank with pivots | best grouped, × | with pivots, × | low rank + grouped, × | + diagonal, × |",
@@ -86,14 +86,14 @@ def heads(entries: Entries) -> str:
 
 def floors() -> str:
     out = [
-        "| floor | third quarter | last quarter | layers at the floor | least kept | most kept | parameters |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
+        "| targets | kept | floor | third quarter | last quarter | layers at the floor | least kept | most kept |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for entry in sorted(lines_of("floors.jsonl"), key=lambda entry: entry["floor"]):
+    for entry in sorted(lines_of("floors.jsonl"), key=lambda e: (e["targets"], -e["keep"], e["floor"])):
         third, last = entry["perplexity"].values()
         out.append(
-            f"| {entry['floor']} | {third:.2f} | {last:.2f} | {entry['at_floor']} of {entry['layers']} | "
-            f"{entry['least_kept']:.3f} | {entry['most_kept']:.3f} | {entry['parameters']:,} |"
+            f"| {entry['targets']} | {entry['keep']} | {entry['floor']} | {third:.2f} | {last:.2f} | "
+            f"{entry['at_floor']} of {entry['layers']} | {entry['least_kept']:.4f} | {entry['most_kept']:.4f} |"
         )
     return "\n".join(out)
 
