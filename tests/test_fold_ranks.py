@@ -238,9 +238,9 @@ def test_ranks_that_measure_differently_take_the_choices_of_the_first(
 
     def work(rank):
         if rank == 1:
-            curve, als = search.error_curve, search.weighted_als
+            curve, fit = search.error_curve, search.fit_shared_basis
             search.error_curve = lambda weight, *metrics: curve(weight, *metrics) * (1 + weight[0, 0].abs() * 100)
-            search.weighted_als = lambda *given, **options: als(*given, **{**options, "sweeps": 1})
+            search.fit_shared_basis = lambda *given, **options: fit(*given, **{**options, "rounds": 1})
         torch.save(folded(), tmp_path / f"rank-{rank}")
 
     assert [status for status, *_ in on_ranks(2, work)] == [0, 0]

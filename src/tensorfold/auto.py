@@ -23,8 +23,9 @@ class Effort:
         staged: Whether the matrices of a block are folded in the order in which they are applied, each measured behind
             those before it, instead of all at once.
         feedback: Whether each is fitted to the dense model's output from what the folded model gives it.
-        shapes: Whether matrices with at least as many columns as rows may share one basis among groups of columns,
-            ``Σ_k A_k ⊗ b_kᵀ`` with A_k of shape (out, groups), where that is nearer.
+        shapes: Whether matrices may share one basis, with pivots, among groups of their columns, or of their rows if
+            they have more of those, ``Σ_k A_k ⊗ b_kᵀ`` with A_k of shape (out, groups), where that is nearer. Only
+            under a budget of parameters: groups take more multiply–adds than they have parameters.
     """
 
     gradient_tokens: int | None

@@ -25,7 +25,7 @@ class Choice:
 
     Attributes:
         rank: Its rank, or bond; the smaller side of the matrix where it stays dense.
-        groups: Of columns that share a basis; 1 is low rank with pivots.
+        groups: Of columns, or of rows where there are more, that share a basis; 1 is low rank with pivots.
         rivals: Errors of the other shapes that were fitted at this size, by spec.
         curve: Pairs of parameters and relative error ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖``, over all sizes.
     """

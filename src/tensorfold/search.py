@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -12,11 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tensorfold.algebra.als import weighted_als
 from tensorfold.algebra.low_rank import error_curve
 from tensorfold.algebra.packed import Packed
-from tensorfold.algebra.spec import Spec, attainable_ranks
-from tensorfold.algebra.ttsvd import tt_svd
+from tensorfold.algebra.shared_basis import fit_shared_basis
+from tensorfold.algebra.spec import Spec
 from tensorfold.anatomy import Matrix, by_block, dense_weight
 from tensorfold.auto import EFFORTS, Effort
 from tensorfold.block_checkpoints import BlockCheckpoints
@@ -27,8 +27,8 @@ from tensorfold.memory import release_heap
 from tensorfold.planning import Budget, Plan
 from tensorfold.ranks import Ranks
 
-_GROUPS = (2, 3, 4)  # of columns
-_SWEEPS = 4  # of a candidate shape: what it gains later decides nothing
+_GROUPS = (2, 3, 4)  # of columns, or of rows where there are more of them
+_ROUNDS = 4  # of a candidate shape: what it gains later decides nothing
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ def search(
         choices |= divide(budget, planned, members, curves)
     choices = ranks.gather(choices if ranks.is_first else None)[0]
     gradients = _still_needed(gradients, choices)
-    shaped = {name: members[name] for name in choices if efforts[name].shapes and _has_groups(members[name])}
+    # Groups take more bytes for their order than low rank, and more multiply–adds than they have parameters.
+    free = {name for budget in budgets if budget.method.budget == "parameters" for name in budget.names}
+    shaped = {n: members[n] for n in choices if n in free and efforts[n].shapes and _has_groups(members[n])}
     starts = {}
     if shaped:
         fitted = _shapes(BlockStream(model, sample), shaped, gradients, choices, curves, works_on)
@@ -187,7 +189,7 @@ def _met(
 
 
 def _has_groups(matrix: Matrix) -> bool:
-    return matrix.out_features <= matrix.in_features and any(matrix.in_features % groups == 0 for groups in _GROUPS)
+    return any(max(matrix.out_features, matrix.in_features) % groups == 0 for groups in _GROUPS)
 
 
 def _shapes(
@@ -217,8 +219,7 @@ def _shapes(
                 spec = _grouped(matrix, groups, choice.parameters)
                 if spec is None or curves[name][spec.attainable_matrix_rank] >= curves[name][choice.rank]:
                     continue
-                start = tt_svd(weight, spec)
-                fit = weighted_als(weight, spec, start, moments[name], outputs, sweeps=_SWEEPS)
+                fit = fit_shared_basis(weight, spec, moments[name], outputs, rounds=_ROUNDS)
                 rivals[str(spec)] = fit.error
                 if fit.error < bar:
                     best, bar = (spec, groups, fit.cores), fit.error
@@ -232,12 +233,21 @@ def _shapes(
 
 
 def _grouped(matrix: Matrix, groups: int, parameters: int) -> Spec | None:
-    """The largest sum of ``(out × groups) ⊗ (1 × in / groups)`` of so many parameters, if there is one."""
-    if matrix.in_features % groups:
+    """The largest of so many parameters whose groups along the longer side share a basis, if there is one."""
+    short, long = sorted((matrix.out_features, matrix.in_features))
+    if long % groups:
         return None
-    out_modes, in_modes = (matrix.out_features, 1), (groups, matrix.in_features // groups)
-    bond = min(parameters // (out_modes[0] * groups + in_modes[1]), *attainable_ranks(out_modes, in_modes))
-    return Spec(out_modes, in_modes, (bond,)) if bond else None
+    width = long // groups
+    slope = short * groups + width
+    bond = (slope - math.isqrt(max(0, slope * slope - 4 * parameters - 1)) - 1) // 2  # slope · r − r² in the budget
+    bond = min(bond, width - 1, short * groups)
+    return _groups_spec(matrix, groups, bond) if bond > 0 else None
+
+
+def _groups_spec(matrix: Matrix, groups: int, bond: int) -> Spec:
+    short, long = sorted((matrix.out_features, matrix.in_features))
+    spec = Spec((short, 1), (groups, long // groups), (bond,), reordered=("in",), pivoted=True)
+    return spec if matrix.out_features <= matrix.in_features else spec.transposed
 
 
 def _no_cores(matrix: Matrix, choice: Choice) -> list[Tensor]:
@@ -284,7 +294,7 @@ def _curves(
 def _spec(matrix: Matrix, choice: Choice) -> Spec:
     if choice.groups == 1:
         return Spec.low_rank(matrix.out_features, matrix.in_features, choice.rank, pivoted=True)
-    return Spec((matrix.out_features, 1), (choice.groups, matrix.in_features // choice.groups), (choice.rank,))
+    return _groups_spec(matrix, choice.groups, choice.rank)
 
 
 def _at_entrances(stream: BlockStream, matrices: Mapping[str, Matrix]) -> Iterator[tuple[int, dict[str, Matrix]]]:

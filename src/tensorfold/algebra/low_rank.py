@@ -34,12 +34,12 @@ def whitened_low_rank(weight: Tensor, metric: Tensor | None, spec: Spec, outputs
     c = None if metric is None else metric.to(w)
     rank = spec.ranks[0]
     if w.shape[0] > w.shape[1] and outputs is not None and outputs.dim() == 2:
-        into, back = _roots(metric, w)
+        into, back = roots(metric, w)
         basis = leading_eigenvectors(_sandwich(into, w.T @ weigh(w, None, outputs.to(w))), rank)
         right = basis.T if back is None else basis.T @ back
         left = w @ (basis if into is None else into @ basis)
     else:
-        into, back = _roots(outputs, w)
+        into, back = roots(outputs, w)
         w = weigh(w, None, into)
         if w.shape[0] <= w.shape[1]:
             basis = leading_eigenvectors(weigh(w, c, None) @ w.T, rank)
@@ -63,9 +63,9 @@ def error_curve(weight: Tensor, metric: Tensor | None = None, outputs: Tensor | 
     w = weight.double()
     c, g = (None if given is None else given.to(w) for given in (metric, outputs))
     if w.shape[0] <= w.shape[1]:
-        gram = _sandwich(_roots(g, w, ridge=0.0)[0], weigh(w, c, None) @ w.T)
+        gram = _sandwich(roots(g, w, ridge=0.0)[0], weigh(w, c, None) @ w.T)
     else:
-        gram = _sandwich(_roots(c, w, ridge=0.0)[0], w.T @ weigh(w, None, g))
+        gram = _sandwich(roots(c, w, ridge=0.0)[0], w.T @ weigh(w, None, g))
     energies = torch.linalg.eigvalsh(gram).clamp_min(0).cpu()  # rising
     return torch.cat([energies.new_zeros(1), energies.cumsum(0)]).flip(0)
 
@@ -74,7 +74,7 @@ def _sandwich(root: Tensor | None, matrix: Tensor) -> Tensor:
     return matrix if root is None else root @ matrix @ root
 
 
-def _roots(metric: Tensor | None, like: Tensor, ridge: float = _RIDGE) -> tuple[Tensor | None, Tensor | None]:
+def roots(metric: Tensor | None, like: Tensor, ridge: float = _RIDGE) -> tuple[Tensor | None, Tensor | None]:
     """``M^½`` and its inverse; vectors where the metric is diagonal, None where it is the identity."""
     if metric is None:
         return None, None

@@ -9,6 +9,7 @@ from torch import Tensor
 from tensorfold.algebra.als import check_metric, check_outputs, is_large_table, weighted_als
 from tensorfold.algebra.als_cg import weigh
 from tensorfold.algebra.low_rank import whitened_low_rank
+from tensorfold.algebra.shared_basis import fit_shared_basis
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import check_weight, tt_svd
 
@@ -45,7 +46,7 @@ def fit(
     ``‖(W − Ŵ) C^½‖``, the mean squared error of the layer's output. With that of the loss's gradient at the outputs as
     well, G: smallest ``‖G^½ (W − Ŵ) C^½‖``, the loss's second-order change where inputs and gradients are independent
     (Kronecker-factored Fisher; Martens & Grosse, arXiv 1503.05671). Exact for low rank, by weighted alternating least
-    squares started from the TT-SVD for every other shape.
+    squares started from the TT-SVD for every other shape; those of groups with pivots are :mod:`.shared_basis`'s.
 
     Args:
         weight: Shape (out_features, in_features), any floating dtype.
@@ -68,6 +69,8 @@ def fit(
         check_outputs(outputs, spec)
     if spec.is_low_rank and not spec.is_padded and start is None:
         return whitened_low_rank(weight, metric, spec, outputs)
+    if spec.pivoted and spec.grouped:
+        return fit_shared_basis(weight, spec, metric, outputs, start).cores
     sweeps = _TABLE_SWEEPS if is_large_table(weight, outputs) else 20
     return weighted_als(weight, spec, start or tt_svd(weight, spec), metric, outputs, sweeps=sweeps).cores
 

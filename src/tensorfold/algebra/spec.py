@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from tensorfold.algebra.modes import balanced_modes, nearest_divisors
 from tensorfold.errors import SpecError
@@ -42,10 +42,13 @@ class Spec:
         scalars: One trainable number per bond index of a two-site operator: ``Σ_k s_k A_k ⊗ B_k`` (Krony-PT).
         reordered: Sides, ``"out"`` and ``"in"``, whose index order is stored beside the cores and is not the matrix's
             own (TQCompressor's permutations). Orders are integers and are not counted as parameters.
-        pivoted: Of low rank only: ``W[order] = [I; T] S`` with S (rank, in) made of rows of W, the pivots, and T
+        pivoted: Of low rank: ``W[order] = [I; T] S`` with S (rank, in) made of rows of W, the pivots, and T
             (out - rank, rank), an interpolative decomposition (Cheng, Gimbutas, Martinsson & Rokhlin 2005; as layers
             PIFA, arXiv 2501.19090). ``U V`` holds rank² numbers that a change of basis ``U R⁻¹ · R V`` takes away;
-            here they are not stored, so that the rank can be up to a quarter higher at equal size.
+            here they are not stored, so that the rank can be up to a quarter higher at equal size. Of groups of columns
+            with one basis, modes (out, 1) and (groups, in / groups): that basis is ``[I, T]``, T (rank, in / groups -
+            rank), over columns in a stored order that is the same in every group. Likewise of groups of rows, modes
+            (groups, out / groups) and (in, 1).
 
     Raises:
         SpecError: Modes and bonds do not fit together, or a bond exceeds what its unfolding can have.
@@ -95,14 +98,18 @@ class Spec:
         if self.pivoted and not self._can_pivot:
             raise SpecError(
                 f"Spec: pivoted with out_modes {self.out_modes}, in_modes {self.in_modes}, ranks {self.ranks}, "
-                f"reordered={self.reordered}; needed low rank, (out, 1) and (1, in), of a rank below out and without "
-                "padding or scalars, and reordered=('out',)."
+                f"reordered={self.reordered}; needed low rank, (out, 1) and (1, in), of a rank below out and "
+                "reordered=('out',); or groups of columns, (out, 1) and (groups, in / groups), of a rank below "
+                "in / groups and reordered=('in',), or of rows likewise; all without padding or scalars."
             )
 
     @property
     def _can_pivot(self) -> bool:
-        plain = self.is_low_rank and not self.is_padded and not self.scalars and self.reordered == ("out",)
-        return plain and self.ranks[0] < self.out_features
+        side = "out" if self.is_low_rank else self.grouped
+        if side is None or self.is_padded or self.scalars:
+            return False
+        size = self.out_modes[0] if self.is_low_rank else max(self.out_modes[1], self.in_modes[1])
+        return self.reordered == (side,) and self.ranks[0] < size
 
     def _check_ranks(self) -> None:
         attainable = attainable_ranks(self.out_modes, self.in_modes)
@@ -208,11 +215,14 @@ class Spec:
 
     @property
     def stored_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
-        """Shapes of what is stored of the cores: all of them, but for the identity at the top of a pivoted U."""
+        """Shapes of what is stored of the cores: all of them, but for the identity in one of a pivoted spec."""
         if not self.pivoted:
             return self.core_shapes
-        (left, rows, columns, rank), last = self.core_shapes
-        return (left, rows - rank, columns, rank), last
+        first, last = self.core_shapes
+        rank = self.ranks[0]
+        if self.has_pivot_rows:
+            return (1, first[1] - rank, 1, rank), last
+        return first, (rank, max(1, last[1] - rank), max(1, last[2] - rank), 1)  # one of them is 1
 
     @property
     def parameters(self) -> int:
@@ -224,7 +234,7 @@ class Spec:
         """Multiply–adds a token, in the cheapest order of contracting the sites (see ``contract.cheapest_order``)."""
         from tensorfold.algebra.contract import cheapest_order
 
-        if self.pivoted:
+        if self.has_pivot_rows:
             return self.parameters
         return cheapest_order(self).macs
 
@@ -242,16 +252,30 @@ class Spec:
         return self.sites == 2 and self.out_modes[1] == 1 and self.in_modes[0] == 1
 
     @property
+    def grouped(self) -> Literal["in", "out"] | None:
+        """The side, if any, whose groups share one basis: ``A (I_g ⊗ B)``, groups of columns, or its transpose."""
+        if self.sites != 2 or self.is_low_rank or (self.out_modes[1] == 1) == (self.in_modes[1] == 1):
+            return None
+        return "in" if self.out_modes[1] == 1 else "out"
+
+    @property
+    def has_pivot_rows(self) -> bool:
+        """Whether it is pivoted low rank; other pivoted specs have their pivots in the basis of their groups."""
+        return self.pivoted and self.is_low_rank
+
+    @property
     def transposed(self) -> Spec:
         """The spec of the transposed matrix, with the same cores but for their two middle axes.
 
         Raises:
-            SpecError: It is pivoted: pivots are rows.
+            SpecError: It is pivoted low rank: pivots are rows.
         """
-        if self.pivoted:
+        if self.has_pivot_rows:
             raise SpecError(f"Spec: {self} has rows for pivots, so its transpose is none of its kind.")
         sides = tuple(side for side, other in (("out", "in"), ("in", "out")) if other in self.reordered)
-        return Spec(self.in_modes, self.out_modes, self.ranks, self.in_features, self.out_features, self.scalars, sides)
+        modes = (self.in_modes, self.out_modes)
+        features = (self.in_features, self.out_features)
+        return Spec(*modes, self.ranks, *features, self.scalars, sides, self.pivoted)
 
     @property
     def attainable_matrix_rank(self) -> int:
@@ -298,7 +322,8 @@ class Spec:
             return f"{factors}, pivoted" if self.pivoted else factors
         sites = [f"{m}×{n}" for m, n in zip(self.out_modes, self.in_modes, strict=True)]
         if self.sites == 2:
-            return f"{self.ranks[0]} × ({sites[0]} ⊗ {sites[1]})"
+            terms = f"{self.ranks[0]} × ({sites[0]} ⊗ {sites[1]})"
+            return f"{terms}, pivoted" if self.pivoted else terms
         return " —".join([sites[0], *(f"{r}— {s}" for r, s in zip(self.ranks, sites[1:], strict=True))])
 
 

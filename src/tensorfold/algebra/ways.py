@@ -167,7 +167,7 @@ def choose(
     Raises:
         InputError: ``force`` is none of these, or not an order of this spec's sites.
     """
-    if force == "chain" or spec.pivoted:
+    if force == "chain" or spec.has_pivot_rows:
         force = cheapest_order(spec)
     if isinstance(force, Order):
         left = force.moves.count("L")
@@ -183,7 +183,7 @@ def choose(
     if way.kept > limit and force is None:
         way = _Search(spec, tokens, training, machine, force, math.inf).best(limit) or way
     dense = machine.product(tokens, spec.out_features, spec.in_features)
-    if spec.pivoted:  # the product with its identity is not made
+    if spec.has_pivot_rows:  # the product with its identity is not made
         way = replace(way, seconds=way.seconds * spec.macs / way.macs, macs=spec.macs)
     return replace(way, dense=dense * (3 if training else 1))
 

@@ -236,7 +236,7 @@ def _spectra(
         values = partial(_values, holders, name, name in int8)
         cores = [values(f"cores.{k}", shape) for k, shape in enumerate(spec.stored_shapes)]
         if spec.pivoted:
-            cores[0] = with_identity(cores[0])
+            cores = with_identity(cores, spec)
         if spec.scalars:
             cores[0] = cores[0] * values("scalars", (spec.ranks[0],))
         found[name] = tuple(bond_spectra(cores))

@@ -51,9 +51,16 @@ class MPOModule(nn.Module):
         """Random cores whose product has entries of standard deviation ``std``, for any number of sites."""
         for core in self.cores:
             nn.init.normal_(core, std=core_std(self.spec, std))
-        if self.spec.pivoted:  # the pivots are rows of the matrix, and every other row mixes all of them
+        if self.spec.has_pivot_rows:  # they are rows of the matrix, and every other row mixes all of them
             nn.init.normal_(self.cores[0], std=self.spec.ranks[0] ** -0.5)
             nn.init.normal_(self.cores[1], std=std)
+        elif self.spec.pivoted and self.spec.grouped == "out":
+            nn.init.normal_(self.cores[0], std=std)
+            nn.init.normal_(self.cores[1], std=self.spec.ranks[0] ** -0.5)
+        elif self.spec.pivoted:  # as many inputs are themselves as are mixed of all the others
+            rank, _, others, _ = self.cores[1].shape
+            nn.init.normal_(self.cores[1], std=others**-0.5)
+            nn.init.normal_(self.cores[0], std=std * (self.spec.in_modes[1] / (2 * rank)) ** 0.5)
         if self.scalars is not None:
             nn.init.ones_(self.scalars)
 
@@ -64,7 +71,7 @@ class MPOModule(nn.Module):
         """
         cores = self._stored()
         if self.spec.pivoted:
-            return [with_identity(cores[0]), cores[1]]
+            return with_identity(cores, self.spec)
         if not self.spec.scalars:
             return cores
         assert self.scalars is not None
@@ -86,7 +93,7 @@ class MPOModule(nn.Module):
     def load_factors(self, factors: Factors) -> None:
         """Copy a solver's output into parameters and index orders; scalars it does not give are 1."""
         for parameter, core in zip(self.cores, factors.cores, strict=True):
-            parameter.copy_(core[:, -parameter.shape[1] :])  # of a pivoted spec, what is below the identity
+            parameter.copy_(core[:, -parameter.shape[1] :, -parameter.shape[2] :])  # without the identity on pivots
         if self.scalars is not None:
             self.scalars.copy_(torch.ones_like(self.scalars) if factors.scalars is None else factors.scalars)
         if self.out_position is not None:
@@ -171,13 +178,13 @@ class MPOLinear(MPOModule):
             InputError: ``way`` is none of those that there are.
         """
         training = torch.is_grad_enabled() and (x.requires_grad or any(core.requires_grad for core in self._stored()))
-        if self.spec.pivoted and not self.holds_matrix:  # there is one way only
+        if self.spec.has_pivot_rows and not self.holds_matrix:  # there is one way only
             return self._from_pivots(x, training)
         way = way_for(self.spec, math.prod(x.shape[:-1]), training, x.device, x.dtype, self.way)
         holds = self.holds_matrix and self.way is None and not training and not torch.compiler.is_compiling()
         if holds and way.dense < way.seconds:
             return F.linear(x, self._held_matrix(), self.bias)
-        if self.spec.pivoted:
+        if self.spec.has_pivot_rows:
             return self._from_pivots(x, training)
         factors = self.factors()
         if not self.spec.reordered:  # looked up faster than a buffer that may be None
