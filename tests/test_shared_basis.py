@@ -60,6 +60,21 @@ def test_singular_metrics_are_no_trouble():
     assert fit.error < 1e-3  # a regression on 7 inputs has an exact solution
 
 
+@pytest.mark.parametrize("seed", [0, 6, 10])
+def test_a_moment_of_one_vector_and_rounding(seed):
+    """An expert that few tokens were sent to: eigenvalues are zero but for rounding of either sign."""
+    spec, x, noise = spec_of((20, 3, 12, 5)), random(1, 36, seed=seed), random(36, 36, seed=seed + 50)
+    inputs = (x.T @ x + 1e-7 * (noise + noise.T)).float()
+    fit = fit_shared_basis(random(20, 36), spec, inputs, moment(20, 2))
+    assert all(core.isfinite().all() for core in fit.cores)
+    assert fit.error < 1e-2  # a regression on one input has an exact solution
+
+
+def test_an_indefinite_metric_is_refused():
+    with pytest.raises(SpecError, match="not positive semidefinite"):
+        fit_shared_basis(random(20, 36), spec_of((20, 3, 12, 5)), moment(36, 1) - 0.1 * torch.eye(36))
+
+
 def test_types_follow_the_weight():
     spec = spec_of((20, 3, 12, 5))
     assert fit_shared_basis(random(20, 36).bfloat16(), spec).cores[0].dtype == torch.float32

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tensorfold.algebra.als import Fit, check_metric, check_outputs
-from tensorfold.algebra.als_cg import proximal_step, weigh
+from tensorfold.algebra.als_cg import INDEFINITE, proximal_step, weigh
 from tensorfold.algebra.low_rank import roots
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import check_weight, tt_svd
@@ -26,6 +26,8 @@ from tensorfold.errors import SpecError
 
 _STEPS = 12  # of conjugate gradients in a round
 _PATIENCE = 3  # rounds
+_FLOOR = 1e-9  # of an eigenvalue, relative
+_ROUNDING = 1e-4  # of a second moment, relative to its largest eigenvalue
 
 
 def fit_shared_basis(
@@ -55,7 +57,8 @@ def fit_shared_basis(
         Cores of shapes ``spec.core_shapes``, fp32 or ``weight``'s dtype if that is fp64, and the relative errors.
 
     Raises:
-        SpecError: The spec has other modes, a shape does not fit it, or an input holds NaN or infinity.
+        SpecError: The spec has other modes, a shape does not fit it, an input holds NaN or infinity, or the metric is
+            not positive semidefinite.
     """
     if spec.grouped is None or spec.is_padded or spec.scalars:
         raise SpecError(
@@ -71,6 +74,7 @@ def fit_shared_basis(
         start = None if start is None else [core.transpose(1, 2) for core in start]
     if c is None or c.dim() == 1:
         c = torch.diag(w.new_ones(spec.in_features) if c is None else c)
+    c = _definite(c)
     root = roots(g, w, ridge=0.0)[0]
     target = weigh(w, None, root)
     if len(target) > target.shape[1]:
@@ -99,6 +103,18 @@ def fit_shared_basis(
     cores = [left.reshape(1, -1, groups, rank), basis[:, None, :, None]]
     cores = [core.transpose(1, 2) for core in cores] if turned else cores
     return Fit([core.to(result).contiguous() for core in cores], tuple((max(0.0, e) / whole) ** 0.5 for e in losses))
+
+
+def _definite(metric: Tensor) -> Tensor:
+    """The metric with no eigenvalue far below rounding; sums of few vectors in fp32 leave some of either sign."""
+    shifted = metric.clone()
+    shifted.diagonal().sub_(_FLOOR * metric.diagonal().mean())
+    if not torch.linalg.cholesky_ex(shifted).info:
+        return metric
+    values, vectors = torch.linalg.eigh(metric)
+    if values[0] < -_ROUNDING * values[-1]:
+        raise SpecError(INDEFINITE)
+    return (vectors * values.clamp_min(_FLOOR * float(values[-1]))) @ vectors.T
 
 
 class _Problem:
