@@ -275,10 +275,8 @@ def resident(key):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_model_is_never_in_memory(checkpoint, tmp_path):
     """Two tables of 64 MB are copied and small matrices folded; the peak grows by neither table."""
-    path, chosen = (
-        checkpoint("llama", shard="70MB", tied=False, vocab_size=500_000),
-        Recipe((Rule("mlp", LowRank(rank=4)),)),
-    )
+    path = checkpoint("llama", shard="70MB", tied=False, vocab_size=500_000)
+    chosen = Recipe((Rule("mlp", LowRank(rank=4)),))
     streamed(path, chosen, tmp_path / "first")  # imports that are made late count for nothing
     stream, table = plan_stream(find_model(str(path)), chosen), 4 * 500_000 * 32
     assert sum(file.stat().st_size for file in path.glob("*.safetensors")) > 2 * table

@@ -130,8 +130,8 @@ def run_case(case: Case, scratch: Path, templates: Path) -> dict[str, Any]:
     verdict = "wrong" if wrong else "accepted" if status == 0 else "failed" if status == 1 else "refused"
     line = (err.strip().splitlines() or [""])[-1]
     found = {"kind": case.kind, "command": case.arguments[0] if case.arguments else "", "what": case.what[:160]}
-    line = line.replace(str(scratch), "")
-    found["what"] = found["what"].replace(str(scratch), "")
+    line = line.replace(f"{scratch}/", "")
+    found["what"] = found["what"].replace(f"{scratch}/", "")
     found.update(verdict=verdict, status=status, message=line, seconds=round(time.monotonic() - started, 2))
     return {**found, "wrong": wrong} if wrong else found
 
