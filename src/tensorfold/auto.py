@@ -23,6 +23,7 @@ class Effort:
         staged: Whether the matrices of a block are folded in the order in which they are applied, each measured behind
             those before it, instead of all at once.
         feedback: Whether each is fitted to the dense model's output from what the folded model gives it.
+        heads: Whether value heads of attention may become smaller, in the basis that keeps most; needs the two above.
         shapes: Whether matrices may share one basis, with pivots, among groups of their columns, or of their rows if
             they have more of those, ``Σ_k A_k ⊗ b_kᵀ`` with A_k of shape (out, groups), where that is nearer. Only
             under a budget of parameters: groups take more multiply–adds than they have parameters.
@@ -31,13 +32,14 @@ class Effort:
     gradient_tokens: int | None
     staged: bool
     feedback: bool
+    heads: bool = False
     shapes: bool = False
 
 
 EFFORTS = {
     "low": Effort(2048, staged=False, feedback=False),
-    "medium": Effort(8192, staged=True, feedback=True),
-    "high": Effort(None, staged=True, feedback=True, shapes=True),
+    "medium": Effort(8192, staged=True, feedback=True, heads=True),
+    "high": Effort(None, staged=True, feedback=True, heads=True, shapes=True),
 }
 
 
@@ -48,7 +50,8 @@ class Auto(Method):
     Linear layers become low rank with pivots (``LowRank(pivots=True)``), which no unpivoted low rank of that size
     comes near; embedding tables :class:`Graded`. With calibration text, ranks follow from what each matrix costs the
     model's loss, a matrix that would gain nothing stays dense, and all are fitted in the metrics of their inputs and of
-    the loss's gradients. Without, all have the same ``keep``.
+    the loss's gradients; value heads of attention lose dimensions, in the basis in which they are needed least
+    (``algebra.smaller_heads``), where that costs less than rank. Without, all have the same ``keep``.
 
     Args:
         keep: Fraction of the parameters of all matrices together that stays.

@@ -104,11 +104,14 @@ def _of_linears(
     if plain:
         known = {name: Statistics(inputs=moment) for name, moment in stream.moments(index, plain).items()}
     if reference is not None and corrected:
-        known |= reference.statistics(stream, index, {name: batch[name] for name in corrected}, last)
-    return {
-        name: replace(each, gradients=found.take_gradient(name), start=found.starts.pop(name, None))
-        for name, each in known.items()
-    }
+        turned = [name for name in corrected if name in found.turns and not found.turns[name].of_values]
+        towards = {name: found.turns[name].weight(batch[name]) for name in turned}
+        known |= reference.statistics(stream, index, {name: batch[name] for name in corrected}, last, towards)
+    for name, each in known.items():
+        known[name] = replace(each, gradients=found.take_gradient(name), start=found.starts.pop(name, None))
+        if name in found.turns:
+            known[name] = found.turns[name].statistics(batch[name], known[name])
+    return known
 
 
 def _of_outside(stream: BlockStream, matrices: Mapping[str, Matrix]) -> dict[str, Statistics]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensorfold.algebra.allocation import Curve, allocate, least, pivoted_costs
+from tensorfold.algebra.smaller_heads import HeadBasis, PairCurves, joint_curve
 from tensorfold.anatomy import Matrix, blocks
 from tensorfold.errors import InputError, SpecError
 from tensorfold.planning import Budget, Plan
+from tensorfold.value_heads import ValueHeads
 
 _POINTS = 12  # of a curve, in reports
 _ORDER_BYTES = 8  # of a row, where an order of rows is stored
@@ -27,6 +29,7 @@ class Choice:
         rank: Its rank, or bond; the smaller side of the matrix where it stays dense.
         groups: Of columns, or of rows where there are more, that share a basis; 1 is low rank with pivots.
         rivals: Errors of the other shapes that were fitted at this size, by spec.
+        rows, columns: How many may differ from zero, of values and outputs whose heads have shrunk; 0 is all.
         curve: Pairs of parameters and relative error ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖``, over all sizes.
     """
 
@@ -36,6 +39,8 @@ class Choice:
     curve: tuple[tuple[int, float], ...]
     groups: int = 1
     rivals: dict[str, float] = field(default_factory=dict)
+    rows: int = 0
+    columns: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "curve", tuple((int(size), float(error)) for size, error in self.curve))
@@ -71,13 +76,21 @@ def check_budgets(model: PreTrainedModel, planned: Plan) -> None:
             )
 
 
+Heads = tuple[ValueHeads, list[PairCurves]]
+
+
 def divide(
-    budget: Budget, planned: Plan, matrices: Mapping[str, Matrix], losses: Mapping[str, Tensor]
-) -> dict[str, Choice]:
-    """What every layer of the budget is given.
+    budget: Budget,
+    planned: Plan,
+    matrices: Mapping[str, Matrix],
+    losses: Mapping[str, Tensor],
+    heads: Sequence[Heads] = (),
+) -> tuple[dict[str, Choice], dict[str, HeadBasis]]:
+    """What every layer of the budget is given, and the bases of the value heads that shrink, by both their layers.
 
     Args:
         losses: Of each, squared errors of the best matrix of every rank r = 0 … min(out, in).
+        heads: Values and outputs that may have smaller heads; the two are given one share.
 
     Raises:
         SpecError: As :func:`check_budgets`.
@@ -86,8 +99,42 @@ def divide(
     for name in budget.names:
         curves[name] = _curve(budget, planned, name, matrices[name].parameter.element_size(), losses[name])
     total = math.floor(method.keep * sum(matrices[name].parameter.numel() for name in budget.names))
-    ranks = {name: index + 1 for name, index in allocate(curves, total).items()}
-    return {name: _choice(ranks[name], losses[name], matrices[name]) for name in budget.names}
+    pairs = {}
+    for pair, shrunken in heads:
+        names = (pair.values.name, pair.outputs.name)
+        if not set(names) <= curves.keys():
+            continue
+        values, outputs = (curves.pop(name) for name in names)
+        by_size = {pair.whole: (values, outputs)} | {each.basis.size: _of_size(pair, each) for each in shrunken}
+        curves[pair.outputs.name], points = joint_curve(by_size, values.floor + outputs.floor)
+        pairs[pair.outputs.name] = pair, shrunken, points
+    choices, bases = {}, {}
+    for name, index in allocate(curves, total).items():
+        if name not in pairs:
+            choices[name] = _choice(index + 1, losses[name], matrices[name])
+            continue
+        pair, shrunken, points = pairs[name]
+        size = points[index].size
+        kept = (pair.groups * size, pair.heads * size) if size < pair.whole else (0, 0)
+        for matrix, at, rows, columns in (
+            (pair.values, points[index].values, kept[0], 0),
+            (pair.outputs, points[index].outputs, 0, kept[1]),
+        ):
+            choices[matrix.name] = _choice(at + 1, losses[matrix.name], matrix, rows, columns)
+            if rows or columns:
+                bases[matrix.name] = next(each.basis for each in shrunken if each.basis.size == size)
+    return {name: choices[name] for name in budget.names}, bases
+
+
+def _of_size(pair: ValueHeads, shrunken: PairCurves) -> tuple[Curve, Curve]:
+    """Curves of values and outputs from rank 1 on."""
+    size, out = shrunken.basis.size, pair.outputs.out_features
+    shapes = ((pair.groups * size, pair.values.in_features), (out, pair.heads * size))
+    found = []
+    for losses, (rows, columns) in zip((shrunken.values, shrunken.outputs), shapes, strict=True):
+        ranks = slice(1, min(rows, columns) + 1)
+        found.append(Curve(losses[ranks], pivoted_costs(rows, columns)[ranks]))
+    return found[0], found[1]
 
 
 def _curve(budget: Budget, planned: Plan, name: str, size: int, losses: Tensor | None = None) -> Curve:
@@ -100,10 +147,14 @@ def _curve(budget: Budget, planned: Plan, name: str, size: int, losses: Tensor |
     return Curve(torch.zeros_like(costs) if losses is None else losses[1:], costs, floor)
 
 
-def _choice(rank: int, losses: Tensor, matrix: Matrix) -> Choice:
+def _choice(rank: int, losses: Tensor, matrix: Matrix, rows: int = 0, columns: int = 0) -> Choice:
     costs = pivoted_costs(matrix.out_features, matrix.in_features)[1:]
     whole = len(costs)
     errors = (losses / losses[0].clamp_min(torch.finfo(losses.dtype).tiny)).sqrt()
-    points = sorted({rank, *(max(1, round(whole * k / _POINTS)) for k in range(1, _POINTS + 1))})
+    taken = () if rows or columns else (rank,)
+    points = sorted({*taken, *(max(1, round(whole * k / _POINTS)) for k in range(1, _POINTS + 1))})
     curve = tuple((int(costs[r - 1]), round(float(errors[r]), 6)) for r in points)
-    return Choice(rank, int(costs[rank - 1]), rank == whole, curve)
+    if taken:
+        return Choice(rank, int(costs[rank - 1]), rank == whole, curve)
+    parameters = rank * ((rows or matrix.out_features) + (columns or matrix.in_features) - rank)
+    return Choice(rank, parameters, False, curve, rows=rows, columns=columns)

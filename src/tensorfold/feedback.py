@@ -6,14 +6,16 @@ block, also what that stream lacks by now, d. The matrix that does this best is 
 
     W̄ = (W A + D + μ W diag C) (C + μ diag C)⁻¹        A = E[x x̃ᵀ],  C = E[x̃ x̃ᵀ],  D = E[d x̃ᵀ]
 
-with a ridge μ that pulls it towards W; W̄ is then folded in W's place. With a bias all moments are taken about the
-means, and the bias makes up for what the means lack. GPTQ-style quantisers do the same column by column.
+with a ridge μ that pulls it towards W, or towards W in the basis that its inputs have by now; W̄ is then folded in W's
+place. With a bias all moments are taken about the means, and the bias makes up for what the means lack. GPTQ-style
+quantisers do the same column by column.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -70,11 +72,17 @@ class Reference:
                 self.stream.advance(self.stream.position)
 
     def statistics(
-        self, stream: BlockStream, index: int, stage: Mapping[str, Matrix], last: bool
+        self,
+        stream: BlockStream,
+        index: int,
+        stage: Mapping[str, Matrix],
+        last: bool,
+        towards: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> dict[str, Statistics]:
         """Of modules that are given the same inputs and not folded yet; ``stream`` holds the folded model's states.
 
-        After the ``last`` stage of a block the dense states stand behind it.
+        After the ``last`` stage of a block the dense states stand behind it. ``towards`` has the matrices of those
+        whose inputs are in another basis than the dense model's.
         """
         self.advance_to(index)
         sums = {name: _Sums(matrix) for name, matrix in stage.items()}
@@ -93,7 +101,7 @@ class Reference:
         if last:
             self.stream.position = index + 1
             self._release(index)
-        return {name: each.statistics(name) for name, each in sums.items()}
+        return {name: each.statistics(name, towards.get(name)) for name, each in sums.items()}
 
 
 class _Call(NamedTuple):
@@ -138,7 +146,7 @@ class _Sums:
             flat = _flat(lack)
             self.lacks.addmm_((self.lack.centre(flat) if centred else flat).T, given)
 
-    def statistics(self, name: str) -> Statistics:
+    def statistics(self, name: str, towards: Tensor | None = None) -> Statistics:
         if not self.tokens:
             raise InputError(f"{name}: not called on the calibration text, so it has no statistics; exclude it.")
         c, a, d = (total.double() / self.tokens for total in (self.inputs, self.cross, self.lacks))
@@ -158,7 +166,8 @@ class _Sums:
             means = Means(given, weight @ wanted + lack)
         ridge = RIDGE * c.diagonal().clamp_min(0) + torch.finfo(torch.float32).eps * c.diagonal().mean()
         ridge = ridge.clamp_min(torch.finfo(torch.float32).tiny)  # where no feature varies
-        target = torch.linalg.solve(c + ridge.diag(), (weight @ a + d + weight * ridge).T).T
+        pull = (weight if towards is None else towards.double()) * ridge
+        target = torch.linalg.solve(c + ridge.diag(), (weight @ a + d + pull).T).T
         return Statistics(inputs=c.float(), target=target.float(), means=means)
 
 

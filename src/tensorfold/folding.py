@@ -39,7 +39,7 @@ from tensorfold.surgery import HiddenUnits, hidden_units, reorder_hidden
 
 log = logging.getLogger(__name__)
 
-_LAYOUT = 2  # of checkpoints: what their blocks hold
+_LAYOUT = 3  # of checkpoints: what their blocks hold
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from tensorfold.algebra.any_spec import AnySpec
-from tensorfold.algebra.solve import Factors, fit
+from tensorfold.algebra.solve import Factors, factorize
 from tensorfold.algebra.statistics import Statistics
 from tensorfold.algebra.token_order import TokenOrder
 from tensorfold.errors import InputError, SpecError
@@ -91,7 +91,7 @@ class Method(ABC):
             InputError: The method needs statistics and there are none, or the spec is not one of its own.
         """
         inputs, outputs = known.metrics()
-        return Factors(fit(weight, spec, inputs, known.start, outputs))
+        return factorize(weight, spec, inputs, known.start, outputs)
 
 
 def exactly_one(method: str, **given: object) -> None:

@@ -15,7 +15,6 @@ from tensorfold.algebra.graded import GradedSpec, graded_low_rank
 from tensorfold.algebra.graded_logits import match_probabilities
 from tensorfold.algebra.modes import balanced_modes, divisors
 from tensorfold.algebra.permutation import search_permutations
-from tensorfold.algebra.pivots import with_pivots, with_pivots_in_basis
 from tensorfold.algebra.solve import Factors, fit, norm_ratio
 from tensorfold.algebra.spec import Spec, attainable_ranks
 from tensorfold.algebra.starts import check_prunable, pruned, random_cores
@@ -58,16 +57,6 @@ class LowRank(Method):
                 rank = (both - math.isqrt(both * both - 4 * math.floor(self.keep * dense) - 1) - 1) // 2
         assert rank is not None
         return Spec.low_rank(out_features, in_features, rank, pivoted=self.pivots)
-
-    def solve(self, weight: Tensor, spec: Spec, known: Statistics = NOTHING) -> Factors:
-        factors = super().solve(weight, spec, known)
-        if not spec.pivoted:
-            return factors
-        if spec.has_pivot_rows:
-            cores, order = with_pivots(factors.cores)
-            return Factors(cores, out_order=order)
-        cores, order = with_pivots_in_basis(factors.cores, spec)
-        return Factors(cores, in_order=order) if spec.grouped == "in" else Factors(cores, out_order=order)
 
 
 @strict

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -16,16 +16,18 @@ from transformers import PreTrainedModel
 from tensorfold.algebra.low_rank import error_curve
 from tensorfold.algebra.packed import Packed
 from tensorfold.algebra.shared_basis import fit_shared_basis
+from tensorfold.algebra.smaller_heads import HeadBasis
 from tensorfold.algebra.spec import Spec
 from tensorfold.anatomy import Matrix, by_block, dense_weight
 from tensorfold.auto import EFFORTS, Effort
 from tensorfold.block_checkpoints import BlockCheckpoints
-from tensorfold.budgets import Choice, divide, searched
+from tensorfold.budgets import Choice, Heads, divide, searched
 from tensorfold.calibrate import BlockStream, second_moments
 from tensorfold.gradients import gradient_moments
 from tensorfold.memory import release_heap
 from tensorfold.planning import Budget, Plan
 from tensorfold.ranks import Ranks
+from tensorfold.value_heads import Turn, value_heads
 
 _GROUPS = (2, 3, 4)  # of columns, or of rows where there are more of them
 _ROUNDS = 4  # of a candidate shape: what it gains later decides nothing
@@ -40,12 +42,14 @@ class Search:
         efforts: Of every such layer.
         choices: Of those that the text of the search met.
         starts: Cores that were fitted to the dense model, of layers with other shapes than low rank.
+        turns: Of values and outputs whose heads shrink: the basis in which they do.
     """
 
     gradients: dict[str, Packed] = field(default_factory=dict)
     efforts: dict[str, Effort] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
     starts: dict[str, list[Tensor]] = field(default_factory=dict)
+    turns: dict[str, Turn] = field(default_factory=dict)
     folder: tempfile.TemporaryDirectory[str] | None = None  # of the gradients' files, removed with this object
 
     def take_gradient(self, name: str) -> Tensor | None:
@@ -86,15 +90,28 @@ def search(
     stored = store.load(1) if store else None
     if stored is not None:
         values, outcome = stored
-        choices = {name: Choice(**choice) for name, choice in outcome.items()}
+        choices: dict[str, Choice] = {name: Choice(**choice) for name, choice in outcome.items()}
         starts = {name: [values[f"{name}.{k}"] for k in range(2)] for name in choices if f"{name}.0" in values}
+        turns = _turns(
+            {n: HeadBasis(values[f"{n}.into"], values[f"{n}.back"]) for n in choices if f"{n}.into" in values},
+            choices,
+            members,
+        )
         gradients = _still_needed(gradients, choices)
-        return _carried_out(planned, members, choices), Search(gradients, efforts, choices, starts)
-    curves = _curves(BlockStream(model, sample), members, gradients, works_on)
+        return _carried_out(planned, members, choices), Search(gradients, efforts, choices, starts, turns)
+    shrinking = {
+        name for budget in budgets if budget.method.budget != "bytes" for name in budget.names if efforts[name].heads
+    }
+    curves, heads = _curves(BlockStream(model, sample), members, gradients, shrinking, works_on)
     choices = {}
+    bases: dict[str, HeadBasis] = {}
     for budget in _met(model, budgets, members, curves, sample, windows):
-        choices |= divide(budget, planned, members, curves)
-    choices = ranks.gather(choices if ranks.is_first else None)[0]
+        divided, turned = divide(budget, planned, members, curves, heads)
+        choices |= divided
+        bases |= turned
+    del heads
+    choices, bases = ranks.gather((choices, bases) if ranks.is_first else None)[0]
+    turns = _turns(bases, choices, members)
     gradients = _still_needed(gradients, choices)
     # Groups take more bytes for their order than low rank, and more multiply–adds than they have parameters.
     free = {name for budget in budgets if budget.method.budget == "parameters" for name in budget.names}
@@ -112,8 +129,10 @@ def search(
         ranks.broadcast((core for cores in starts.values() for core in cores), owner=0)
     if store:
         tensors = {f"{name}.{k}": core for name, cores in starts.items() for k, core in enumerate(cores)}
+        for name, basis in bases.items():
+            tensors |= {f"{name}.into": basis.into.clone(), f"{name}.back": basis.back.clone()}
         store.save(1, tensors, {name: asdict(choice) for name, choice in choices.items()})
-    return _carried_out(planned, members, choices), Search(gradients, efforts, choices, starts, folder)
+    return _carried_out(planned, members, choices), Search(gradients, efforts, choices, starts, turns, folder)
 
 
 def _gradients(
@@ -209,7 +228,7 @@ def _shapes(
         moments = second_moments(lambda index=index: stream.advance(index), {n: m.module for n, m in batch.items()})  # type: ignore[misc]
         for name, matrix in batch.items():
             choice = choices[name]
-            if choice.dense:
+            if choice.dense or choice.rows or choice.columns:
                 continue
             works_on(f"shapes of {name}")
             weight, outputs = dense_weight(matrix.module).detach(), gradients[name].full()
@@ -275,10 +294,14 @@ def _curves(
     stream: BlockStream,
     matrices: Mapping[str, Matrix],
     gradients: Mapping[str, Packed],
+    shrinking: Collection[str],
     works_on: Callable[[str], None],
-) -> dict[str, Tensor]:
-    """Squared error of the best matrix of every rank, on the dense model, of those that the text meets."""
-    found = {}
+) -> tuple[dict[str, Tensor], list[Heads]]:
+    """Squared error of the best matrix of every rank, on the dense model, of those that the text meets.
+
+    And, of value heads in layers that are ``shrinking``, what values and outputs lose with smaller ones.
+    """
+    found, heads = {}, []
     for index, batch in _at_entrances(stream, matrices):
         works_on(f"curves of {stream.name}.{index}")
         modules = {name: matrix.module for name, matrix in batch.items()}
@@ -288,12 +311,30 @@ def _curves(
                 continue
             weight = dense_weight(matrix.module).detach()
             found[name] = error_curve(weight, moments[name], gradients[name].full())
-    return found
+        pair = value_heads(stream, index, {n: m for n, m in batch.items() if n in shrinking and n in found})
+        if pair is not None:
+            heads.append((pair, pair.shrunken(moments, lambda name: gradients[name].full())))
+    return found, heads
+
+
+def _turns(
+    bases: Mapping[str, HeadBasis], choices: Mapping[str, Choice], members: Mapping[str, Matrix]
+) -> dict[str, Turn]:
+    """The bases on the devices of their layers."""
+    turns = {}
+    for name, basis in bases.items():
+        device = members[name].parameter.device
+        moved = HeadBasis(basis.into.to(device), basis.back.to(device))
+        turns[name] = Turn(moved, of_values=choices[name].rows > 0)
+    return turns
 
 
 def _spec(matrix: Matrix, choice: Choice) -> Spec:
     if choice.groups == 1:
-        return Spec.low_rank(matrix.out_features, matrix.in_features, choice.rank, pivoted=True)
+        shape = (matrix.out_features, matrix.in_features)
+        if choice.rank == min(choice.rows or shape[0], choice.columns or shape[1]):
+            return Spec.partial(*shape, choice.rows, choice.columns)
+        return Spec.low_rank(*shape, choice.rank, pivoted=True, rows=choice.rows, columns=choice.columns)
     return _groups_spec(matrix, choice.groups, choice.rank)
 
 

@@ -5,8 +5,9 @@
 
 Each run folds the dense model anew and appends a line to ``runs.jsonl``; what is there is skipped. "svd" is
 ``LowRank(keep)``: every block measured behind the folded ones, whitened by its inputs, the same fraction everywhere
-(SVD-LLM, arXiv 2403.07378, taken block after block). "auto" is what ``tensorfold fold --keep`` does. Both calibrate on
-the same tokens of ``wikitext-2-valid``; nothing was chosen by the test texts.
+(SVD-LLM, arXiv 2403.07378, taken block after block). "auto" is what ``tensorfold fold --keep`` does; "auto-whole-heads"
+the same without smaller value heads. All calibrate on the same tokens of ``wikitext-2-valid``; nothing was chosen by
+the test texts.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 import tensorfold
 from tensorfold import Auto, LowRank, Recipe, Rule
+from tensorfold.auto import EFFORTS
 from tensorfold.hf.sources import find_model
 from tensorfold.texts import load_text
 
@@ -33,10 +36,12 @@ HERE = Path(__file__).parent
 LOG = HERE / "runs.jsonl"
 DATA = Path(os.environ.get("TENSORFOLD_DATA", "."))
 TOKENS = 24_000
+WHOLE_HEADS = dataclasses.replace(EFFORTS["medium"], heads=False)
 METHODS = {
     "svd": lambda keep: LowRank(keep=keep),
     "svd-pivots": lambda keep: LowRank(keep=keep, pivots=True),
     "auto": lambda keep: Auto(keep=keep),
+    "auto-whole-heads": lambda keep: Auto(keep=keep),
     "auto-low": lambda keep: Auto(keep=keep, effort="low"),
     "auto-high": lambda keep: Auto(keep=keep, effort="high"),
 }
@@ -72,6 +77,11 @@ def planned() -> Iterator[Run]:
     for part in (1, 2):
         for method in ("svd", "auto"):
             yield Run("mlp", 0.8, method, part=part)
+    for method in ("auto-whole-heads", "auto"):
+        yield Run("v_proj+o_proj", 0.5, method)
+    yield Run("all-linear", 0.8, "auto-whole-heads")
+    for method in ("svd", "auto-whole-heads", "auto"):
+        yield Run("all-linear", 0.5, method)
     yield Run("mlp", 0.8, "auto-high")
 
 
@@ -84,9 +94,11 @@ def calibration(part: int) -> list[str]:
 def measure(run: Run) -> dict[str, Any]:
     source = find_model("smollm2-135m")
     model, tokenizer = source.model(), source.tokenizer()
-    recipe = Recipe(fold=(Rule(run.targets, METHODS[run.method](run.keep)),))
+    recipe = Recipe(fold=(Rule(run.targets.split("+"), METHODS[run.method](run.keep)),))
     wall, processor = time.monotonic(), time.process_time()
-    report = tensorfold.fold(model, recipe, tokenizer, calibration(run.part), calibration_tokens=run.tokens)
+    medium = EFFORTS["medium"] if run.method != "auto-whole-heads" else WHOLE_HEADS
+    with patch.dict(EFFORTS, medium=medium):
+        report = tensorfold.fold(model, recipe, tokenizer, calibration(run.part), calibration_tokens=run.tokens)
     wall, processor = time.monotonic() - wall, time.process_time() - processor
     perplexities = {}
     for name, text in (("wikitext-2-test", load_text("wikitext-2")), ("tinyshakespeare", _plain("tinyshakespeare"))):
@@ -103,6 +115,7 @@ def measure(run: Run) -> dict[str, Any]:
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "threads": torch.get_num_threads(),
         "ranks": {name: list(spec.ranks) for name, spec in report.modules.items()} if report.choices else None,
+        "specs": {name: str(spec) for name, spec in report.modules.items() if name.endswith(("v_proj", "o_proj"))},
     }
 
 

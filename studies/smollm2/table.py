@@ -19,6 +19,7 @@ NAMES = {
     "svd-pivots": "the same, with pivots",
     "auto-low": "auto, effort low",
     "auto": "auto",
+    "auto-whole-heads": "auto, whole value heads",
     "auto-high": "auto, effort high",
 }
 TEXTS = ("wikitext-2-test", "tinyshakespeare")

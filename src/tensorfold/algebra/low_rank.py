@@ -70,6 +70,27 @@ def error_curve(weight: Tensor, metric: Tensor | None = None, outputs: Tensor | 
     return torch.cat([energies.new_zeros(1), energies.cumsum(0)]).flip(0)
 
 
+def largest(
+    weight: Tensor, spec: Spec, metric: Tensor | None = None, outputs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The rows and the columns of ``weight`` that a partial spec keeps: those of the largest norms in the metrics.
+
+    Returns:
+        Indices, rising, int64: (rows,) and (columns,).
+    """
+    w = weight.double()
+    c, g = (None if given is None else given.to(w) for given in (metric, outputs))
+    rows = (weigh(w, c, None) * w).sum(1)
+    columns = (weigh(w, None, g) * w).sum(0)
+    rows = rows if g is None else rows * (g if g.dim() == 1 else g.diagonal())
+    columns = columns if c is None else columns * c.diagonal()
+    kept = (
+        norms.topk(size).indices.sort().values
+        for norms, size in ((rows, spec.inner.out_features), (columns, spec.inner.in_features))
+    )
+    return next(kept), next(kept)
+
+
 def _sandwich(root: Tensor | None, matrix: Tensor) -> Tensor:
     return matrix if root is None else root @ matrix @ root
 

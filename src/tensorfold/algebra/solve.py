@@ -8,10 +8,13 @@ from torch import Tensor
 
 from tensorfold.algebra.als import check_metric, check_outputs, is_large_table, weighted_als
 from tensorfold.algebra.als_cg import weigh
-from tensorfold.algebra.low_rank import whitened_low_rank
+from tensorfold.algebra.low_rank import largest, whitened_low_rank
+from tensorfold.algebra.pivots import with_pivots, with_pivots_in_basis
 from tensorfold.algebra.shared_basis import fit_shared_basis
 from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.statistics import Metrics
 from tensorfold.algebra.ttsvd import check_weight, tt_svd
+from tensorfold.errors import SpecError
 
 _CHUNK = 2**21  # elements worked on at a time in fp64
 _TABLE_SWEEPS = 3  # of large tables: each costs a hundred passes over the table
@@ -31,6 +34,33 @@ class Factors(NamedTuple):
     scalars: Tensor | None = None
     out_order: Tensor | None = None
     in_order: Tensor | None = None
+
+
+def factorize(
+    weight: Tensor,
+    spec: Spec,
+    metric: Tensor | None = None,
+    start: list[Tensor] | None = None,
+    outputs: Tensor | None = None,
+) -> Factors:
+    """What a layer of ``spec`` is made of: :func:`fit`, of the rows and columns that it keeps, with its pivots.
+
+    Arguments and errors are those of :func:`fit`.
+    """
+    if spec.is_partial:
+        check_weight(weight, spec)
+        rows, columns = largest(weight, spec, metric, outputs)
+        metrics = Metrics(metric, outputs).reordered(rows, columns)
+        found = factorize(weight[rows][:, columns], spec.inner, metrics.inputs, outputs=metrics.outputs)
+        return found._replace(out_order=rows if found.out_order is None else rows[found.out_order], in_order=columns)
+    cores = fit(weight, spec, metric, start, outputs)
+    if spec.has_pivot_rows:
+        cores, order = with_pivots(cores)
+        return Factors(cores, out_order=order)
+    if spec.pivoted:
+        cores, order = with_pivots_in_basis(cores, spec)
+        return Factors(cores, in_order=order) if spec.grouped == "in" else Factors(cores, out_order=order)
+    return Factors(cores)
 
 
 def fit(
@@ -58,10 +88,15 @@ def fit(
         Cores of shapes ``spec.core_shapes``, fp32 or ``weight``'s dtype if that is fp64.
 
     Raises:
-        SpecError: A shape does not fit, or weight or metric hold NaN or infinity.
+        SpecError: A shape does not fit, or weight or metric hold NaN or infinity; or the spec leaves rows or columns
+            out, which :func:`factorize` chooses.
     """
     check_weight(weight, spec)
-    if metric is None and outputs is None:
+    if spec.is_partial:
+        raise SpecError(
+            f"fit: {spec} leaves rows or columns out; factorize() chooses which, or fit spec.inner to those."
+        )
+    if spec.sites == 1 or (metric is None and outputs is None):
         return tt_svd(weight, spec)
     if metric is not None:
         check_metric(metric, spec)

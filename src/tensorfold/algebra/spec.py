@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -37,8 +37,9 @@ class Spec:
         out_modes: Output mode of each site; their product is the (padded) number of rows.
         in_modes: Input mode of each site; their product is the (padded) number of columns.
         ranks: Interior bonds only, ``len(ranks) == sites - 1``.
-        out_features: Rows of the matrix stood for; defaults to ``prod(out_modes)``. Smaller means zero padding.
-        in_features: Columns of the matrix stood for; defaults to ``prod(in_modes)``. Smaller means zero padding.
+        out_features: Rows of the matrix stood for; defaults to ``prod(out_modes)``. Smaller means zero padding; larger,
+            where this side is ``reordered``, that all rows but those in the stored order are zero.
+        in_features: Columns of the matrix stood for; defaults to ``prod(in_modes)``. Smaller and larger as of rows.
         scalars: One trainable number per bond index of a two-site operator: ``Σ_k s_k A_k ⊗ B_k`` (Krony-PT).
         reordered: Sides, ``"out"`` and ``"in"``, whose index order is stored beside the cores and is not the matrix's
             own (TQCompressor's permutations). Orders are integers and are not counted as parameters.
@@ -80,27 +81,30 @@ class Spec:
                 f"Spec: got {len(self.ranks)} ranks {self.ranks} for {self.sites} sites; interior bonds only, so "
                 f"{self.sites - 1} are needed."
             )
+        object.__setattr__(self, "reordered", tuple(self.reordered))
+        if self.reordered not in ((), ("out",), ("in",), ("out", "in")):
+            raise SpecError(f"Spec: reordered={self.reordered}; needed (), ('out',), ('in',) or ('out', 'in').")
         for side, modes in (("out", self.out_modes), ("in", self.in_modes)):
             name, padded = f"{side}_features", math.prod(modes)
             features = getattr(self, name) or padded
-            if not (isinstance(features, int) and 0 < features <= padded):
+            ordered = side in self.reordered
+            if not (isinstance(features, int) and features > 0 and (features <= padded or ordered)):
                 raise SpecError(
                     f"Spec: {name}={features} does not fit {side}_modes {modes}, whose product is {padded}; "
-                    f"give modes whose product is at least {features}."
+                    f"give modes whose product is at least {features}, or a stored order of the rows or columns that "
+                    "are not zero."
                 )
             object.__setattr__(self, name, features)
         if self.scalars and self.sites != 2:
             raise SpecError(f"Spec: scalars sit on the one bond of two sites, got {self.sites} sites; drop scalars.")
-        object.__setattr__(self, "reordered", tuple(self.reordered))
-        if self.reordered not in ((), ("out",), ("in",), ("out", "in")):
-            raise SpecError(f"Spec: reordered={self.reordered}; needed (), ('out',), ('in',) or ('out', 'in').")
         self._check_ranks()
         if self.pivoted and not self._can_pivot:
             raise SpecError(
                 f"Spec: pivoted with out_modes {self.out_modes}, in_modes {self.in_modes}, ranks {self.ranks}, "
                 f"reordered={self.reordered}; needed low rank, (out, 1) and (1, in), of a rank below out and "
-                "reordered=('out',); or groups of columns, (out, 1) and (groups, in / groups), of a rank below "
-                "in / groups and reordered=('in',), or of rows likewise; all without padding or scalars."
+                "reordered=('out',), or ('out', 'in') with zero columns; or groups of columns, (out, 1) and (groups, "
+                "in / groups), of a rank below in / groups and reordered=('in',), or of rows likewise; all without "
+                "padding or scalars."
             )
 
     @property
@@ -109,7 +113,8 @@ class Spec:
         if side is None or self.is_padded or self.scalars:
             return False
         size = self.out_modes[0] if self.is_low_rank else max(self.out_modes[1], self.in_modes[1])
-        return self.reordered == (side,) and self.ranks[0] < size
+        sides = (side, "in") if self.is_low_rank and self.in_features > self.in_modes[1] else (side,)
+        return self.reordered == sides and self.ranks[0] < size
 
     def _check_ranks(self) -> None:
         attainable = attainable_ranks(self.out_modes, self.in_modes)
@@ -161,13 +166,18 @@ class Spec:
         return cls((m1, m2), (n1, n2), (terms,), out_features, in_features, scalars, tuple(reordered))
 
     @classmethod
-    def low_rank(cls, out_features: int, in_features: int, rank: int, *, pivoted: bool = False) -> Spec:
+    def low_rank(
+        cls, out_features: int, in_features: int, rank: int, *, pivoted: bool = False, rows: int = 0, columns: int = 0
+    ) -> Spec:
         """``U V`` with U of shape (out, rank) and V of shape (rank, in): the MPO with modes (out, 1) and (1, in).
 
-        ``rank · (out + in)`` parameters; ``rank · (out + in - rank)`` where ``pivoted``.
+        ``rank · (out + in)`` parameters; ``rank · (out + in - rank)`` where ``pivoted``. There only so many ``rows``
+        and ``columns`` may differ from zero; 0 is all. The parameters are those of the matrix without the others.
         """
-        modes = ((out_features, 1), (1, in_features))
-        return cls(*modes, (rank,), reordered=("out",) if pivoted else (), pivoted=pivoted)
+        out, into = rows or out_features, columns or in_features
+        sides = ("out", "in") if into < in_features else ("out",)
+        modes = ((out, 1), (1, into))
+        return cls(*modes, (rank,), out_features, in_features, reordered=sides if pivoted else (), pivoted=pivoted)
 
     @classmethod
     def mpo(cls, out_features: int, in_features: int, sites: int, bond: int) -> Spec:
@@ -200,6 +210,13 @@ class Spec:
             )
         ranks = tuple(min(bond, largest) for largest in attainable)
         return cls(tuple(out_modes), tuple(in_modes), ranks, out_features, in_features)
+
+    @classmethod
+    def partial(cls, out_features: int, in_features: int, rows: int = 0, columns: int = 0) -> Spec:
+        """A dense matrix of which only so many ``rows`` and ``columns`` differ from zero; 0 is all."""
+        kept = (rows or out_features, columns or in_features)
+        sides = tuple(s for s, k, f in zip(("out", "in"), kept, (out_features, in_features), strict=True) if k < f)
+        return cls((kept[0],), (kept[1],), (), out_features, in_features, reordered=sides)
 
     @property
     def sites(self) -> int:
@@ -245,7 +262,25 @@ class Spec:
     @property
     def is_padded(self) -> bool:
         """Whether the modes make a larger matrix than the one stood for."""
-        return self.dense_parameters != math.prod(self.out_modes) * math.prod(self.in_modes)
+        return self.out_features < math.prod(self.out_modes) or self.in_features < math.prod(self.in_modes)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the modes make a smaller matrix than the one stood for, whose other rows or columns are zero."""
+        return self.out_features > math.prod(self.out_modes) or self.in_features > math.prod(self.in_modes)
+
+    @cached_property
+    def inner(self) -> Spec:
+        """The spec of the rows and columns that may differ from zero; itself where those are all."""
+        if not self.is_partial:
+            return self
+        out_features = min(self.out_features, math.prod(self.out_modes))
+        in_features = min(self.in_features, math.prod(self.in_modes))
+        sides = tuple(
+            s for s in self.reordered if getattr(self, f"{s}_features") <= math.prod(getattr(self, f"{s}_modes"))
+        )
+        sides = ("out",) if self.has_pivot_rows else sides
+        return replace(self, out_features=out_features, in_features=in_features, reordered=sides)
 
     @property
     def is_low_rank(self) -> bool:
@@ -319,11 +354,14 @@ class Spec:
     def __str__(self) -> str:
         if self.is_low_rank:
             factors = f"{self.out_modes[0]}×{self.ranks[0]} · {self.ranks[0]}×{self.in_modes[1]}"
-            return f"{factors}, pivoted" if self.pivoted else factors
+            kept = f" of {self.out_features}×{self.in_features}" if self.is_partial else ""
+            return f"{factors}{kept}, pivoted" if self.pivoted else f"{factors}{kept}"
         sites = [f"{m}×{n}" for m, n in zip(self.out_modes, self.in_modes, strict=True)]
         if self.sites == 2:
             terms = f"{self.ranks[0]} × ({sites[0]} ⊗ {sites[1]})"
             return f"{terms}, pivoted" if self.pivoted else terms
+        if self.sites == 1 and self.is_partial:
+            return f"{sites[0]} of {self.out_features}×{self.in_features}"
         return " —".join([sites[0], *(f"{r}— {s}" for r, s in zip(self.ranks, sites[1:], strict=True))])
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tensorfold.algebra.contract import rows
-from tensorfold.algebra.solve import Factors, fit
+from tensorfold.algebra.solve import Factors, factorize
 from tensorfold.algebra.spec import Spec
+from tensorfold.errors import SpecError
 from tensorfold.nn.linear import MPOLinear, MPOModule
 from tensorfold.strict import check_types
 
@@ -26,6 +27,10 @@ class MPOEmbedding(MPOModule):
     """
 
     def __init__(self, spec: Spec, scale: float = 1.0, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        if spec.is_partial:
+            raise SpecError(
+                f"MPOEmbedding: {spec} leaves rows or columns out; a table needs all, only linear layers may."
+            )
         super().__init__(spec, device, dtype)
         self.num_embeddings, self.embedding_dim = spec.out_features, spec.in_features
         self.scale = scale
@@ -33,13 +38,13 @@ class MPOEmbedding(MPOModule):
 
     @classmethod
     def from_dense(cls, weight: Tensor, spec: Spec, scale: float = 1.0, metric: Tensor | None = None) -> Self:
-        """The closest MPO to the table ``weight``, shape (vocabulary, width); ``metric`` as in ``solve.fit``.
+        """The closest MPO to the table ``weight``, shape (vocabulary, width); ``metric`` as in ``solve.factorize``.
 
         Raises:
             SpecError: A shape does not fit ``spec``, or a value is not finite.
         """
         check_types(cls.__name__, weight=(weight, Tensor), spec=(spec, Spec))
-        return cls.from_factors(Factors(fit(weight.detach(), spec, metric)), spec, weight, scale)
+        return cls.from_factors(factorize(weight.detach(), spec, metric), spec, weight, scale)
 
     @classmethod
     def from_factors(cls, factors: Factors, spec: Spec, like: Tensor, scale: float = 1.0) -> Self:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tensorfold.algebra.contract import add_bias, apply, to_dense
 from tensorfold.algebra.pivots import with_identity
-from tensorfold.algebra.solve import Factors, fit
+from tensorfold.algebra.solve import Factors, factorize
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.starts import core_std
 from tensorfold.algebra.ways import Order, Way
@@ -39,12 +39,15 @@ class MPOModule(nn.Module):
         self.scalars: nn.Parameter | None = None
         if spec.scalars:
             self.scalars = nn.Parameter(torch.empty(spec.ranks[0], device=device, dtype=dtype))
-        # Where each output sits among the operator's rows, and which input each of its columns reads.
+        # Where each output sits among the operator's rows, behind them where it is zero; and which input each of its
+        # columns reads.
         for name, side, size in (
             ("out_position", "out", spec.out_features),
-            ("in_order", "in", spec.in_features),
+            ("in_order", "in", spec.inner.in_features),
         ):
             order = torch.arange(size, device=device) if side in spec.reordered else None
+            if order is not None and name == "out_position":
+                order = order.clamp_max(spec.inner.out_features)
             self.register_buffer(name, order)
 
     def reset_parameters(self, std: float) -> None:
@@ -84,10 +87,16 @@ class MPOModule(nn.Module):
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix, shape (out_features, in_features), multiplied out in ``dtype`` (the cores' own if None)."""
-        dense = to_dense([core.to(dtype or core.dtype) for core in self.factors()], self.spec)
+        dense = to_dense([core.to(dtype or core.dtype) for core in self.factors()], self.spec.inner)
         if self.out_position is not None:
+            if self.spec.out_features > len(dense):
+                dense = F.pad(dense, (0, 0, 0, 1))
             dense = dense[self.out_position]
-        return dense if self.in_order is None else dense[:, self.in_order.argsort()]
+        if self.in_order is None:
+            return dense
+        if self.spec.in_features > dense.shape[1]:
+            return dense.new_zeros(len(dense), self.spec.in_features).index_copy(1, self.in_order, dense)
+        return dense[:, self.in_order.argsort()]
 
     @torch.no_grad()
     def load_factors(self, factors: Factors) -> None:
@@ -97,9 +106,11 @@ class MPOModule(nn.Module):
         if self.scalars is not None:
             self.scalars.copy_(torch.ones_like(self.scalars) if factors.scalars is None else factors.scalars)
         if self.out_position is not None:
-            self.out_position.copy_(_order(factors.out_order, self.spec.out_features).argsort())
+            order = _order(factors.out_order, self.spec.inner.out_features).to(self.out_position.device)
+            self.out_position.fill_(len(order))
+            self.out_position[order] = torch.arange(len(order), device=order.device)
         if self.in_order is not None:
-            self.in_order.copy_(_order(factors.in_order, self.spec.in_features))
+            self.in_order.copy_(_order(factors.in_order, self.spec.inner.in_features))
 
 
 def _order(order: Tensor | None, size: int) -> Tensor:
@@ -146,7 +157,7 @@ class MPOLinear(MPOModule):
 
     @classmethod
     def from_dense(cls, weight: Tensor, spec: Spec, bias: Tensor | None = None, metric: Tensor | None = None) -> Self:
-        """The closest MPO to ``weight``, in the metric of the layer's inputs where one is given (see ``solve.fit``).
+        """The closest MPO to ``weight``, in the metric of its inputs where one is given (see ``solve.factorize``).
 
         Args:
             weight: Shape (out_features, in_features).
@@ -159,7 +170,7 @@ class MPOLinear(MPOModule):
         check_types(cls.__name__, weight=(weight, Tensor), spec=(spec, Spec), bias=(bias, Tensor | None))
         if bias is not None and bias.shape != (spec.out_features,):
             raise SpecError(f"bias of shape {tuple(bias.shape)}; the spec needs ({spec.out_features},).")
-        return cls.from_factors(Factors(fit(weight.detach(), spec, metric)), spec, weight, bias)
+        return cls.from_factors(factorize(weight.detach(), spec, metric), spec, weight, bias)
 
     @classmethod
     def from_factors(cls, factors: Factors, spec: Spec, like: Tensor, bias: Tensor | None = None) -> Self:
@@ -192,8 +203,11 @@ class MPOLinear(MPOModule):
         if self.in_order is not None:
             x = x.index_select(-1, self.in_order)
         if self.out_position is None:
-            return apply(x, factors, self.spec, self.bias, way)
-        y = apply(x, factors, self.spec, None, way).index_select(-1, self.out_position)
+            return apply(x, factors, self.spec.inner, self.bias, way)
+        y = apply(x, factors, self.spec.inner, None, way)
+        if self.out_features > y.shape[-1]:
+            y = F.pad(y, (0, 1))
+        y = y.index_select(-1, self.out_position)
         return y if self.bias is None else add_bias(y, self.bias)
 
     def _from_pivots(self, x: Tensor, training: bool) -> Tensor:
@@ -201,29 +215,34 @@ class MPOLinear(MPOModule):
         assert self.out_position is not None
         rank, others, pivots = self.spec.ranks[0], *self._stored()
         others, pivots = others.reshape(-1, rank), pivots.reshape(rank, -1)
+        if self.in_order is not None:
+            x = x.index_select(-1, self.in_order)
         # Products into given memory know neither gradients nor autocast.
         plain = x.dtype == pivots.dtype and not (training or torch.is_autocast_enabled(x.device.type))
         if plain and not torch.compiler.is_compiling() and math.prod(x.shape[:-1]) >= _FEW:
             y = self._in_tiles(x, others.T, pivots.T)
         else:
             known = F.linear(x, pivots)
-            mixed = F.linear(known, others)
-            y = torch.cat([known, mixed], dim=-1).index_select(-1, self.out_position)
+            parts = [known, F.linear(known, others)]
+            if self.out_features > rank + len(others):
+                parts.append(known.new_zeros(*known.shape[:-1], 1))
+            y = torch.cat(parts, dim=-1).index_select(-1, self.out_position)
         return y if self.bias is None else add_bias(y, self.bias)
 
     def _in_tiles(self, x: Tensor, others: Tensor, pivots: Tensor) -> Tensor:
         """The same, as many tokens at a time as stay in the processor's cache until their outputs are in order."""
-        flat, rank, order = x.reshape(-1, self.in_features), self.spec.ranks[0], self.out_position
+        flat, rank, order = x.reshape(-1, x.shape[-1]), self.spec.ranks[0], self.out_position
         assert order is not None
+        made = rank + others.shape[1]
         size = min(len(flat), _TILE if x.device.type == "cpu" else len(flat))
         y = flat.new_empty(len(flat), self.out_features)
-        space = flat.new_empty(size, self.out_features)
+        space = flat.new_zeros(size, min(made + 1, self.out_features))  # with a zero behind, where outputs are zero
         for start in range(0, len(flat), max(size, 1)):
             part = flat[start : start + size]
             outputs = space[: len(part)]
             known = outputs[:, :rank]
             torch.mm(part, pivots, out=known)
-            torch.mm(known, others, out=outputs[:, rank:])
+            torch.mm(known, others, out=outputs[:, rank:made])
             torch.index_select(outputs, -1, order, out=y[start : start + size])
         return y.reshape(*x.shape[:-1], self.out_features)
 

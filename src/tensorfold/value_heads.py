@@ -1,0 +1,133 @@
+"""Value heads that a search may make smaller: which matrices hold them, and what changes with their basis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensorfold.algebra.smaller_heads import HeadBasis, Known, PairCurves, shrunken_heads
+from tensorfold.algebra.statistics import Means, Statistics
+from tensorfold.anatomy import Matrix, dense_weight
+from tensorfold.calibrate import BlockStream
+
+_UNCHANGED = 0.05  # of what the change of one side alone does; the states may be bf16
+
+
+@dataclass(frozen=True)
+class ValueHeads:
+    """The matrices of a block's attention whose heads share a basis: rows of ``values``, columns of ``outputs``."""
+
+    values: Matrix
+    outputs: Matrix
+    heads: int
+
+    @property
+    def whole(self) -> int:
+        """Dimensions of a head."""
+        return self.outputs.in_features // self.heads
+
+    @property
+    def groups(self) -> int:
+        """How many different value heads there are."""
+        return self.values.out_features // self.whole
+
+    def shrunken(self, moments: Mapping[str, Tensor], gradients: Callable[[str], Tensor]) -> list[PairCurves]:
+        """Their curves with smaller heads, from second moments of inputs and gradients by name."""
+        values, outputs = (
+            Known(dense_weight(matrix.module).detach(), moments[matrix.name], gradients(matrix.name))
+            for matrix in (self.values, self.outputs)
+        )
+        return list(shrunken_heads(values, outputs, self.heads))
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A change of basis of value heads, as one of their two matrices meets it."""
+
+    basis: HeadBasis
+    of_values: bool
+
+    def weight(self, matrix: Matrix) -> Tensor:
+        """The dense matrix in the new basis."""
+        weight = dense_weight(matrix.module).detach()
+        return self.basis.rows(weight) if self.of_values else self.basis.columns(weight)
+
+    def statistics(self, matrix: Matrix, known: Statistics) -> Statistics:
+        """Those of the matrix in the new basis.
+
+        The inputs of ``outputs`` are in it already, and so is the target that was found with them.
+        """
+        if not self.of_values:
+            return known if known.target is not None else replace(known, target=self.weight(matrix))
+        basis, target = self.basis, self.weight(matrix) if known.target is None else self.basis.rows(known.target)
+        gradients = None if known.gradients is None else basis.gradients(known.gradients)
+        means = known.means
+        if matrix.bias is not None:
+            bias = matrix.bias.detach().double()
+            given, wanted = means or Means(bias.new_zeros(matrix.in_features), torch.zeros_like(bias))
+            means = Means(given, basis.rows(wanted + bias) - bias)  # what is added to the bias turns it as well
+        return replace(known, target=target, gradients=gradients, means=means)
+
+
+def value_heads(stream: BlockStream, index: int, matrices: Mapping[str, Matrix]) -> ValueHeads | None:
+    """The value heads of block ``index``, if values and outputs are two linear layers among ``matrices``.
+
+    No names are looked at: they are the two between which a change of basis cancels.
+
+    Args:
+        stream: At the entrance of the block.
+    """
+    heads = getattr(stream.model.config.get_text_config(), "num_attention_heads", None)
+    attention = [matrix for matrix in reversed(list(matrices.values())) if matrix.group == "attention"]
+    if not isinstance(heads, int) or heads < 1:
+        return None
+    for pair in _candidates(attention, heads):
+        if _cancels(stream, index, pair):
+            return pair
+    return None
+
+
+def _candidates(attention: list[Matrix], heads: int) -> Iterator[ValueHeads]:
+    for outputs in attention:
+        if outputs.in_features % heads:
+            continue
+        whole = outputs.in_features // heads
+        for values in attention:
+            groups, rest = divmod(values.out_features, whole)
+            if values is not outputs and not rest and groups and heads % groups == 0 and whole > 1:
+                yield ValueHeads(values, outputs, heads)
+
+
+def _cancels(stream: BlockStream, index: int, pair: ValueHeads) -> bool:
+    """Whether a random basis of every value head, taken back before the outputs, leaves the block's output alone."""
+    hidden = stream.hidden[:1]
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(pair.groups, pair.whole, pair.whole, generator=generator)).Q.to(hidden.device)
+    scales = torch.linspace(0.5, 2, pair.whole, device=hidden.device)[:, None]  # a norm of the values would see them
+    turn, inverse = scales * basis, (basis.mT / scales.mT).repeat_interleave(pair.heads // pair.groups, 0)
+
+    def forwards(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return _by_head(output, turn)
+
+    def backwards(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (_by_head(args[0], inverse), *args[1:])
+
+    with torch.no_grad():
+        before = stream.run(index, hidden).float()
+        with ExitStack() as hooks:
+            hooks.callback(pair.values.module.register_forward_hook(forwards).remove)
+            alone = stream.run(index, hidden).float() - before
+            hooks.callback(pair.outputs.module.register_forward_pre_hook(backwards).remove)
+            both = stream.run(index, hidden).float() - before
+    return bool(both.norm() < _UNCHANGED * alone.norm())
+
+
+def _by_head(x: Tensor, turns: Tensor) -> Tensor:
+    """Every head of ``x`` (…, heads · whole) times its matrix of ``turns`` (heads, whole, whole)."""
+    parts = x.reshape(*x.shape[:-1], *turns.shape[:2])
+    return torch.einsum("...hx,hyx->...hy", parts, turns.to(x.dtype)).reshape(x.shape)

@@ -1,0 +1,365 @@
+"""Smaller value heads: the spec with zero rows and columns, the basis of the heads, their budget, and whole folds."""
+
+import copy
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tensorfold
+from tensorfold import Auto, LowRank, Spec, SpecError, auto
+from tensorfold.algebra.allocation import Curve
+from tensorfold.algebra.low_rank import error_curve
+from tensorfold.algebra.smaller_heads import Known, joint_curve, shrunken_heads
+from tensorfold.algebra.solve import fit, relative_error
+from tensorfold.algebra.statistics import Statistics
+from tensorfold.anatomy import by_block, matrices
+from tensorfold.calibrate import BlockStream
+from tensorfold.nn import MPOEmbedding, MPOLinear
+from tensorfold.surgery import split_linear
+from tensorfold.value_heads import value_heads
+
+HEADS, GROUPS, WHOLE, WIDTH = 6, 3, 8, 20
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def moment(size, seed):
+    x = random(3 * size, size, seed=seed) * torch.logspace(0, -1, size, dtype=torch.float64)
+    return x.T @ x
+
+
+def attention():
+    values = Known(random(GROUPS * WHOLE, WIDTH), moment(WIDTH, 1), moment(GROUPS * WHOLE, 2))
+    outputs = Known(random(WIDTH, HEADS * WHOLE, seed=3), moment(HEADS * WHOLE, 4), moment(WIDTH, 5))
+    return values, outputs
+
+
+# ── the spec ──
+
+
+PARTIAL = [
+    Spec.low_rank(24, 20, 7, pivoted=True, rows=15),
+    Spec.low_rank(20, 24, 7, pivoted=True, columns=15),
+    Spec.low_rank(20, 24, 15, pivoted=True, columns=15),
+    Spec.low_rank(24, 20, 7, pivoted=True, rows=15, columns=9),
+    Spec.partial(24, 20, rows=15),
+    Spec.partial(20, 24, columns=15),
+    Spec.partial(24, 20, rows=15, columns=9),
+]
+
+
+@pytest.mark.parametrize("spec", PARTIAL, ids=str)
+def test_parameters_are_those_of_what_may_differ_from_zero(spec):
+    rows, columns = spec.inner.out_features, spec.inner.in_features
+    rank = spec.ranks[0] if spec.ranks else min(rows, columns)
+    assert spec.parameters == spec.inner.parameters == rank * (rows + columns - rank) == spec.macs
+    assert Spec.from_dict(spec.to_dict()) == spec
+    assert spec.is_partial
+    assert not spec.is_padded
+    assert not spec.inner.is_partial
+    assert "of 24×20" in str(spec) or "of 20×24" in str(spec)
+
+
+def test_rows_are_zero_only_where_an_order_is_stored():
+    with pytest.raises(SpecError, match="out_features=24"):
+        Spec((15, 1), (1, 20), (7,), out_features=24)
+    with pytest.raises(SpecError, match="in_features=24"):
+        Spec((20, 1), (1, 15), (7,), in_features=24, reordered=("out",), pivoted=True)
+    with pytest.raises(SpecError, match="zero columns"):
+        Spec((20, 1), (1, 15), (7,), reordered=("out", "in"), pivoted=True)
+
+
+@pytest.mark.parametrize("spec", PARTIAL, ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 700])
+def test_the_layer_applies_its_matrix(spec, tokens):
+    layer = MPOLinear(spec, dtype=torch.float64)
+    rows, columns = spec.inner.out_features, spec.inner.in_features
+    if layer.out_position is not None:
+        order = torch.randperm(spec.out_features, generator=torch.Generator().manual_seed(1))[:rows]
+        layer.out_position.fill_(rows)
+        layer.out_position[order] = torch.arange(rows)
+    if layer.in_order is not None:
+        layer.in_order.copy_(torch.randperm(spec.in_features)[:columns])
+    dense, x = layer.to_dense(), random(tokens, spec.in_features)
+    assert dense.shape == (spec.out_features, spec.in_features)
+    assert int((dense != 0).any(1).sum()) == rows
+    assert int((dense != 0).any(0).sum()) == columns
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x @ dense.T + layer.bias)
+    x.requires_grad_()
+    torch.testing.assert_close(layer(x), x @ dense.T + layer.bias)
+    (gradient,) = torch.autograd.grad(layer(x).sum(), x)
+    torch.testing.assert_close(gradient, dense.sum(0).expand_as(x))
+    layer.hold_matrix(True)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x @ dense.T + layer.bias)
+
+
+@pytest.mark.parametrize("spec", PARTIAL, ids=str)
+def test_a_matrix_of_that_form_is_found_again(spec):
+    rows = torch.randperm(spec.out_features, generator=torch.Generator().manual_seed(1))[: spec.inner.out_features]
+    columns = torch.randperm(spec.in_features, generator=torch.Generator().manual_seed(2))[: spec.inner.in_features]
+    weight = torch.zeros(spec.out_features, spec.in_features, dtype=torch.float64)
+    rank = spec.ranks[0] if spec.ranks else min(len(rows), len(columns))
+    weight[rows[:, None], columns] = random(len(rows), rank) @ random(rank, len(columns), seed=1)
+    known = Statistics(inputs=moment(spec.in_features, 3), gradients=moment(spec.out_features, 4))
+    for each in (Statistics(), known):
+        factors = LowRank(rank=rank, pivots=True).solve(weight, spec, each)
+        layer = MPOLinear.from_factors(factors, spec, weight)
+        assert relative_error(weight, layer.to_dense().detach()) < 1e-6
+    layer = MPOLinear.from_dense(weight, spec, metric=known.inputs)
+    assert relative_error(weight, layer.to_dense().detach()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec.low_rank(24, 20, 7, pivoted=True),
+        Spec((24, 1), (2, 10), (6,), reordered=("in",), pivoted=True),
+        Spec((24, 1), (2, 10), (6,), reordered=("in",), pivoted=True).transposed,
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [MPOLinear, MPOEmbedding])
+def test_pivots_change_nothing_of_what_is_nearest(kind, spec):
+    weight = random(spec.out_features, spec.in_features)
+    plain = replace(spec, pivoted=False, reordered=())
+    pivoted, nearest = (kind.from_dense(weight, each).to_dense().detach() for each in (spec, plain))
+    torch.testing.assert_close(pivoted, nearest)
+
+
+def test_what_is_left_out_has_to_be_chosen():
+    weight = random(24, 20)
+    spec = Spec.partial(24, 20, rows=15)
+    with pytest.raises(SpecError, match="factorize"):
+        fit(weight, spec)
+    with pytest.raises(SpecError, match="a table needs all"):
+        MPOEmbedding.from_dense(weight, spec)
+
+
+def test_the_largest_rows_and_columns_are_kept():
+    weight = torch.ones(6, 5, dtype=torch.float64)
+    weight[[1, 4]] *= 10
+    weight[:, 3] *= 5
+    spec = Spec.low_rank(6, 5, 1, pivoted=True, rows=2, columns=1)
+    kept = MPOLinear.from_factors(LowRank(rank=1, pivots=True).solve(weight, spec), spec, weight).to_dense()
+    wanted = torch.zeros_like(weight)
+    wanted[[1, 4], 3] = 50
+    torch.testing.assert_close(kept, wanted)
+    # Inputs that are never there count for nothing, however large their column is.
+    inputs = torch.eye(5, dtype=torch.float64)
+    inputs[3, 3] = 0
+    factors = LowRank(rank=1, pivots=True).solve(weight, spec, Statistics(inputs=inputs))
+    assert int(factors.in_order) != 3
+
+
+# ── the basis ──
+
+
+def test_curves_are_the_errors_of_matrices_with_smaller_heads():
+    values, outputs = attention()
+    for basis, of_values, of_outputs in shrunken_heads(values, outputs, HEADS):
+        size = basis.size
+        assert 0 < size < WHOLE
+        torch.testing.assert_close(basis.into @ basis.into.mT, torch.eye(size).to(basis.into).expand(GROUPS, -1, -1))
+        rows = basis.rows(values.weight).reshape(GROUPS, WHOLE, -1)
+        assert not rows[:, size:].any()
+        assert rows[:, :size].any(-1).all()
+        # O' by an independent regression, on inputs with just the second moment C
+        root = torch.linalg.cholesky(outputs.inputs)
+        each = basis.into.repeat_interleave(HEADS // GROUPS, 0)
+        seen = torch.block_diag(*each) @ root
+        best = torch.linalg.lstsq(seen.T, (outputs.weight @ root).T).solution.T
+        lack = outputs.weight @ root - best @ seen
+        lost = torch.einsum("oi,op,pi->", lack, outputs.gradients, lack)
+        assert of_outputs[-1].item() == pytest.approx(lost.item(), rel=1e-4)
+        assert of_outputs[0].item() == pytest.approx(error_curve(*outputs)[0].item(), rel=1e-4)
+        assert of_values[-1] == 0
+        assert len(of_values) == GROUPS * size + 1 or len(of_values) == WIDTH + 1
+
+
+def test_what_heads_do_not_use_is_lost_for_nothing():
+    values, outputs = attention()
+    used = [torch.linalg.qr(random(WHOLE, 5, seed=seed)).Q for seed in range(GROUPS)]
+    projections = torch.stack([q @ q.T for q in used]).repeat_interleave(HEADS // GROUPS, 0)
+    weight = torch.einsum("ohx,hxy->ohy", outputs.weight.reshape(WIDTH, HEADS, WHOLE), projections).flatten(1)
+    losses = {
+        curves.basis.size: float(curves.outputs[-1] / curves.outputs[0])
+        for curves in shrunken_heads(values, outputs._replace(weight=weight), HEADS)
+    }
+    assert losses[5] < 1e-5 < 1e-3 < losses[4]
+
+
+def test_a_turn_and_back_leaves_what_the_heads_make():
+    values, outputs = attention()
+    basis = list(shrunken_heads(values, outputs, HEADS))[-1].basis
+    x = random(7, GROUPS * WHOLE)
+    turned = basis.rows(x.T).T
+    repeated = turned.reshape(7, GROUPS, 1, WHOLE).expand(-1, -1, HEADS // GROUPS, -1).reshape(7, -1)
+    direct = torch.einsum("gws,ngs->ngw", basis.back, turned.reshape(7, GROUPS, WHOLE)[..., : basis.size])
+    direct = direct[:, :, None].expand(-1, -1, HEADS // GROUPS, -1).reshape(7, -1)
+    torch.testing.assert_close(repeated @ basis.columns(outputs.weight).T, direct @ outputs.weight.T)
+    # gradients at E W x, where W x enters as back E W x
+    given = random(50, GROUPS * WHOLE, seed=9)
+    back = torch.block_diag(*[torch.nn.functional.pad(each, (0, WHOLE - basis.size)) for each in basis.back])
+    torch.testing.assert_close(basis.gradients(given.T @ given), (given @ back).T @ (given @ back))
+
+
+# ── one budget ──
+
+
+def curve(seed, choices):
+    generator = torch.Generator().manual_seed(seed)
+    losses = torch.rand(choices, generator=generator, dtype=torch.float64).sort(descending=True).values
+    return Curve(losses, torch.randint(1, 9, (choices,), generator=generator).cumsum(0).double())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_joint_curve_has_what_every_price_asks_for(seed):
+    by_size = {size: (curve(seed + size, 5), curve(seed + size + 100, 7)) for size in (8, 6, 4)}
+    joint, points = joint_curve(by_size, floor=0)
+    assert (joint.costs.diff() > 0).all()
+    assert (joint.losses.diff() < 0).all()
+    for (size, i, j), cost, loss in zip(points, joint.costs, joint.losses, strict=True):
+        values, outputs = by_size[size]
+        assert cost == values.costs[i] + outputs.costs[j]
+        assert loss == values.losses[i] + outputs.losses[j]
+    everything = [
+        (values.losses[i] + outputs.losses[j], values.costs[i] + outputs.costs[j])
+        for values, outputs in by_size.values()
+        for i, j in itertools.product(range(5), range(7))
+    ]
+    for price in torch.logspace(-4, 1, 30):
+        wanted = min(float(loss + price * cost) for loss, cost in everything)
+        assert float((joint.losses + price * joint.costs).min()) == pytest.approx(wanted)
+
+
+def test_the_joint_curve_keeps_above_its_floor():
+    by_size = {8: (curve(0, 5), curve(1, 7)), 4: (curve(2, 5), curve(3, 7))}
+    joint, _ = joint_curve(by_size, floor=25.0)
+    assert joint.costs.min() >= 25
+    joint, points = joint_curve(by_size, floor=1e9)  # as much as there is
+    assert len(points) == 1
+    assert joint.costs[0] == max(v.costs[-1] + o.costs[-1] for v, o in by_size.values())
+
+
+# ── models ──
+
+
+def found(model, tokenizer, prose):
+    ids = torch.tensor(tokenizer(prose)["input_ids"][:128]).reshape(2, 64)
+    with torch.no_grad():
+        stream = BlockStream(model, ids)
+        return value_heads(stream, 0, by_block(matrices(model), stream.name)[0])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names"),
+    [
+        ("llama", ("self_attn.v_proj", "self_attn.o_proj")),
+        ("qwen2", ("self_attn.v_proj", "self_attn.o_proj")),
+        ("gemma3", ("self_attn.v_proj", "self_attn.o_proj")),  # its output goes through a norm
+        ("opt", ("self_attn.v_proj", "self_attn.out_proj")),
+        ("phi", ("self_attn.v_proj", "self_attn.dense")),
+        ("gpt2", None),
+        ("gpt_neox", None),
+    ],
+)
+def test_values_and_outputs_are_found_by_what_they_do(tiny, tokenizer, prose, architecture, names):
+    pair = found(tiny(architecture), tokenizer, prose)
+    if names is None:  # query, key and value are one matrix
+        assert pair is None
+    else:
+        assert (
+            tuple(m.name.split(".", 3 if architecture != "opt" else 4)[-1] for m in (pair.values, pair.outputs))
+            == names
+        )
+        assert (pair.heads, pair.whole) == (4, 8)
+        assert pair.groups == pair.values.out_features // 8
+
+
+def test_a_fused_matrix_has_them_once_it_is_split(tiny, tokenizer, prose):
+    model = tiny("gpt2")
+    split_linear(model, "transformer.h.0.attn.c_attn", 3)
+    assert found(model, tokenizer, prose).values.name == "transformer.h.0.attn.c_attn.2"
+
+
+def with_idle_dimensions(model, used):
+    """Value heads whose outputs look at ``used`` of their dimensions, in a random basis."""
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        groups = attention.v_proj.out_features // 8
+        q = torch.linalg.qr(torch.randn(groups, 8, used, generator=torch.Generator().manual_seed(5))).Q
+        projections = (q @ q.mT).repeat_interleave(4 // groups, 0)
+        weight = attention.o_proj.weight.data
+        attention.o_proj.weight.data = torch.einsum(
+            "ohx,hxy->ohy", weight.reshape(len(weight), 4, 8), projections
+        ).flatten(1)
+    return model
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_heads_shrink_where_they_are_not_used(tiny, tokenizer, prose, architecture, tmp_path, monkeypatch):
+    dense = with_idle_dimensions(tiny(architecture), 4)
+    for layer in dense.model.layers:  # as made, attention adds next to nothing
+        layer.self_attn.v_proj.weight.data *= 10
+        layer.self_attn.o_proj.weight.data *= 10
+        if architecture == "qwen2":
+            torch.nn.init.normal_(layer.self_attn.v_proj.bias)
+    ids = torch.tensor(tokenizer(prose)["input_ids"][:512]).reshape(4, 128)
+    targets, distances = ["v_proj", "o_proj"], []
+    recipe = tensorfold.Recipe(fold=(tensorfold.Rule(targets, Auto(keep=0.4)),))
+    for effort in (auto.EFFORTS["medium"], auto.Effort(8192, staged=True, feedback=True)):
+        monkeypatch.setitem(auto.EFFORTS, "medium", effort)
+        model = copy.deepcopy(dense)
+        report = tensorfold.fold(model, recipe, tokenizer, [prose], calibration_tokens=2048)
+        with torch.no_grad():
+            distances.append(float((model(ids).logits - dense(ids).logits).square().mean()))
+        kept = {name: (choice.rows, choice.columns) for name, choice in report.choices.items()}
+        assert report.parameters_after == sum(parameter.numel() for parameter in model.parameters())
+        if effort.heads:
+            groups = dense.model.layers[0].self_attn.v_proj.out_features // 8
+            assert set(kept.values()) == {(4 * groups, 0), (0, 16)}
+            model.save_pretrained(tmp_path / "folded")
+            assert torch.equal(tensorfold.load(tmp_path / "folded").eval()(ids).logits, model(ids).logits)
+        else:
+            assert set(kept.values()) == {(0, 0)}
+    assert distances[0] < 0.01 * distances[1]
+
+
+def test_an_interrupted_fold_keeps_the_bases(tiny, tokenizer, prose, tmp_path, monkeypatch):
+    recipe = tensorfold.Recipe(fold=(tensorfold.Rule("attention", Auto(keep=0.5)),))
+    given = {"calibration": [prose], "calibration_tokens": 1024}
+
+    def folded(**more):
+        model = with_idle_dimensions(tiny("llama"), 4)
+        return model, tensorfold.fold(model, recipe, tokenizer, **given, **more)
+
+    whole, report = folded()
+    assert any(choice.rows for choice in report.choices.values())
+    real = tensorfold.folding._replace
+
+    def dies(model, matrix, spec, state):
+        if "layers.1" in matrix.name:
+            raise KeyboardInterrupt
+        real(model, matrix, spec, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorfold.folding, "_replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            folded(checkpoint=tmp_path / "kept")
+    resumed, again = folded(checkpoint=tmp_path / "kept")
+    assert again.choices == report.choices
+    assert all(torch.equal(whole.state_dict()[key], value) for key, value in resumed.state_dict().items())
+
+
+def test_low_effort_and_bytes_leave_the_heads_alone(tiny, tokenizer, prose):
+    for method in (Auto(keep=0.6, effort="low"), Auto(keep=0.7, budget="bytes")):
+        recipe = tensorfold.Recipe(fold=(tensorfold.Rule("attention", method),))
+        model = with_idle_dimensions(tiny("llama"), 4)
+        report = tensorfold.fold(model, recipe, tokenizer, [prose], calibration_tokens=1024)
+        assert not any(choice.rows or choice.columns for choice in report.choices.values())
