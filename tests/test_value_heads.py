@@ -324,6 +324,10 @@ def test_heads_shrink_where_they_are_not_used(tiny, tokenizer, prose, architectu
         if effort.heads:
             groups = dense.model.layers[0].self_attn.v_proj.out_features // 8
             assert set(kept.values()) == {(4 * groups, 0), (0, 16)}
+            for choice in report.choices.values():
+                error = dict(choice.curve)[choice.parameters]
+                assert error < 0.01 < max(choice.rivals.values())  # heads of fewer dimensions than are used
+                assert len(choice.rivals) == 5  # of 8, 7, 6, 5 and 3 dimensions
             model.save_pretrained(tmp_path / "folded")
             assert torch.equal(tensorfold.load(tmp_path / "folded").eval()(ids).logits, model(ids).logits)
         else:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from tensorfold.algebra.allocation import Curve, allocate, least, pivoted_costs
 from tensorfold.algebra.smaller_heads import HeadBasis, PairCurves, joint_curve
+from tensorfold.algebra.spec import Spec
 from tensorfold.anatomy import Matrix, blocks
 from tensorfold.errors import InputError, SpecError
 from tensorfold.planning import Budget, Plan
@@ -28,9 +29,10 @@ class Choice:
     Attributes:
         rank: Its rank, or bond; the smaller side of the matrix where it stays dense.
         groups: Of columns, or of rows where there are more, that share a basis; 1 is low rank with pivots.
-        rivals: Errors of the other shapes that were fitted at this size, by spec.
+        rivals: Errors of other shapes at this size, by spec: groups that were fitted, and other sizes of heads.
         rows, columns: How many may differ from zero, of values and outputs whose heads have shrunk; 0 is all.
-        curve: Pairs of parameters and relative error ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖``, over all sizes.
+        curve: Pairs of parameters and relative error ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖``, over all ranks; with heads of
+            the size that was chosen.
     """
 
     rank: int
@@ -108,32 +110,39 @@ def divide(
         by_size = {pair.whole: (values, outputs)} | {each.basis.size: _of_size(pair, each) for each in shrunken}
         curves[pair.outputs.name], points = joint_curve(by_size, values.floor + outputs.floor)
         pairs[pair.outputs.name] = pair, shrunken, points
-    choices, bases = {}, {}
+    choices: dict[str, Choice] = {}
+    bases: dict[str, HeadBasis] = {}
     for name, index in allocate(curves, total).items():
         if name not in pairs:
-            choices[name] = _choice(index + 1, losses[name], matrices[name])
+            choices[name] = _choice(matrices[name], index + 1, losses[name])
             continue
         pair, shrunken, points = pairs[name]
-        size = points[index].size
-        kept = (pair.groups * size, pair.heads * size) if size < pair.whole else (0, 0)
-        for matrix, at, rows, columns in (
-            (pair.values, points[index].values, kept[0], 0),
-            (pair.outputs, points[index].outputs, 0, kept[1]),
-        ):
-            choices[matrix.name] = _choice(at + 1, losses[matrix.name], matrix, rows, columns)
-            if rows or columns:
-                bases[matrix.name] = next(each.basis for each in shrunken if each.basis.size == size)
+        given = points[index]
+        of_values = {pair.whole: losses[pair.values.name]} | {each.basis.size: each.values for each in shrunken}
+        of_outputs = {pair.whole: losses[pair.outputs.name]} | {each.basis.size: each.outputs for each in shrunken}
+        choices[pair.values.name] = _of_heads(pair, pair.values, given.size, given.values + 1, of_values)
+        choices[pair.outputs.name] = _of_heads(pair, pair.outputs, given.size, given.outputs + 1, of_outputs)
+        if given.size < pair.whole:
+            basis = next(each.basis for each in shrunken if each.basis.size == given.size)
+            bases |= {pair.values.name: basis, pair.outputs.name: basis}
     return {name: choices[name] for name in budget.names}, bases
+
+
+def low_rank_spec(matrix: Matrix, rank: int, rows: int = 0, columns: int = 0) -> Spec:
+    """Low rank with pivots on so many rows and columns, 0 for all; dense on those where the rank is full."""
+    shape = (matrix.out_features, matrix.in_features)
+    if rank == min(rows or shape[0], columns or shape[1]):
+        return Spec.partial(*shape, rows, columns)
+    return Spec.low_rank(*shape, rank, pivoted=True, rows=rows, columns=columns)
 
 
 def _of_size(pair: ValueHeads, shrunken: PairCurves) -> tuple[Curve, Curve]:
     """Curves of values and outputs from rank 1 on."""
-    size, out = shrunken.basis.size, pair.outputs.out_features
-    shapes = ((pair.groups * size, pair.values.in_features), (out, pair.heads * size))
     found = []
-    for losses, (rows, columns) in zip((shrunken.values, shrunken.outputs), shapes, strict=True):
-        ranks = slice(1, min(rows, columns) + 1)
-        found.append(Curve(losses[ranks], pivoted_costs(rows, columns)[ranks]))
+    for matrix, losses in ((pair.values, shrunken.values), (pair.outputs, shrunken.outputs)):
+        rows, columns = pair.kept(matrix, shrunken.basis.size)
+        costs = pivoted_costs(rows or matrix.out_features, columns or matrix.in_features)[1:]
+        found.append(Curve(losses[1 : len(costs) + 1], costs))
     return found[0], found[1]
 
 
@@ -147,14 +156,31 @@ def _curve(budget: Budget, planned: Plan, name: str, size: int, losses: Tensor |
     return Curve(torch.zeros_like(costs) if losses is None else losses[1:], costs, floor)
 
 
-def _choice(rank: int, losses: Tensor, matrix: Matrix, rows: int = 0, columns: int = 0) -> Choice:
-    costs = pivoted_costs(matrix.out_features, matrix.in_features)[1:]
-    whole = len(costs)
-    errors = (losses / losses[0].clamp_min(torch.finfo(losses.dtype).tiny)).sqrt()
-    taken = () if rows or columns else (rank,)
-    points = sorted({*taken, *(max(1, round(whole * k / _POINTS)) for k in range(1, _POINTS + 1))})
-    curve = tuple((int(costs[r - 1]), round(float(errors[r]), 6)) for r in points)
-    if taken:
-        return Choice(rank, int(costs[rank - 1]), rank == whole, curve)
-    parameters = rank * ((rows or matrix.out_features) + (columns or matrix.in_features) - rank)
-    return Choice(rank, parameters, False, curve, rows=rows, columns=columns)
+def _of_heads(pair: ValueHeads, matrix: Matrix, size: int, rank: int, losses: Mapping[int, Tensor]) -> Choice:
+    """What one of the two is given, from its squared errors at every rank with heads of every size."""
+    kept = {size: pair.kept(matrix, size) for size in losses}
+    whole = losses[pair.whole][0]
+    choice = _choice(matrix, rank, losses[size], whole, *kept[size])
+    rivals = {}
+    for other, (rows, columns) in kept.items():
+        costs = pivoted_costs(rows or matrix.out_features, columns or matrix.in_features)
+        at = int((costs <= choice.parameters).sum()) - 1
+        if other != size and at > 0:
+            rivals[str(low_rank_spec(matrix, at, rows, columns))] = float(_relative(losses[other], whole)[at])
+    return replace(choice, rivals=rivals)
+
+
+def _choice(
+    matrix: Matrix, rank: int, losses: Tensor, whole: Tensor | None = None, rows: int = 0, columns: int = 0
+) -> Choice:
+    """``losses``: squared errors at every rank from 0 on; ``whole``: that of a zero matrix, if not the first one."""
+    costs = pivoted_costs(rows or matrix.out_features, columns or matrix.in_features)
+    full, errors = len(costs) - 1, _relative(losses, losses[0] if whole is None else whole)
+    points = sorted({rank, *(max(1, round(full * k / _POINTS)) for k in range(1, _POINTS + 1))})
+    curve = tuple((int(costs[r]), round(float(errors[r]), 6)) for r in points)
+    dense = rank == full and not (rows or columns)
+    return Choice(rank, int(costs[rank]), dense, curve, rows=rows, columns=columns)
+
+
+def _relative(losses: Tensor, whole: Tensor) -> Tensor:
+    return (losses / whole.clamp_min(torch.finfo(losses.dtype).tiny)).sqrt()

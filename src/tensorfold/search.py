@@ -21,7 +21,7 @@ from tensorfold.algebra.spec import Spec
 from tensorfold.anatomy import Matrix, by_block, dense_weight
 from tensorfold.auto import EFFORTS, Effort
 from tensorfold.block_checkpoints import BlockCheckpoints
-from tensorfold.budgets import Choice, Heads, divide, searched
+from tensorfold.budgets import Choice, Heads, divide, low_rank_spec, searched
 from tensorfold.calibrate import BlockStream, second_moments
 from tensorfold.gradients import gradient_moments
 from tensorfold.memory import release_heap
@@ -243,7 +243,7 @@ def _shapes(
                 if fit.error < bar:
                     best, bar = (spec, groups, fit.cores), fit.error
             cores: list[Tensor] = []
-            choice = replace(choice, rivals=rivals)
+            choice = replace(choice, rivals=choice.rivals | rivals)
             if best is not None:
                 spec, groups, cores = best
                 choice = replace(choice, rank=spec.ranks[0], groups=groups, parameters=spec.parameters)
@@ -331,10 +331,7 @@ def _turns(
 
 def _spec(matrix: Matrix, choice: Choice) -> Spec:
     if choice.groups == 1:
-        shape = (matrix.out_features, matrix.in_features)
-        if choice.rank == min(choice.rows or shape[0], choice.columns or shape[1]):
-            return Spec.partial(*shape, choice.rows, choice.columns)
-        return Spec.low_rank(*shape, choice.rank, pivoted=True, rows=choice.rows, columns=choice.columns)
+        return low_rank_spec(matrix, choice.rank, choice.rows, choice.columns)
     return _groups_spec(matrix, choice.groups, choice.rank)
 
 

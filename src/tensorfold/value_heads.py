@@ -36,6 +36,12 @@ class ValueHeads:
         """How many different value heads there are."""
         return self.values.out_features // self.whole
 
+    def kept(self, matrix: Matrix, size: int) -> tuple[int, int]:
+        """Rows and columns of one of the two that are left with heads of ``size`` dimensions; 0 is all."""
+        if size == self.whole:
+            return 0, 0
+        return (self.groups * size, 0) if matrix is self.values else (0, self.heads * size)
+
     def shrunken(self, moments: Mapping[str, Tensor], gradients: Callable[[str], Tensor]) -> list[PairCurves]:
         """Their curves with smaller heads, from second moments of inputs and gradients by name."""
         values, outputs = (
