@@ -39,7 +39,7 @@ CANDIDATES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 # Healing of χ = 16, folded from a dense model of 600 steps at the best rate: its peak learning rate.
 HEALING_STEPS = 150
-HEALING_CANDIDATES = {f"healing, lr {lr:g}": lr for lr in (1e-2, 5e-3, 2e-3, 1e-3)}
+HEALING_CANDIDATES = {f"healing, lr {lr:g}": lr for lr in (1e-2, 5e-3, 2e-3, 1e-3, 2e-2, 4e-2)}
 BEST = "lr 0.01, token rows of size 1, 600 steps"
 
 
