@@ -18,7 +18,7 @@ from tensorfold.anatomy import by_block, matrices
 from tensorfold.calibrate import BlockStream
 from tensorfold.nn import MPOEmbedding, MPOLinear
 from tensorfold.surgery import split_linear
-from tensorfold.value_heads import value_heads
+from tensorfold.value_heads import free, value_heads
 
 HEADS, GROUPS, WHOLE, WIDTH = 6, 3, 8, 20
 
@@ -286,6 +286,18 @@ def test_a_fused_matrix_has_them_once_it_is_split(tiny, tokenizer, prose):
     model = tiny("gpt2")
     split_linear(model, "transformer.h.0.attn.c_attn", 3)
     assert found(model, tokenizer, prose).values.name == "transformer.h.0.attn.c_attn.2"
+
+
+def test_values_that_a_later_block_reads_are_not_free(tiny, tokenizer, prose):
+    model = tiny("llama", num_hidden_layers=3)
+    ids = torch.tensor(tokenizer(prose)["input_ids"][:128]).reshape(2, 64)
+    shared, later = model.model.layers[0].self_attn.v_proj, model.model.layers[2]
+    later.mlp.register_forward_hook(lambda _, args, output: output + shared(args[0]).repeat(1, 1, 2))
+    with torch.no_grad():
+        stream = BlockStream(model, ids)
+        pairs = [value_heads(stream, index, batch) for index, batch in by_block(matrices(model), stream.name).items()]
+    assert free(model, ids[:1], pairs) == pairs[1:]
+    assert free(tiny("llama", num_hidden_layers=3), ids[:1], []) == []
 
 
 def with_idle_dimensions(model, used):

@@ -27,9 +27,10 @@ from tensorfold.gradients import gradient_moments
 from tensorfold.memory import release_heap
 from tensorfold.planning import Budget, Plan
 from tensorfold.ranks import Ranks
-from tensorfold.value_heads import Turn, value_heads
+from tensorfold.value_heads import Turn, free, value_heads
 
 _GROUPS = (2, 3, 4)  # of columns, or of rows where there are more of them
+_FEW = 128  # tokens, of a look at logits
 _ROUNDS = 4  # of a candidate shape: what it gains later decides nothing
 
 
@@ -103,6 +104,8 @@ def search(
         name for budget in budgets if budget.method.budget != "bytes" for name in budget.names if efforts[name].heads
     }
     curves, heads = _curves(BlockStream(model, sample), members, gradients, shrinking, works_on)
+    own = free(model, sample[:1, :_FEW], [pair for pair, _ in heads])
+    heads = [(pair, shrunken) for pair, shrunken in heads if pair in own]
     choices = {}
     bases: dict[str, HeadBasis] = {}
     for budget in _met(model, budgets, members, curves, sample, windows):
@@ -114,8 +117,8 @@ def search(
     turns = _turns(bases, choices, members)
     gradients = _still_needed(gradients, choices)
     # Groups take more bytes for their order than low rank, and more multiply–adds than they have parameters.
-    free = {name for budget in budgets if budget.method.budget == "parameters" for name in budget.names}
-    shaped = {n: members[n] for n in choices if n in free and efforts[n].shapes and _has_groups(members[n])}
+    grouped = {name for budget in budgets if budget.method.budget == "parameters" for name in budget.names}
+    shaped = {n: members[n] for n in choices if n in grouped and efforts[n].shapes and _has_groups(members[n])}
     starts = {}
     if shaped:
         fitted = _shapes(BlockStream(model, sample), shaped, gradients, choices, curves, works_on)

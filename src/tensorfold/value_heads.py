@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tensorfold.algebra.smaller_heads import HeadBasis, Known, PairCurves, shrunken_heads
 from tensorfold.algebra.statistics import Means, Statistics
@@ -93,9 +95,26 @@ def value_heads(stream: BlockStream, index: int, matrices: Mapping[str, Matrix])
     if not isinstance(heads, int) or heads < 1:
         return None
     for pair in _candidates(attention, heads):
-        if _cancels(stream, index, pair):
+        if _cancels(lambda: stream.run(index, stream.hidden[:1]), [pair]):
             return pair
     return None
+
+
+def free(model: PreTrainedModel, window: Tensor, pairs: Sequence[ValueHeads]) -> list[ValueHeads]:
+    """Those in another basis of which the whole model gives the same logits.
+
+    Later blocks may read the values of an earlier one, which that one's own output does not show.
+
+    Args:
+        window: Tokens, shape (1, length).
+    """
+
+    def logits() -> Tensor:
+        return model(window.to(model.device), use_cache=False).logits  # type: ignore[no-any-return]
+
+    if not pairs or _cancels(logits, pairs):
+        return list(pairs)
+    return [pair for pair in pairs if _cancels(logits, [pair])]
 
 
 def _candidates(attention: list[Matrix], heads: int) -> Iterator[ValueHeads]:
@@ -109,31 +128,40 @@ def _candidates(attention: list[Matrix], heads: int) -> Iterator[ValueHeads]:
                 yield ValueHeads(values, outputs, heads)
 
 
-def _cancels(stream: BlockStream, index: int, pair: ValueHeads) -> bool:
-    """Whether a random basis of every value head, taken back before the outputs, leaves the block's output alone."""
-    hidden = stream.hidden[:1]
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(pair.groups, pair.whole, pair.whole, generator=generator)).Q.to(hidden.device)
-    scales = torch.linspace(0.5, 2, pair.whole, device=hidden.device)[:, None]  # a norm of the values would see them
-    turn, inverse = scales * basis, (basis.mT / scales.mT).repeat_interleave(pair.heads // pair.groups, 0)
-
-    def forwards(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return _by_head(output, turn)
-
-    def backwards(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (_by_head(args[0], inverse), *args[1:])
-
-    with torch.no_grad():
-        before = stream.run(index, hidden).float()
-        with ExitStack() as hooks:
-            hooks.callback(pair.values.module.register_forward_hook(forwards).remove)
-            alone = stream.run(index, hidden).float() - before
-            hooks.callback(pair.outputs.module.register_forward_pre_hook(backwards).remove)
-            both = stream.run(index, hidden).float() - before
+def _cancels(run: Callable[[], Tensor], pairs: Sequence[ValueHeads]) -> bool:
+    """Whether a random basis of every value head, taken back before the outputs, leaves what ``run`` returns alone."""
+    with torch.no_grad(), ExitStack() as hooks:
+        before = run().float()
+        back = []
+        for seed, pair in enumerate(pairs):
+            turn, inverse = _random_basis(pair, seed)
+            back.append((pair.outputs.module, inverse))
+            hooks.callback(pair.values.module.register_forward_hook(partial(_turn_output, turn)).remove)
+        alone = run().float() - before
+        for module, inverse in back:
+            hooks.callback(module.register_forward_pre_hook(partial(_turn_input, inverse)).remove)
+        both = run().float() - before
     return bool(both.norm() < _UNCHANGED * alone.norm())
+
+
+def _random_basis(pair: ValueHeads, seed: int) -> tuple[Tensor, Tensor]:
+    """Of every value head, and its inverse for every head of the outputs; (heads, whole, whole)."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(pair.groups, pair.whole, pair.whole, generator=generator)).Q
+    scales = torch.linspace(0.5, 2, pair.whole)[:, None]  # a norm of the values would see them
+    inverse = (basis.mT / scales.mT).repeat_interleave(pair.heads // pair.groups, 0)
+    return scales * basis, inverse
+
+
+def _turn_output(turn: Tensor, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return _by_head(output, turn)
+
+
+def _turn_input(turn: Tensor, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (_by_head(args[0], turn), *args[1:])
 
 
 def _by_head(x: Tensor, turns: Tensor) -> Tensor:
     """Every head of ``x`` (…, heads · whole) times its matrix of ``turns`` (heads, whole, whole)."""
     parts = x.reshape(*x.shape[:-1], *turns.shape[:2])
-    return torch.einsum("...hx,hyx->...hy", parts, turns.to(x.dtype)).reshape(x.shape)
+    return torch.einsum("...hx,hyx->...hy", parts, turns.to(x)).reshape(x.shape)
