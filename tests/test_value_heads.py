@@ -1,22 +1,21 @@
-"""Smaller value heads: the spec with zero rows and columns, the basis of the heads, their budget, and whole folds."""
+"""Smaller value heads: the basis of the heads, their budget, and whole folds."""
 
 import copy
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import tensorfold
-from tensorfold import Auto, LowRank, Spec, SpecError, auto
+from tensorfold import Auto, auto
 from tensorfold.algebra.allocation import Curve
 from tensorfold.algebra.low_rank import error_curve
 from tensorfold.algebra.smaller_heads import Known, joint_curve, shrunken_heads
-from tensorfold.algebra.solve import fit, relative_error
-from tensorfold.algebra.statistics import Statistics
 from tensorfold.anatomy import by_block, matrices
 from tensorfold.calibrate import BlockStream
-from tensorfold.nn import MPOEmbedding, MPOLinear
+from tensorfold.export import export_dense, export_onnx
+from tensorfold.onnx_graph import PACKAGES
 from tensorfold.surgery import split_linear
 from tensorfold.value_heads import free, value_heads
 
@@ -36,125 +35,6 @@ def attention():
     values = Known(random(GROUPS * WHOLE, WIDTH), moment(WIDTH, 1), moment(GROUPS * WHOLE, 2))
     outputs = Known(random(WIDTH, HEADS * WHOLE, seed=3), moment(HEADS * WHOLE, 4), moment(WIDTH, 5))
     return values, outputs
-
-
-# ── the spec ──
-
-
-PARTIAL = [
-    Spec.low_rank(24, 20, 7, pivoted=True, rows=15),
-    Spec.low_rank(20, 24, 7, pivoted=True, columns=15),
-    Spec.low_rank(20, 24, 15, pivoted=True, columns=15),
-    Spec.low_rank(24, 20, 7, pivoted=True, rows=15, columns=9),
-    Spec.partial(24, 20, rows=15),
-    Spec.partial(20, 24, columns=15),
-    Spec.partial(24, 20, rows=15, columns=9),
-]
-
-
-@pytest.mark.parametrize("spec", PARTIAL, ids=str)
-def test_parameters_are_those_of_what_may_differ_from_zero(spec):
-    rows, columns = spec.inner.out_features, spec.inner.in_features
-    rank = spec.ranks[0] if spec.ranks else min(rows, columns)
-    assert spec.parameters == spec.inner.parameters == rank * (rows + columns - rank) == spec.macs
-    assert Spec.from_dict(spec.to_dict()) == spec
-    assert spec.is_partial
-    assert not spec.is_padded
-    assert not spec.inner.is_partial
-    assert "of 24×20" in str(spec) or "of 20×24" in str(spec)
-
-
-def test_rows_are_zero_only_where_an_order_is_stored():
-    with pytest.raises(SpecError, match="out_features=24"):
-        Spec((15, 1), (1, 20), (7,), out_features=24)
-    with pytest.raises(SpecError, match="in_features=24"):
-        Spec((20, 1), (1, 15), (7,), in_features=24, reordered=("out",), pivoted=True)
-    with pytest.raises(SpecError, match="zero columns"):
-        Spec((20, 1), (1, 15), (7,), reordered=("out", "in"), pivoted=True)
-
-
-@pytest.mark.parametrize("spec", PARTIAL, ids=str)
-@pytest.mark.parametrize("tokens", [1, 5, 700])
-def test_the_layer_applies_its_matrix(spec, tokens):
-    layer = MPOLinear(spec, dtype=torch.float64)
-    rows, columns = spec.inner.out_features, spec.inner.in_features
-    if layer.out_position is not None:
-        order = torch.randperm(spec.out_features, generator=torch.Generator().manual_seed(1))[:rows]
-        layer.out_position.fill_(rows)
-        layer.out_position[order] = torch.arange(rows)
-    if layer.in_order is not None:
-        layer.in_order.copy_(torch.randperm(spec.in_features)[:columns])
-    dense, x = layer.to_dense(), random(tokens, spec.in_features)
-    assert dense.shape == (spec.out_features, spec.in_features)
-    assert int((dense != 0).any(1).sum()) == rows
-    assert int((dense != 0).any(0).sum()) == columns
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), x @ dense.T + layer.bias)
-    x.requires_grad_()
-    torch.testing.assert_close(layer(x), x @ dense.T + layer.bias)
-    (gradient,) = torch.autograd.grad(layer(x).sum(), x)
-    torch.testing.assert_close(gradient, dense.sum(0).expand_as(x))
-    layer.hold_matrix(True)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), x @ dense.T + layer.bias)
-
-
-@pytest.mark.parametrize("spec", PARTIAL, ids=str)
-def test_a_matrix_of_that_form_is_found_again(spec):
-    rows = torch.randperm(spec.out_features, generator=torch.Generator().manual_seed(1))[: spec.inner.out_features]
-    columns = torch.randperm(spec.in_features, generator=torch.Generator().manual_seed(2))[: spec.inner.in_features]
-    weight = torch.zeros(spec.out_features, spec.in_features, dtype=torch.float64)
-    rank = spec.ranks[0] if spec.ranks else min(len(rows), len(columns))
-    weight[rows[:, None], columns] = random(len(rows), rank) @ random(rank, len(columns), seed=1)
-    known = Statistics(inputs=moment(spec.in_features, 3), gradients=moment(spec.out_features, 4))
-    for each in (Statistics(), known):
-        factors = LowRank(rank=rank, pivots=True).solve(weight, spec, each)
-        layer = MPOLinear.from_factors(factors, spec, weight)
-        assert relative_error(weight, layer.to_dense().detach()) < 1e-6
-    layer = MPOLinear.from_dense(weight, spec, metric=known.inputs)
-    assert relative_error(weight, layer.to_dense().detach()) < 1e-6
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        Spec.low_rank(24, 20, 7, pivoted=True),
-        Spec((24, 1), (2, 10), (6,), reordered=("in",), pivoted=True),
-        Spec((24, 1), (2, 10), (6,), reordered=("in",), pivoted=True).transposed,
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("kind", [MPOLinear, MPOEmbedding])
-def test_pivots_change_nothing_of_what_is_nearest(kind, spec):
-    weight = random(spec.out_features, spec.in_features)
-    plain = replace(spec, pivoted=False, reordered=())
-    pivoted, nearest = (kind.from_dense(weight, each).to_dense().detach() for each in (spec, plain))
-    torch.testing.assert_close(pivoted, nearest)
-
-
-def test_what_is_left_out_has_to_be_chosen():
-    weight = random(24, 20)
-    spec = Spec.partial(24, 20, rows=15)
-    with pytest.raises(SpecError, match="factorize"):
-        fit(weight, spec)
-    with pytest.raises(SpecError, match="a table needs all"):
-        MPOEmbedding.from_dense(weight, spec)
-
-
-def test_the_largest_rows_and_columns_are_kept():
-    weight = torch.ones(6, 5, dtype=torch.float64)
-    weight[[1, 4]] *= 10
-    weight[:, 3] *= 5
-    spec = Spec.low_rank(6, 5, 1, pivoted=True, rows=2, columns=1)
-    kept = MPOLinear.from_factors(LowRank(rank=1, pivots=True).solve(weight, spec), spec, weight).to_dense()
-    wanted = torch.zeros_like(weight)
-    wanted[[1, 4], 3] = 50
-    torch.testing.assert_close(kept, wanted)
-    # Inputs that are never there count for nothing, however large their column is.
-    inputs = torch.eye(5, dtype=torch.float64)
-    inputs[3, 3] = 0
-    factors = LowRank(rank=1, pivots=True).solve(weight, spec, Statistics(inputs=inputs))
-    assert int(factors.in_order) != 3
 
 
 # ── the basis ──
@@ -345,6 +225,31 @@ def test_heads_shrink_where_they_are_not_used(tiny, tokenizer, prose, architectu
         else:
             assert set(kept.values()) == {(0, 0)}
     assert distances[0] < 0.01 * distances[1]
+
+
+@pytest.mark.parametrize("to", ["dense", "int8", "onnx"])
+def test_smaller_heads_can_be_exported(tiny, tokenizer, prose, to, tmp_path):
+    model = with_idle_dimensions(tiny("llama", num_hidden_layers=1), 4)
+    recipe = tensorfold.Recipe(fold=(tensorfold.Rule("attention", Auto(keep=0.4)),))
+    report = tensorfold.fold(model, recipe, tokenizer, [prose], calibration_tokens=1024)
+    assert any(choice.rows for choice in report.choices.values())
+    ids = torch.tensor(tokenizer(prose)["input_ids"][:64])[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+    if to == "onnx":
+        for package in PACKAGES:
+            pytest.importorskip(package)
+        assert export_onnx(model, tmp_path / "out").difference < 1e-5
+    elif to == "dense":
+        export_dense(model, tmp_path / "out")
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        torch.testing.assert_close(plain(ids).logits, expected, rtol=0, atol=1e-5)
+    else:
+        tensorfold.quantize(model)
+        model.save_pretrained(tmp_path / "out")
+        loaded = tensorfold.load(tmp_path / "out").eval()
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert float((loaded(ids).logits.detach() - expected).norm() / expected.norm()) < 0.02
 
 
 def test_an_interrupted_fold_keeps_the_bases(tiny, tokenizer, prose, tmp_path, monkeypatch):

@@ -19,7 +19,8 @@ SYSTEMS = {
     "dense": "dense", "mpo": "MPO, the paper's sites", "mpo2": "MPO, 2 sites", "mpo3": "MPO, 3 sites",
     "low-rank": "low rank", "kronecker": "Kronecker sum", "layers": "fewer layers",
 }  # fmt: skip
-STARTS = {"random": "random", "fold": "folded from the trained dense model, healed"}
+FOLDED = "folded from the trained dense model, healed"
+STARTS = {"random": "random", "fold": FOLDED, "fold-fast": f"{FOLDED} at 2e-2", "fold-long": f"{FOLDED} at 2e-2"}
 # χ -> loss and accuracy as the paper prints them; 0 is the dense model.
 PRINTED = {0: (1.860, 0.528), 4: (2.220, 0.368), 8: (1.950, 0.468), 16: (1.850, 0.516), 32: (1.850, 0.524)}
 
@@ -109,7 +110,7 @@ def pareto(runs: list[Run], schedule: str) -> None:
         lines.setdefault((group[0]["system"], group[0]["start"]), []).append((group[0]["parameters"], accuracy))
     for (system, start), points in lines.items():
         x, y = zip(*sorted(points), strict=True)
-        axes.plot(x, y, "o-" if start == "fold" else "o--", label=f"{SYSTEMS[system]}, {start}")
+        axes.plot(x, y, "o--" if start == "random" else "o-", label=f"{SYSTEMS[system]}, {start}")
     axes.set(xscale="log", xlabel="parameters", ylabel="validation accuracy, %", title=f"{schedule} schedule")
     axes.legend(fontsize=7)
     save(figure, f"pareto-{schedule}.svg")
