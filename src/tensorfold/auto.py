@@ -24,6 +24,7 @@ class Effort:
             those before it, instead of all at once.
         feedback: Whether each is fitted to the dense model's output from what the folded model gives it.
         heads: Whether value heads of attention may become smaller, in the basis that keeps most; needs the two above.
+            Not under a budget of bytes.
         shapes: Whether matrices may share one basis, with pivots, among groups of their columns, or of their rows if
             they have more of those, ``Σ_k A_k ⊗ b_kᵀ`` with A_k of shape (out, groups), where that is nearer. Only
             under a budget of parameters: groups take more multiply–adds than they have parameters.
