@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import matplotlib.pyplot as plt
+from pages import save_picture, write_sections
+
 HERE = Path(__file__).parent
-MARK, SMOLLM2_MARK = "<!-- table -->", "<!-- smollm2 -->"
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -66,39 +71,26 @@ def smollm2_table(entries: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def fill(text: str, mark: str, content: str) -> str:
-    """Replace what stands between the two marks."""
-    start, _, rest = text.partition(mark)
-    return f"{start}{mark}\n{content}\n{mark}{rest.partition(mark)[2]}"
-
-
 def read(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (HERE / name).read_text().splitlines()]
 
 
 def plot(runs: list[dict[str, Any]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = list(dict.fromkeys(run["system"] for run in runs))
     names.sort(key=lambda name: -statistics.mean(r["after"]["held-out"] for r in runs if r["system"] == name))
-    figure, axes = pyplot.subplots(figsize=(7, 0.34 * len(names) + 1))
+    figure, axes = plt.subplots(figsize=(7, 0.34 * len(names) + 1))
     for height, name in enumerate(names):
         values = [run["after"]["held-out"] for run in runs if run["system"] == name]
         axes.plot(values, [height] * len(values), "o", color="C1" if "layers" in name else "C0", alpha=0.7)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel("perplexity after healing, held-out text (disjoint-256); one dot a seed")
     axes.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(HERE / "healed.svg")
+    save_picture(figure, HERE / "healed.svg")
 
 
 def main() -> None:
-    runs, readme = read("runs.jsonl"), HERE / "README.md"
-    text = fill(readme.read_text(encoding="utf-8"), MARK, table(runs))
-    readme.write_text(fill(text, SMOLLM2_MARK, smollm2_table(read("smollm2.jsonl"))), encoding="utf-8")
+    runs = read("runs.jsonl")
+    write_sections(HERE / "README.md", {"table": table(runs), "smollm2": smollm2_table(read("smollm2.jsonl"))})
     plot(runs)
 
 

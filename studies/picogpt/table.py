@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-mpl.use("svg")
 import matplotlib.pyplot as plt
+from pages import save_picture, write_sections
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+
 SYSTEMS = {
     "dense": "dense", "mpo": "MPO, the paper's sites", "mpo2": "MPO, 2 sites", "mpo3": "MPO, 3 sites",
     "low-rank": "low rank", "kronecker": "Kronecker sum", "layers": "fewer layers",
@@ -99,7 +100,7 @@ def curves(runs: list[Run], schedule: str) -> None:
     left.set(xlabel="step", ylabel="validation loss, nats a character", title=f"{schedule} schedule, from random")
     right.set(xlabel="validation loss", ylabel="accuracy, %", title="which accuracy belongs to which loss")
     left.legend(fontsize=7)
-    save(figure, f"curves-{schedule}.svg")
+    save_picture(figure, HERE / f"curves-{schedule}.svg")
 
 
 def pareto(runs: list[Run], schedule: str) -> None:
@@ -113,7 +114,7 @@ def pareto(runs: list[Run], schedule: str) -> None:
         axes.plot(x, y, "o--" if start == "random" else "o-", label=f"{SYSTEMS[system]}, {start}")
     axes.set(xscale="log", xlabel="parameters", ylabel="validation accuracy, %", title=f"{schedule} schedule")
     axes.legend(fontsize=7)
-    save(figure, f"pareto-{schedule}.svg")
+    save_picture(figure, HERE / f"pareto-{schedule}.svg")
 
 
 def reconstruction(runs: list[Run], schedule: str) -> None:
@@ -134,17 +135,10 @@ def reconstruction(runs: list[Run], schedule: str) -> None:
         side.set(xlabel="bond dimension χ", xscale="log", title=f"{when} healing, {schedule} schedule")
     axes[0].set(ylabel="relative error of the matrix, mean over layers")
     axes[1].legend(fontsize=7)
-    save(figure, f"reconstruction-{schedule}.svg")
-
-
-def save(figure: Any, name: str) -> None:
-    figure.tight_layout()
-    figure.savefig(HERE / name, metadata={"Date": None})
-    plt.close(figure)
+    save_picture(figure, HERE / f"reconstruction-{schedule}.svg")
 
 
 def main() -> None:
-    mpl.rcParams["svg.hashsalt"] = "tensorfold"  # equal data, equal file
     runs = [json.loads(line) for line in (HERE / "runs.jsonl").read_text().splitlines()]
     sections = []
     for schedule in ("paper", "tuned"):
@@ -153,9 +147,7 @@ def main() -> None:
             sections.append(f"### The {schedule} schedule\n\n{table(chosen)}")
             for picture in (curves, pareto, reconstruction):
                 picture(chosen, schedule)
-    readme = HERE / "README.md"
-    head, _, rest = readme.read_text().partition(BEGIN)
-    readme.write_text(f"{head}{BEGIN}\n\n" + "\n\n".join(sections) + f"\n\n{END}{rest.partition(END)[2]}")
+    write_sections(HERE / "README.md", {"tables": "\n\n".join(sections)})
 
 
 if __name__ == "__main__":

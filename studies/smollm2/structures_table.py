@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pages import write_sections
+
 HERE = Path(__file__).parent
+
 KINDS = ("up_proj", "gate_proj", "down_proj", "o_proj", "q_proj", "v_proj")
 KEEPS = ("0.8", "0.5", "0.2")
 BASES = ("as it is", "principal", "interleaved", "random")
@@ -100,15 +106,10 @@ def floors() -> str:
 
 def main() -> None:
     entries = {tuple(entry["entry"].split("/")): entry for entry in lines_of("structures.jsonl")}
-    readme = HERE / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for mark, new in (
-        ("shapes", shapes(entries)), ("heads", heads(entries)), ("rotations", rotations(entries)), ("floors", floors())
-    ):  # fmt: skip
-        before, rest = text.split(f"<!-- {mark} -->")
-        after = rest.split(f"<!-- end of {mark} -->")[1]
-        text = f"{before}<!-- {mark} -->\n\n{new}\n\n<!-- end of {mark} -->{after}"
-    readme.write_text(text, encoding="utf-8")
+    sections = {
+        "shapes": shapes(entries), "heads": heads(entries), "rotations": rotations(entries), "floors": floors()
+    }  # fmt: skip
+    write_sections(HERE / "README.md", sections)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-mpl.use("svg")
 import matplotlib.pyplot as plt
+from pages import save_picture, write_sections
 
 HERE = Path(__file__).parent
+
 DENSE = {"wikitext-2-test": 23.61, "tinyshakespeare": 38.89}  # hf-1024, first 8,192 tokens
 NAMES = {
     "svd": "whitened SVD, block after block",
@@ -89,7 +91,7 @@ def calibration(runs: list[Run]) -> None:
         side.set(xscale="log", yscale="log", xlabel="calibration tokens", title=text)
     axes[0].set_ylabel("perplexity (hf-1024)")
     axes[0].legend()
-    save(figure, "calibration.svg")
+    save_picture(figure, HERE / "calibration.svg")
 
 
 def ranks(runs: list[Run]) -> None:
@@ -102,25 +104,13 @@ def ranks(runs: list[Run]) -> None:
     side.axhline(335, color="grey", linewidth=0.8, label="low rank without pivots, equal shares")
     side.set(xlabel="block", ylabel="rank (of 576)")
     side.legend()
-    save(figure, "ranks.svg")
-
-
-def save(figure: Any, name: str) -> None:
-    figure.tight_layout()
-    with mpl.rc_context({"svg.hashsalt": "tensorfold"}):
-        figure.savefig(HERE / name, metadata={"Date": None})
+    save_picture(figure, HERE / "ranks.svg")
 
 
 def main() -> None:
     runs = [json.loads(line) for line in (HERE / "runs.jsonl").read_text().splitlines()]
-    readme = HERE / "README.md"
     other = [json.loads(line) for line in (HERE / "second_model.jsonl").read_text().splitlines()]
-    text = readme.read_text(encoding="utf-8")
-    for mark, new in (("tables", table(runs)), ("second model", second(other))):
-        before, rest = text.split(f"<!-- {mark} -->")
-        after = rest.split(f"<!-- end of {mark} -->")[1]
-        text = f"{before}<!-- {mark} -->\n\n{new}\n\n<!-- end of {mark} -->{after}"
-    readme.write_text(text, encoding="utf-8")
+    write_sections(HERE / "README.md", {"tables": table(runs), "second model": second(other)})
     calibration(runs)
     ranks(runs)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-mpl.use("svg")
 import matplotlib.pyplot as plt
+from pages import save_picture, write_sections
 
 HERE = Path(__file__).parent
+
 SLOWEST = 1 / 1.05  # times as fast as the dense layer
 DRAWN = {
     "krony-81m": "Kronecker (768, 768)",
@@ -86,7 +88,7 @@ def draw_layers(entries: list[Entry]) -> None:
         side.set_xticks(tokens, labels=map(str, tokens))
     axes[0].set_ylabel("times as fast as nn.Linear")
     axes[0].legend(fontsize="small")
-    save(figure, "layers.svg")
+    save_picture(figure, HERE / "layers.svg")
 
 
 def shape(entry: Entry) -> str:
@@ -109,24 +111,12 @@ def draw_fits(entries: list[Entry]) -> None:
     ticks = sorted({width for points in kinds.values() for width, _ in points})
     side.set_xticks(ticks, labels=map(str, ticks))
     side.legend()
-    save(figure, "fits.svg")
-
-
-def save(figure: Any, name: str) -> None:
-    figure.tight_layout()
-    with mpl.rc_context({"svg.hashsalt": "tensorfold"}):
-        figure.savefig(HERE / name, metadata={"Date": None})
+    save_picture(figure, HERE / "fits.svg")
 
 
 def main() -> None:
-    readme = HERE / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name, form in (("layers", layers), ("rivals", rivals), ("int8", int8)):
-        if entries := read(name):
-            before, rest = text.split(f"<!-- {name} -->")
-            after = rest.split(f"<!-- end of {name} -->")[1]
-            text = f"{before}<!-- {name} -->\n\n{form(entries)}\n\n<!-- end of {name} -->{after}"
-    readme.write_text(text, encoding="utf-8")
+    forms = {"layers": layers, "rivals": rivals, "int8": int8}
+    write_sections(HERE / "README.md", {name: form(read(name)) for name, form in forms.items() if read(name)})
     draw_layers(read("layers"))
     draw_fits(read("fold_scale"))
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-mpl.use("svg")
 import matplotlib.pyplot as plt
+from pages import save_picture, write_sections
 
 HERE = Path(__file__).parent
+
 NAMES = {
     "graded": "graded low rank", "low-rank": "low rank", "token-mps": "TokenMPS (TensorGPT)",
     "mpo": "MPO, 2 sites, clustered tokens", "kronecker": "Kronecker sum, clustered tokens",
@@ -91,26 +93,17 @@ def picture(runs: list[Run]) -> None:
         side.set_title("without training" if state == "before" else "after eight steps")
     axes[0].set(ylabel="perplexity, wikitext-2-test")
     axes[1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(HERE / "smollm2.svg", metadata={"Date": None})
+    save_picture(figure, HERE / "smollm2.svg")
 
 
 def main() -> None:
-    mpl.rcParams["svg.hashsalt"] = "tensorfold"  # equal data, equal file
     runs = read("smollm2.jsonl")
     healed = read("long.jsonl")
     dense = {}
     for run in (run for run in (*runs, *healed) if run["structure"] == "dense"):
         dense |= run["before"]
-    sections = {"comparison": comparison(runs), "long": long(healed, dense)}
     picture(runs)
-    readme = HERE / "README.md"
-    text = readme.read_text()
-    for name, section in sections.items():
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        head, _, rest = text.partition(begin)
-        text = f"{head}{begin}\n\n{section}\n\n{end}{rest.partition(end)[2]}"
-    readme.write_text(text)
+    write_sections(HERE / "README.md", {"comparison": comparison(runs), "long": long(healed, dense)})
 
 
 if __name__ == "__main__":
