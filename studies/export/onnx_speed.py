@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import time
 from functools import partial
 from os import cpu_count
@@ -53,7 +54,8 @@ def export(work: Path, quick: bool) -> None:
             if form == "folded":
                 tensorfold.fold(model, recipe)
             out = work / f"{name}-{form}"
-            if not out.exists():
+            if not (out / "export.json").exists():
+                shutil.rmtree(out, ignore_errors=True)  # of an export that was interrupted
                 report = export_onnx(model, out)
                 (out / "export.json").write_text(json.dumps(report.to_dict()), encoding="utf-8")
                 print(name, form, report, flush=True)
@@ -100,8 +102,8 @@ def main() -> None:
     for dense in sorted(given.work.glob("*-dense")):
         name = dense.name.removesuffix("-dense")
         graphs = {form: given.work / f"{name}-{form}" for form in ("dense", "folded")}
-        if not all((path / "export.json").exists() for path in graphs.values()):
-            continue
+        if missing := [str(path) for path in graphs.values() if not (path / "export.json").exists()]:
+            raise SystemExit(f"{' and '.join(missing)}: not written, or not to the end; run this with --export first.")
         written = {form: json.loads((path / "export.json").read_text()) for form, path in graphs.items()}
         kept = ("parameters", "bytes", "difference")
         facts = {key: {form: each[key] for form, each in written.items()} for key in kept}
