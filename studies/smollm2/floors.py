@@ -1,6 +1,6 @@
 """What floor the budgets of a search need: SmolLM2 at half size and below, judged by held-out text.
 
-    OMP_NUM_THREADS=1 python studies/smollm2/floors.py
+    OMP_NUM_THREADS=1 python studies/smollm2/floors.py [--only PATTERN …]
 
 Each line of ``floors.jsonl`` is one fold at medium effort, as in ``run.py``: 24,000 tokens from the start of
 ``wikitext-2-valid``, 8,192 of them for gradients. It is judged by ``hf-1024`` on the first 8,192 tokens of the third
@@ -10,6 +10,8 @@ A floor that binds nowhere changes nothing, so a lower one is not folded again: 
 
 from __future__ import annotations
 
+import argparse
+import fnmatch
 import json
 import time
 from pathlib import Path
@@ -64,10 +66,16 @@ def measure(targets: str, keep: float, floor: float) -> dict[str, Any]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="PATTERN", help="Folds whose TARGETS-KEEP-FLOOR match."
+    )
+    only = parser.parse_args().only
     entries = [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
     for targets, keep, floor in RUNS:
         others = [entry for entry in entries if (entry["targets"], entry["keep"]) == (targets, keep)]
-        if any(entry["floor"] == floor for entry in others):
+        wanted = any(fnmatch.fnmatch(f"{targets}-{keep}-{floor}", pattern) for pattern in only)
+        if not wanted or any(entry["floor"] == floor for entry in others):
             continue
         same = next((e for e in others if not e["at_floor"] and e["floor"] > floor), None)
         entry = {**same, "floor": floor, "same_as": same["floor"]} if same else measure(targets, keep, floor)
