@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tensorfold import LowRank, Spec, SpecError
-from tensorfold.algebra.solve import fit, relative_error
+from tensorfold.algebra.solve import factorize, fit, relative_error
 from tensorfold.algebra.statistics import Statistics
 from tensorfold.nn import MPOEmbedding, MPOLinear
 
@@ -109,6 +109,36 @@ def test_pivots_change_nothing_of_what_is_nearest(kind, spec):
     plain = replace(spec, pivoted=False, reordered=())
     pivoted, nearest = (kind.from_dense(weight, each).to_dense().detach() for each in (spec, plain))
     torch.testing.assert_close(pivoted, nearest)
+
+
+def test_what_is_kept_makes_up_for_what_is_left_out():
+    weight, inputs, outputs = random(12, 10), moment(10, 1), moment(12, 2)
+    mixed = random(10, 10, seed=4)
+    inputs = mixed @ inputs @ mixed.T
+    spec = Spec.partial(12, 10, rows=8, columns=6)
+    layer = MPOLinear.from_factors(factorize(weight, spec, inputs, outputs=outputs), spec, weight)
+    dense = layer.to_dense().detach()
+    rows, columns = (dense.any(dim).nonzero()[:, 0] for dim in (1, 0))
+    # The best on these rows and columns leaves no gradient of the error there.
+    gradient = (outputs @ (weight - dense) @ inputs)[rows][:, columns]
+    cut = torch.zeros_like(weight)
+    cut[rows[:, None], columns] = weight[rows][:, columns]
+    assert gradient.norm() < 1e-4 * (outputs @ (weight - cut) @ inputs)[rows][:, columns].norm()
+
+
+def test_partial_specs_that_cannot_be_are_refused():
+    with pytest.raises(SpecError, match="rows=30"):
+        Spec.partial(24, 20, rows=30)
+    with pytest.raises(SpecError, match="columns=21"):
+        Spec.low_rank(24, 20, 5, pivoted=True, columns=21)
+    with pytest.raises(SpecError, match="pivoted=True"):
+        Spec.low_rank(24, 20, 5, rows=10)
+    with pytest.raises(SpecError, match="pivoted with"):
+        Spec((24, 1), (2, 10), (6,), 24, 30, reordered=("in",), pivoted=True)
+    spec, weight = Spec.partial(24, 20, columns=9), random(24, 20)
+    for metric in (moment(7, 1), torch.full((20, 20), torch.nan)):
+        with pytest.raises(SpecError, match="metric"):
+            factorize(weight, spec, metric)
 
 
 def test_what_is_left_out_has_to_be_chosen():

@@ -2,16 +2,17 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 import tensorfold
-from tensorfold import Auto, auto
-from tensorfold.algebra.allocation import Curve
+from tensorfold import Auto, auto, search
+from tensorfold.algebra.allocation import Curve, least
 from tensorfold.algebra.low_rank import error_curve
-from tensorfold.algebra.smaller_heads import Known, joint_curve, shrunken_heads
+from tensorfold.algebra.smaller_heads import HeadBasis, Known, joint_curve, shrunken_heads
 from tensorfold.anatomy import by_block, matrices
 from tensorfold.calibrate import BlockStream
 from tensorfold.export import export_dense, export_onnx
@@ -51,7 +52,7 @@ def test_curves_are_the_errors_of_matrices_with_smaller_heads():
         assert rows[:, :size].any(-1).all()
         # O' by an independent regression, on inputs with just the second moment C
         root = torch.linalg.cholesky(outputs.inputs)
-        each = basis.into.repeat_interleave(HEADS // GROUPS, 0)
+        each = basis.into.double().repeat_interleave(HEADS // GROUPS, 0)
         seen = torch.block_diag(*each) @ root
         best = torch.linalg.lstsq(seen.T, (outputs.weight @ root).T).solution.T
         lack = outputs.weight @ root - best @ seen
@@ -76,7 +77,8 @@ def test_what_heads_do_not_use_is_lost_for_nothing():
 
 def test_a_turn_and_back_leaves_what_the_heads_make():
     values, outputs = attention()
-    basis = list(shrunken_heads(values, outputs, HEADS))[-1].basis
+    found = list(shrunken_heads(values, outputs, HEADS))[-1].basis
+    basis = HeadBasis(found.into.double(), found.back.double())
     x = random(7, GROUPS * WHOLE)
     turned = basis.rows(x.T).T
     repeated = turned.reshape(7, GROUPS, 1, WHOLE).expand(-1, -1, HEADS // GROUPS, -1).reshape(7, -1)
@@ -101,7 +103,7 @@ def curve(seed, choices):
 @pytest.mark.parametrize("seed", range(10))
 def test_the_joint_curve_has_what_every_price_asks_for(seed):
     by_size = {size: (curve(seed + size, 5), curve(seed + size + 100, 7)) for size in (8, 6, 4)}
-    joint, points = joint_curve(by_size, floor=0)
+    joint, points = joint_curve(by_size)
     assert (joint.costs.diff() > 0).all()
     assert (joint.losses.diff() < 0).all()
     for (size, i, j), cost, loss in zip(points, joint.costs, joint.losses, strict=True):
@@ -118,16 +120,41 @@ def test_the_joint_curve_has_what_every_price_asks_for(seed):
         assert float((joint.losses + price * joint.costs).min()) == pytest.approx(wanted)
 
 
-def test_the_joint_curve_keeps_above_its_floor():
-    by_size = {8: (curve(0, 5), curve(1, 7)), 4: (curve(2, 5), curve(3, 7))}
-    joint, _ = joint_curve(by_size, floor=25.0)
-    assert joint.costs.min() >= 25
-    joint, points = joint_curve(by_size, floor=1e9)  # as much as there is
-    assert len(points) == 1
-    assert joint.costs[0] == max(v.costs[-1] + o.costs[-1] for v, o in by_size.values())
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("floors", [(0, 0), (9, 14), (1e9, 0), (1e9, 1e9)])
+def test_the_joint_curve_keeps_above_both_floors_and_begins_at_them(seed, floors):
+    by_size = {
+        size: tuple(replace(curve(seed + size + k, 9), floor=floor) for k, floor in enumerate(floors))
+        for size in (8, 6, 4)
+    }
+    joint, points = joint_curve(by_size)
+    for size, *indices in points:
+        for each, index in zip(by_size[size], indices, strict=True):
+            assert each.costs[index] >= min(each.floor, each.costs[-1])
+    values, outputs = by_size[8]
+    assert joint.costs[0] <= least({"values": values, "outputs": outputs})
+    assert joint.losses[-1] <= values.losses[-1] + outputs.losses[-1]
+
+
+def test_the_joint_curve_has_the_steps_between_the_corners():
+    """Whose losses fall by more from step to step, so that no price asks for any but the ends."""
+    steps = torch.arange(30, dtype=torch.float64)
+    concave, convex = Curve(900 - steps**2, steps), Curve((29 - steps) ** 2, steps)
+    joint, _ = joint_curve({8: (concave, convex)})
+    assert joint.costs.tolist() == list(range(59))
 
 
 # ── models ──
+
+
+def gemma4():
+    torch.manual_seed(0)
+    settings = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    config = Gemma4TextConfig(
+        num_hidden_layers=2, vocab_size=300, head_dim=64, global_head_dim=64, num_kv_shared_layers=0,
+        vocab_size_per_layer_input=300, hidden_size_per_layer_input=8, **settings,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def found(model, tokenizer, prose):
@@ -147,10 +174,13 @@ def found(model, tokenizer, prose):
         ("phi", ("self_attn.v_proj", "self_attn.dense")),
         ("gpt2", None),
         ("gpt_neox", None),
+        ("gemma4", None),  # a norm without scales behind the values
     ],
 )
-def test_values_and_outputs_are_found_by_what_they_do(tiny, tokenizer, prose, architecture, names):
-    pair = found(tiny(architecture), tokenizer, prose)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_and_outputs_are_found_by_what_they_do(tiny, tokenizer, prose, architecture, names, dtype):
+    model = gemma4() if architecture == "gemma4" else tiny(architecture)
+    pair = found(model.to(dtype), tokenizer, prose)
     if names is None:  # query, key and value are one matrix
         assert pair is None
     else:
@@ -276,6 +306,25 @@ def test_an_interrupted_fold_keeps_the_bases(tiny, tokenizer, prose, tmp_path, m
     resumed, again = folded(checkpoint=tmp_path / "kept")
     assert again.choices == report.choices
     assert all(torch.equal(whole.state_dict()[key], value) for key, value in resumed.state_dict().items())
+
+
+@pytest.mark.parametrize("settings", [{"num_key_value_heads": 1}, {"num_key_value_heads": 4}, {"dtype": "bfloat16"}])
+def test_searches_look_at_the_entrance_of_every_block(tiny, tokenizer, prose, settings, monkeypatch):
+    """And multi-query attention, attention with as many groups as heads and bf16 have value heads too."""
+    dtype = getattr(torch, settings.pop("dtype", "float32"))
+    model = with_idle_dimensions(tiny("llama", **settings), 4).to(dtype)
+    real, stood = search.value_heads, []
+
+    def spy(stream, index, batch):
+        stood.append((stream.position, index))
+        return real(stream, index, batch)
+
+    monkeypatch.setattr(search, "value_heads", spy)
+    recipe = tensorfold.Recipe(fold=(tensorfold.Rule("attention", Auto(keep=0.4, budget="multiply-adds")),))
+    report = tensorfold.fold(model, recipe, tokenizer, [prose], calibration_tokens=1024)
+    assert stood == [(0, 0), (1, 1)]
+    assert any(choice.rows for choice in report.choices.values())
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
 def test_low_effort_and_bytes_leave_the_heads_alone(tiny, tokenizer, prose):

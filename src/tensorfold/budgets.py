@@ -107,8 +107,10 @@ def divide(
         if not set(names) <= curves.keys():
             continue
         values, outputs = (curves.pop(name) for name in names)
-        by_size = {pair.whole: (values, outputs)} | {each.basis.size: _of_size(pair, each) for each in shrunken}
-        curves[pair.outputs.name], points = joint_curve(by_size, values.floor + outputs.floor)
+        by_size = {pair.whole: (values, outputs)} | {
+            each.basis.size: _of_size(pair, each, values.floor, outputs.floor) for each in shrunken
+        }
+        curves[pair.outputs.name], points = joint_curve(by_size)
         pairs[pair.outputs.name] = pair, shrunken, points
     choices: dict[str, Choice] = {}
     bases: dict[str, HeadBasis] = {}
@@ -136,13 +138,14 @@ def low_rank_spec(matrix: Matrix, rank: int, rows: int = 0, columns: int = 0) ->
     return Spec.low_rank(*shape, rank, pivoted=True, rows=rows, columns=columns)
 
 
-def _of_size(pair: ValueHeads, shrunken: PairCurves) -> tuple[Curve, Curve]:
+def _of_size(pair: ValueHeads, shrunken: PairCurves, *floors: float) -> tuple[Curve, Curve]:
     """Curves of values and outputs from rank 1 on."""
     found = []
-    for matrix, losses in ((pair.values, shrunken.values), (pair.outputs, shrunken.outputs)):
+    both = ((pair.values, shrunken.values), (pair.outputs, shrunken.outputs))
+    for (matrix, losses), floor in zip(both, floors, strict=True):
         rows, columns = pair.kept(matrix, shrunken.basis.size)
         costs = pivoted_costs(rows or matrix.out_features, columns or matrix.in_features)[1:]
-        found.append(Curve(losses[1 : len(costs) + 1], costs))
+        found.append(Curve(losses[1 : len(costs) + 1], costs, floor))
     return found[0], found[1]
 
 

@@ -308,14 +308,14 @@ def _curves(
     for index, batch in _at_entrances(stream, matrices):
         works_on(f"curves of {stream.name}.{index}")
         modules = {name: matrix.module for name, matrix in batch.items()}
+        pair = value_heads(stream, index, {name: matrix for name, matrix in batch.items() if name in shrinking})
         moments = second_moments(lambda index=index: stream.advance(index), modules, all_called=False)  # type: ignore[misc]
         for name, matrix in batch.items():
             if name not in moments or name not in gradients:
                 continue
             weight = dense_weight(matrix.module).detach()
             found[name] = error_curve(weight, moments[name], gradients[name].full())
-        pair = value_heads(stream, index, {n: m for n, m in batch.items() if n in shrinking and n in found})
-        if pair is not None:
+        if pair is not None and {pair.values.name, pair.outputs.name} <= found.keys():
             heads.append((pair, pair.shrunken(moments, lambda name: gradients[name].full())))
     return found, heads
 

@@ -17,7 +17,7 @@ from tensorfold.algebra.statistics import Means, Statistics
 from tensorfold.anatomy import Matrix, dense_weight
 from tensorfold.calibrate import BlockStream
 
-_UNCHANGED = 0.05  # of what the change of one side alone does; the states may be bf16
+_EXACT, _ROUNDED = 1e-3, 0.05  # of what the change of one side alone does, in fp32 and in less
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,10 @@ class Turn:
     of_values: bool
 
     def weight(self, matrix: Matrix) -> Tensor:
-        """The dense matrix in the new basis."""
+        """The dense matrix in the new basis, in fp32 at least."""
         weight = dense_weight(matrix.module).detach()
-        return self.basis.rows(weight) if self.of_values else self.basis.columns(weight)
+        turned = (self.basis.rows if self.of_values else self.basis.columns)(weight.double())
+        return turned.to(torch.promote_types(weight.dtype, torch.float32))
 
     def statistics(self, matrix: Matrix, known: Statistics) -> Statistics:
         """Those of the matrix in the new basis.
@@ -141,14 +142,16 @@ def _cancels(run: Callable[[], Tensor], pairs: Sequence[ValueHeads]) -> bool:
         for module, inverse in back:
             hooks.callback(module.register_forward_pre_hook(partial(_turn_input, inverse)).remove)
         both = run().float() - before
-    return bool(both.norm() < _UNCHANGED * alone.norm())
+    exact = all(pair.outputs.parameter.dtype in (torch.float32, torch.float64) for pair in pairs)
+    return bool(both.norm() < (_EXACT if exact else _ROUNDED) * alone.norm())
 
 
 def _random_basis(pair: ValueHeads, seed: int) -> tuple[Tensor, Tensor]:
     """Of every value head, and its inverse for every head of the outputs; (heads, whole, whole)."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(pair.groups, pair.whole, pair.whole, generator=generator)).Q
-    scales = torch.linspace(0.5, 2, pair.whole)[:, None]  # a norm of the values would see them
+    # As different from head to head as within one, so that no norm of values or outputs hides them.
+    scales = 10 ** (2 * torch.rand(pair.groups, pair.whole, 1, generator=generator) - 1)
     inverse = (basis.mT / scales.mT).repeat_interleave(pair.heads // pair.groups, 0)
     return scales * basis, inverse
 

@@ -42,7 +42,7 @@ def allocate(curves: Mapping[str, Curve], budget: int) -> dict[str, int]:
     Raises:
         SpecError: The floors alone exceed the budget.
     """
-    allowed = {name: _from_floor(curve) for name, curve in curves.items()}
+    allowed = {name: from_floor(curve) for name, curve in curves.items()}
 
     def at(price: float) -> dict[str, int]:
         return {
@@ -69,10 +69,10 @@ def allocate(curves: Mapping[str, Curve], budget: int) -> dict[str, int]:
 
 def least(curves: Mapping[str, Curve]) -> float:
     """What all matrices cost at their floors."""
-    return sum(float(curve.costs[_from_floor(curve)]) for curve in curves.values())
+    return sum(float(curve.costs[from_floor(curve)]) for curve in curves.values())
 
 
-def _from_floor(curve: Curve) -> int:
+def from_floor(curve: Curve) -> int:
     """The first choice that costs at least the floor, or the last one."""
     enough = (curve.costs >= curve.floor).nonzero()
     return int(enough[0]) if len(enough) else len(curve.costs) - 1

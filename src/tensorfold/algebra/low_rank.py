@@ -70,13 +70,15 @@ def error_curve(weight: Tensor, metric: Tensor | None = None, outputs: Tensor | 
     return torch.cat([energies.new_zeros(1), energies.cumsum(0)]).flip(0)
 
 
-def largest(
+def restricted(
     weight: Tensor, spec: Spec, metric: Tensor | None = None, outputs: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The rows and the columns of ``weight`` that a partial spec keeps: those of the largest norms in the metrics.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The matrix that a partial spec keeps of ``weight``, on its rows and columns of the largest norms in the metrics.
+
+    By regression it makes up, as far as the metrics let it, for the rows and columns that are left out.
 
     Returns:
-        Indices, rising, int64: (rows,) and (columns,).
+        Shape (rows, columns), in ``weight``'s dtype; and the indices of both, rising, int64.
     """
     w = weight.double()
     c, g = (None if given is None else given.to(w) for given in (metric, outputs))
@@ -84,11 +86,24 @@ def largest(
     columns = (weigh(w, None, g) * w).sum(0)
     rows = rows if g is None else rows * (g if g.dim() == 1 else g.diagonal())
     columns = columns if c is None else columns * c.diagonal()
-    kept = (
+    rows, columns = (
         norms.topk(size).indices.sort().values
         for norms, size in ((rows, spec.inner.out_features), (columns, spec.inner.in_features))
     )
-    return next(kept), next(kept)
+    w = _regressed(w, columns, c)
+    w = _regressed(w.T, rows, None if g is None or g.dim() == 1 else g).T
+    return w.to(weight.dtype), rows, columns
+
+
+def _regressed(weight: Tensor, kept: Tensor, metric: Tensor | None) -> Tensor:
+    """Columns ``kept``, and what they give of the others: ``W_K + W_D C_DK C_KK⁻¹``."""
+    left = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    left[kept] = False
+    if metric is None or not left.any() or not weight[:, left].any():
+        return weight[:, kept]
+    inner = metric[kept][:, kept]
+    inner = inner + _RIDGE * inner.diagonal().mean() * torch.eye(len(kept)).to(inner)
+    return weight[:, kept] + torch.linalg.solve(inner, metric[kept][:, left] @ weight[:, left].T).T
 
 
 def _sandwich(root: Tensor | None, matrix: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ The output of a block's attention is ``Σ_h O_h z_h``, with ``z_h`` a mean over 
 query heads that h belongs to. Any invertible R turns ``V_k`` to ``R V_k`` and its ``O_h`` to ``O_h R⁻¹`` and changes
 nothing. So a head need not keep its own coordinates: with E (size, whole), ``V'_k = E V_k`` has fewer rows, and
 ``O'_h E ≈ O_h`` as few columns. E spans what ``Σ_h O_hᵀ G O_h`` holds most of in the metric of z, which is the best for
-heads that do not depend on each other; O' is then the best there is, by regression of all heads at once.
+heads that do not depend on each other and, where several share a group, have equal second moments; O' is then the best
+there is for E, by regression of all heads at once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorfold.algebra.allocation import Curve
+from tensorfold.algebra.allocation import Curve, from_floor
 from tensorfold.algebra.low_rank import error_curve, roots
 
 _RIDGE = 1e-6  # of its mean diagonal, added to a second moment that is inverted
@@ -106,7 +107,8 @@ def shrunken_heads(values: Known, outputs: Known, heads: int) -> Iterator[PairCu
             torch.stack(bases),
             torch.stack([_estimate(e, moment) for e, (_, _, moment) in zip(bases, found, strict=True)]),
         )
-        yield PairCurves(basis, *_curves(values, Known(w, c, g), basis, heads))
+        curves = _curves(values, Known(w, c, g), basis, heads)
+        yield PairCurves(HeadBasis(basis.into.float().cpu(), basis.back.float().cpu()), *curves)
 
 
 def _estimate(into: Tensor, moment: Tensor) -> Tensor:
@@ -143,39 +145,39 @@ class Sizes(NamedTuple):
     outputs: int
 
 
-def joint_curve(by_size: Mapping[int, tuple[Curve, Curve]], floor: float) -> tuple[Curve, list[Sizes]]:
-    """What values and outputs together lose at every cost from ``floor`` on, in the best division and size of heads.
+def joint_curve(by_size: Mapping[int, tuple[Curve, Curve]]) -> tuple[Curve, list[Sizes]]:
+    """What values and outputs together lose at every cost, in the best division and size of heads.
 
-    For one size the best divisions are sums of points on the two lower convex hulls; a price for parameters reaches no
-    others.
+    For one size the divisions that a price for parameters reaches are sums of points on the two lower convex hulls;
+    the steps between them are those of one of the two.
 
     Args:
-        by_size: Curves of values and outputs with heads of each size.
+        by_size: Curves of values and outputs with heads of each size. Neither gets less than its floor, or than all
+            that it can have with heads of that size.
     """
     points = []
     for size, (values, outputs) in by_size.items():
-        ends = (len(values.costs) - 1, len(outputs.costs) - 1)
-        for i, j in (*_divisions(values, outputs), ends):
+        for i, j in _divisions(values, outputs):
             cost, loss = values.costs[i] + outputs.costs[j], values.losses[i] + outputs.losses[j]
             points.append((float(cost), float(loss), Sizes(size, i, j)))
-    largest = max(points, key=lambda point: point[0])
-    enough = sorted(point for point in points if point[0] >= floor) or [largest]
-    kept = enough[:1]
-    for point in enough[1:]:
+    points.sort()
+    kept = points[:1]
+    for point in points[1:]:
         if point[1] < kept[-1][1] and point[0] > kept[-1][0]:
             kept.append(point)
     costs, losses = (torch.tensor([point[k] for point in kept], dtype=torch.float64) for k in (0, 1))
-    return Curve(losses, costs, floor), [point[2] for point in kept]
+    return Curve(losses, costs), [point[2] for point in kept]
 
 
 def _divisions(one: Curve, other: Curve) -> Iterator[tuple[int, int]]:
-    """Pairs of indices, from the cheapest on, each a step further on the one of the two hulls that gains more."""
-    hulls = [_hull(curve) for curve in (one, other)]
-    at = [0, 0]
+    """Pairs of indices, from both floors on, each a step further on the one of the two whose hull gains more there."""
+    curves = (one, other)
+    hulls = [_hull(curve, from_floor(curve)) for curve in curves]
+    reached, at = [hull[0] for hull in hulls], [0, 0]
+    yield reached[0], reached[1]
     while True:
-        yield hulls[0][at[0]], hulls[1][at[1]]
         best, gain = None, -1.0
-        for k, curve in enumerate((one, other)):
+        for k, curve in enumerate(curves):
             if at[k] + 1 < len(hulls[k]):
                 here, there = hulls[k][at[k]], hulls[k][at[k] + 1]
                 slope = float((curve.losses[here] - curve.losses[there]) / (curve.costs[there] - curve.costs[here]))
@@ -184,15 +186,16 @@ def _divisions(one: Curve, other: Curve) -> Iterator[tuple[int, int]]:
         if best is None:
             return
         at[best] += 1
+        for index in range(reached[best] + 1, hulls[best][at[best]] + 1):
+            reached[best] = index
+            yield reached[0], reached[1]
 
 
-def _hull(curve: Curve) -> list[int]:
-    """Indices on the lower convex hull of losses over costs, from the first one on while losses fall."""
+def _hull(curve: Curve, first: int) -> list[int]:
+    """Indices on the lower convex hull of losses over costs, from ``first`` to the last one."""
     costs, losses = curve.costs.tolist(), curve.losses.tolist()
-    kept: list[int] = []
-    for k in range(len(costs)):
-        if kept and (losses[k] >= losses[kept[-1]] or costs[k] <= costs[kept[-1]]):
-            continue
+    kept = [first]
+    for k in range(first + 1, len(costs)):
         while len(kept) > 1:
             a, b = kept[-2], kept[-1]
             if (losses[a] - losses[b]) * (costs[k] - costs[a]) > (losses[a] - losses[k]) * (costs[b] - costs[a]):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tensorfold.algebra.als import check_metric, check_outputs, is_large_table, weighted_als
 from tensorfold.algebra.als_cg import weigh
-from tensorfold.algebra.low_rank import largest, whitened_low_rank
+from tensorfold.algebra.low_rank import restricted, whitened_low_rank
 from tensorfold.algebra.pivots import with_pivots, with_pivots_in_basis
 from tensorfold.algebra.shared_basis import fit_shared_basis
 from tensorfold.algebra.spec import Spec
@@ -45,13 +45,17 @@ def factorize(
 ) -> Factors:
     """What a layer of ``spec`` is made of: :func:`fit`, of the rows and columns that it keeps, with its pivots.
 
+    A partial spec keeps those of the largest norms in the metrics, which is a greedy choice; what is kept makes up for
+    the rest by regression, and is then fitted.
+
     Arguments and errors are those of :func:`fit`.
     """
     if spec.is_partial:
         check_weight(weight, spec)
-        rows, columns = largest(weight, spec, metric, outputs)
+        _check_metrics(spec, metric, outputs)
+        kept, rows, columns = restricted(weight, spec, metric, outputs)
         metrics = Metrics(metric, outputs).reordered(rows, columns)
-        found = factorize(weight[rows][:, columns], spec.inner, metrics.inputs, outputs=metrics.outputs)
+        found = factorize(kept, spec.inner, metrics.inputs, outputs=metrics.outputs)
         return found._replace(out_order=rows if found.out_order is None else rows[found.out_order], in_order=columns)
     cores = fit(weight, spec, metric, start, outputs)
     if spec.has_pivot_rows:
@@ -98,16 +102,20 @@ def fit(
         )
     if spec.sites == 1 or (metric is None and outputs is None):
         return tt_svd(weight, spec)
-    if metric is not None:
-        check_metric(metric, spec)
-    if outputs is not None:
-        check_outputs(outputs, spec)
+    _check_metrics(spec, metric, outputs)
     if spec.is_low_rank and not spec.is_padded and start is None:
         return whitened_low_rank(weight, metric, spec, outputs)
     if spec.pivoted and spec.grouped:
         return fit_shared_basis(weight, spec, metric, outputs, start).cores
     sweeps = _TABLE_SWEEPS if is_large_table(weight, outputs) else 20
     return weighted_als(weight, spec, start or tt_svd(weight, spec), metric, outputs, sweeps=sweeps).cores
+
+
+def _check_metrics(spec: Spec, metric: Tensor | None, outputs: Tensor | None) -> None:
+    if metric is not None:
+        check_metric(metric, spec)
+    if outputs is not None:
+        check_outputs(outputs, spec)
 
 
 def relative_error(

@@ -110,7 +110,7 @@ class Spec:
     @property
     def _can_pivot(self) -> bool:
         side = "out" if self.is_low_rank else self.grouped
-        if side is None or self.is_padded or self.scalars:
+        if side is None or self.is_padded or self.scalars or (self.is_partial and not self.is_low_rank):
             return False
         size = self.out_modes[0] if self.is_low_rank else max(self.out_modes[1], self.in_modes[1])
         sides = (side, "in") if self.is_low_rank and self.in_features > self.in_modes[1] else (side,)
@@ -174,7 +174,9 @@ class Spec:
         ``rank · (out + in)`` parameters; ``rank · (out + in - rank)`` where ``pivoted``. There only so many ``rows``
         and ``columns`` may differ from zero; 0 is all. The parameters are those of the matrix without the others.
         """
-        out, into = rows or out_features, columns or in_features
+        out, into = _kept(out_features, in_features, rows, columns)
+        if not pivoted and (out, into) != (out_features, in_features):
+            raise SpecError(f"Spec.low_rank: got rows={rows}, columns={columns} without pivoted=True, which they need.")
         sides = ("out", "in") if into < in_features else ("out",)
         modes = ((out, 1), (1, into))
         return cls(*modes, (rank,), out_features, in_features, reordered=sides if pivoted else (), pivoted=pivoted)
@@ -214,7 +216,7 @@ class Spec:
     @classmethod
     def partial(cls, out_features: int, in_features: int, rows: int = 0, columns: int = 0) -> Spec:
         """A dense matrix of which only so many ``rows`` and ``columns`` differ from zero; 0 is all."""
-        kept = (rows or out_features, columns or in_features)
+        kept = _kept(out_features, in_features, rows, columns)
         sides = tuple(s for s, k, f in zip(("out", "in"), kept, (out_features, in_features), strict=True) if k < f)
         return cls((kept[0],), (kept[1],), (), out_features, in_features, reordered=sides)
 
@@ -373,3 +375,10 @@ def _positive_integers(name: str, values: Any) -> tuple[int, ...]:
     if not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in out):
         raise SpecError(f"Spec: {name}={out}; needed positive integers.")
     return out
+
+
+def _kept(out_features: int, in_features: int, rows: int, columns: int) -> tuple[int, int]:
+    """How many rows and columns may differ from zero, where 0 says all."""
+    if not (0 <= rows <= out_features and 0 <= columns <= in_features):
+        raise SpecError(f"Spec: got rows={rows}, columns={columns} of a {out_features}×{in_features} matrix.")
+    return rows or out_features, columns or in_features
