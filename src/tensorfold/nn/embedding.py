@@ -27,11 +27,11 @@ class MPOEmbedding(MPOModule):
     """
 
     def __init__(self, spec: Spec, scale: float = 1.0, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__(spec, device, dtype)
         if spec.is_partial:
             raise SpecError(
                 f"MPOEmbedding: {spec} leaves rows or columns out; a table needs all, only linear layers may."
             )
-        super().__init__(spec, device, dtype)
         self.num_embeddings, self.embedding_dim = spec.out_features, spec.in_features
         self.scale = scale
         self.reset_parameters(1.0)
