@@ -44,8 +44,10 @@ def bond(target: str, chi: int, sites: Sites) -> int:
     return min(chi, max(attainable_ranks(*modes(target, sites))))
 
 
-def recipe(chi: int, sites: Sites = "paper", init: Literal["tt-svd", "random"] = "tt-svd") -> dict[str, Any]:
+def recipe(chi: int, sites: Sites = "paper", init: Literal["tt-svd", "random"] | None = "tt-svd") -> dict[str, Any]:
     """The recipe, as the mapping its YAML would hold, that folds all 25 linear layers of a PicoGPT.
+
+    ``init=None`` is TT-SVD refined on the calibration text that the fold gets.
 
     Raises:
         InputError: χ is less than 1, or another number of sites.
@@ -61,7 +63,7 @@ def recipe(chi: int, sites: Sites = "paper", init: Literal["tt-svd", "random"] =
             "out_modes": list(out_modes),
             "in_modes": list(in_modes),
             "bond": bond(target, chi, sites),
-            "init": init,
+            **({"init": init} if init else {}),
         })  # fmt: skip
     return {"fold": rules}
 

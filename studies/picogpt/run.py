@@ -41,22 +41,31 @@ SCHEDULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 HEALING: dict[str, Any] = {"kl": 1.0, "warmup": 20}
 FAST = 2e-2  # learning rate; of six for healing the best, found when the runs at the schedule's own 1e-2 were done
+CALIBRATION = 65_536  # characters from the start of the training text
 CHI = {4: 42_336, 8: 79_168, 16: 177_408, 32: 472_192}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """``system``: dense, mpo, mpo2, mpo3, low-rank, kronecker or layers; ``size``: χ, parameters or layers."""
+    """``system``: dense, mpo, mpo2, mpo3, low-rank, kronecker or layers; ``size``: χ, parameters or layers.
+
+    ``start``: random; fold, from the trained dense model; fold-fast, the same healed at ``FAST``; fold-long, so for all
+    steps; fold-calibrated and fold-calibrated-long, as these two, each matrix fitted in the metric of its inputs.
+    """
 
     system: str
     size: int
-    start: str  # random; fold, from the trained dense model; fold-fast, healed at FAST; fold-long, so for all steps
+    start: str
     schedule: str
     seed: int
 
     @property
     def name(self) -> str:
         return f"{self.schedule}-{self.system}-{self.size}-{self.start}-{self.seed}"
+
+    @property
+    def calibrated(self) -> bool:
+        return "calibrated" in self.start
 
     @property
     def dense(self) -> Run:
@@ -87,6 +96,8 @@ def planned() -> Iterator[Run]:
     for seed in (0, 1, 2):
         yield Run("mpo", 16, "fold-fast", "tuned", seed)
         yield Run("mpo", 16, "fold-long", "tuned", seed)
+        yield Run("mpo", 16, "fold-calibrated", "tuned", seed)
+        yield Run("mpo", 16, "fold-calibrated-long", "tuned", seed)
 
 
 def recipe_of(run: Run, model: Any) -> Any:
@@ -99,7 +110,7 @@ def recipe_of(run: Run, model: Any) -> Any:
         return at_most(model, LowRank if run.system == "low-rank" else Kronecker, run.size)
     sites = {"mpo": "paper", "mpo2": 2, "mpo3": 3}[run.system]
     chi = run.size if run.size in CHI else bond_for(run.size, sites)
-    return recipe(chi, sites, init="random" if run.start == "random" else "tt-svd")
+    return recipe(chi, sites, init="random" if run.start == "random" else None if run.calibrated else "tt-svd")
 
 
 def at_most(model: Any, method: Any, parameters: int) -> Any:
@@ -188,10 +199,11 @@ def one_run(run: Run, work: Path, text: Path, steps: int, healing_steps: int, ch
         model, teacher = PicoGPTForCausalLM(PicoGPTConfig(**configuration)), None
     report = None
     if run.system != "dense":
-        report = tensorfold.fold(model, recipe_of(run, model))
+        texts = [whole[: int(0.9 * min(characters, len(whole)))]] if run.calibrated else None
+        report = tensorfold.fold(model, recipe_of(run, model), tokenizer, texts, calibration_tokens=CALIBRATION)
     before = scores(model, text, tokenizer)
     dense_errors = errors(model, teacher) if teacher is not None and run.system != "layers" else {}
-    few = run.start in ("fold", "fold-fast")
+    few = run.start != "random" and "long" not in run.start
     settings = {**COMMON, **training, "steps": healing_steps if few else steps, "seed": run.seed}
     settings["evaluate_every"] = -(-settings["steps"] // 20) if characters >= len(whole) else settings["steps"]
     if trained_dense:
@@ -204,6 +216,7 @@ def one_run(run: Run, work: Path, text: Path, steps: int, healing_steps: int, ch
         "parameters": count_parameters(model),
         "before": before,
         "after": scores(model, text, tokenizer),
+        **({"dense": scores(teacher, text, tokenizer)} if teacher is not None else {}),
         "errors_before": dense_errors,
         "errors_after": errors(model, teacher) if dense_errors and teacher is not None else {},
         "modules": {} if report is None else {name: str(spec) for name, spec in report.modules.items()},

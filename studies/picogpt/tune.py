@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from modes import recipe
-from run import COMMON, HEALING
+from run import CALIBRATION, COMMON, HEALING
 
 import tensorfold
 from tensorfold.healing.run import heal
@@ -37,9 +37,12 @@ CANDIDATES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-# Healing of χ = 16, folded from a dense model of 600 steps at the best rate: its peak learning rate.
+# Healing of χ = 16, folded from a dense model of 600 steps at the best rate: its peak learning rate, and whether the
+# fold is calibrated.
 HEALING_STEPS = 150
-HEALING_CANDIDATES = {f"healing, lr {lr:g}": lr for lr in (1e-2, 5e-3, 2e-3, 1e-3, 2e-2, 4e-2)}
+HEALING_CANDIDATES = {f"healing, lr {lr:g}": (lr, False) for lr in (1e-2, 5e-3, 2e-3, 1e-3, 2e-2, 4e-2)} | {
+    f"healing, lr {lr:g}, calibrated fold": (lr, True) for lr in (2e-2, 1e-2)
+}
 BEST = "lr 0.01, token rows of size 1, 600 steps"
 
 
@@ -60,9 +63,15 @@ def trial(name: str, text: Path, work: Path) -> dict[str, Any]:
         if not (work / "best").exists():
             trial(BEST, text, work)
         model, teacher = tensorfold.load(work / "best"), tensorfold.load(work / "best")
-        tensorfold.fold(model, recipe(16))
+        lr, calibrated = HEALING_CANDIDATES[name]
+        if calibrated:
+            tensorfold.fold(
+                model, recipe(16, init=None), tokenizer, [part.read_text("utf-8")], calibration_tokens=CALIBRATION
+            )
+        else:
+            tensorfold.fold(model, recipe(16))
         out, configuration = None, CANDIDATES[BEST][2]
-        settings = {**COMMON, **HEALING, "lr": HEALING_CANDIDATES[name], "steps": HEALING_STEPS}
+        settings = {**COMMON, **HEALING, "lr": lr, "steps": HEALING_STEPS}
     else:
         steps, training, configuration = CANDIDATES[name]
         torch.manual_seed(0)
