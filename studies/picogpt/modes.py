@@ -44,10 +44,10 @@ def bond(target: str, chi: int, sites: Sites) -> int:
     return min(chi, max(attainable_ranks(*modes(target, sites))))
 
 
-def recipe(chi: int, sites: Sites = "paper", init: Literal["tt-svd", "random"] | None = "tt-svd") -> dict[str, Any]:
+def recipe(chi: int, sites: Sites = "paper", init: Literal["random"] | None = None) -> dict[str, Any]:
     """The recipe, as the mapping its YAML would hold, that folds all 25 linear layers of a PicoGPT.
 
-    ``init=None`` is TT-SVD refined on the calibration text that the fold gets.
+    ``init=None`` is TT-SVD, refined where the fold has calibration text.
 
     Raises:
         InputError: χ is less than 1, or another number of sites.

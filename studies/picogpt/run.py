@@ -68,6 +68,10 @@ class Run:
         return "calibrated" in self.start
 
     @property
+    def long(self) -> bool:
+        return self.start.endswith("-long")
+
+    @property
     def dense(self) -> Run:
         return Run("dense", 0, "random", self.schedule, self.seed)
 
@@ -110,7 +114,7 @@ def recipe_of(run: Run, model: Any) -> Any:
         return at_most(model, LowRank if run.system == "low-rank" else Kronecker, run.size)
     sites = {"mpo": "paper", "mpo2": 2, "mpo3": 3}[run.system]
     chi = run.size if run.size in CHI else bond_for(run.size, sites)
-    return recipe(chi, sites, init="random" if run.start == "random" else None if run.calibrated else "tt-svd")
+    return recipe(chi, sites, init="random" if run.start == "random" else None)
 
 
 def at_most(model: Any, method: Any, parameters: int) -> Any:
@@ -132,6 +136,12 @@ def at_most(model: Any, method: Any, parameters: int) -> Any:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return with_keep(low)
+
+
+def training_text(whole: str) -> str:
+    """What of a text trains: all but the last 10 % of its windows, which validate."""
+    windows = len(whole) // 256
+    return whole[: (windows - int(windows * 0.1)) * 256]
 
 
 def scores(model: Any, text: Path, tokenizer: Any) -> dict[str, float]:
@@ -199,11 +209,11 @@ def one_run(run: Run, work: Path, text: Path, steps: int, healing_steps: int, ch
         model, teacher = PicoGPTForCausalLM(PicoGPTConfig(**configuration)), None
     report = None
     if run.system != "dense":
-        texts = [whole[: int(0.9 * min(characters, len(whole)))]] if run.calibrated else None
+        texts = [training_text(whole[:characters])] if run.calibrated else None
         report = tensorfold.fold(model, recipe_of(run, model), tokenizer, texts, calibration_tokens=CALIBRATION)
     before = scores(model, text, tokenizer)
     dense_errors = errors(model, teacher) if teacher is not None and run.system != "layers" else {}
-    few = run.start != "random" and "long" not in run.start
+    few = trained_dense and not run.long
     settings = {**COMMON, **training, "steps": healing_steps if few else steps, "seed": run.seed}
     settings["evaluate_every"] = -(-settings["steps"] // 20) if characters >= len(whole) else settings["steps"]
     if trained_dense:

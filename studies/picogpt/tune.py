@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from modes import recipe
-from run import CALIBRATION, COMMON, HEALING
+from run import CALIBRATION, COMMON, HEALING, training_text
 
 import tensorfold
 from tensorfold.healing.run import heal
@@ -41,7 +41,7 @@ CANDIDATES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 # fold is calibrated.
 HEALING_STEPS = 150
 HEALING_CANDIDATES = {f"healing, lr {lr:g}": (lr, False) for lr in (1e-2, 5e-3, 2e-3, 1e-3, 2e-2, 4e-2)} | {
-    f"healing, lr {lr:g}, calibrated fold": (lr, True) for lr in (2e-2, 1e-2)
+    "healing, lr 0.02, calibrated fold": (2e-2, True)
 }
 BEST = "lr 0.01, token rows of size 1, 600 steps"
 
@@ -49,9 +49,8 @@ BEST = "lr 0.01, token rows of size 1, 600 steps"
 def training_part(text: Path, work: Path) -> tuple[Path, Any]:
     """The text without the study's validation text, and the tokenizer of the whole."""
     whole = text.read_text(encoding="utf-8")
-    blocks = len(whole) // 256
     part = work / "training-part.txt"
-    part.write_text(whole[: (blocks - int(blocks * 0.1)) * 256], encoding="utf-8")
+    part.write_text(training_text(whole), encoding="utf-8")
     return part, character_tokenizer(whole)
 
 
@@ -64,12 +63,8 @@ def trial(name: str, text: Path, work: Path) -> dict[str, Any]:
             trial(BEST, text, work)
         model, teacher = tensorfold.load(work / "best"), tensorfold.load(work / "best")
         lr, calibrated = HEALING_CANDIDATES[name]
-        if calibrated:
-            tensorfold.fold(
-                model, recipe(16, init=None), tokenizer, [part.read_text("utf-8")], calibration_tokens=CALIBRATION
-            )
-        else:
-            tensorfold.fold(model, recipe(16))
+        texts = [part.read_text("utf-8")] if calibrated else None
+        tensorfold.fold(model, recipe(16), tokenizer, texts, calibration_tokens=CALIBRATION)
         out, configuration = None, CANDIDATES[BEST][2]
         settings = {**COMMON, **HEALING, "lr": lr, "steps": HEALING_STEPS}
     else:
