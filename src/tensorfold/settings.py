@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from tensorfold.errors import InputError
 from tensorfold.strict import strict
@@ -79,6 +79,8 @@ class HealSettings:
         min_lr: Learning rate at the end of a cosine schedule.
         schedule: ``cosine``, ``linear`` or ``constant`` after ``warmup`` steps.
         train: ``cores``; ``all`` parameters; or ``all-but-embeddings``.
+        dropout: Probability of every dropout while training, in place of the configuration's; the terms that compare
+            with a teacher are of a pass without.
         freeze_scalars: Leave the Kronecker terms' scalars as they are.
         precision: ``bf16`` is autocast over fp32 weights.
         validation_fraction: Part of the text's end that chooses the best checkpoint and is never trained on.
@@ -107,6 +109,7 @@ class HealSettings:
     seed: Annotated[int, Ge(0), Le(2**32 - 1)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     train: Literal["cores", "all", "all-but-embeddings"] = "all"
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     freeze_scalars: bool = False
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -133,6 +136,16 @@ class HealSettings:
             raise InputError(f"heal: batch={self.batch} is not a multiple of micro_batch={self.micro_batch}.")
         if self.min_lr > self.lr:
             raise InputError(f"heal: min_lr={self.min_lr} is above lr={self.lr}; needed at most lr.")
+        if self.dropout and not (self.steps and self.cross_entropy):
+            raise InputError(
+                f"heal: dropout={self.dropout} reaches only the cross_entropy term of steps end to end, and "
+                f"steps={self.steps}, cross_entropy={self.cross_entropy}; set both above 0, or dropout: 0."
+            )
+        if self.dropout and self.gradient_checkpointing and self.needs_teacher:
+            raise InputError(
+                f"heal: dropout={self.dropout} with gradient_checkpointing and a teacher; the pass that is compared would "
+                "be computed again with dropout. Leave out one of the three."
+            )
 
     @property
     def needs_teacher(self) -> bool:

@@ -73,11 +73,12 @@ class Reporter(TrainerCallback):
 
     Args:
         tokens: Tokens in a step, over all devices.
+        dropout: Probability that the steps are taken with.
         progress: Show a bar with loss, tokens a second and time left on standard error.
     """
 
-    def __init__(self, log: StepLog, tokens: int, progress: bool) -> None:
-        self.log, self.tokens = log, tokens
+    def __init__(self, log: StepLog, tokens: int, dropout: float, progress: bool) -> None:
+        self.log, self.tokens, self.dropout = log, tokens, dropout
         self.bar = Progress(
             TextColumn("heal"),
             BarColumn(),
@@ -116,7 +117,8 @@ class Reporter(TrainerCallback):
                 "seconds": round(self._seconds, 4),
             }
             parts = {key: value for key, value in logs.items() if key not in ("epoch", "learning_rate")}
-            self.log.write({"step": state.global_step, **parts, "lr": logs["learning_rate"], **timing})
+            constant = {"lr": logs["learning_rate"], "dropout": self.dropout}
+            self.log.write({"step": state.global_step, **parts, **constant, **timing})
             self.bar.update(
                 self._task, completed=state.global_step, description=f"loss {logs['loss']:.3f}, {rate:,.0f} tokens/s"
             )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from transformers import PreTrainedModel
 
 from tensorfold.anatomy import blocks, matrices
 from tensorfold.errors import InputError
+from tensorfold.healing.noise import Noise
 from tensorfold.settings import HealSettings
 
 Forward = Callable[..., Any]
+log = logging.getLogger(__name__)
 
 
 def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
@@ -107,9 +110,12 @@ class HealLoss:
     KnGPT2 (arXiv 2110.08152). MSE is the mean over elements; attention and ffn are means over the blocks, so a weight
     means the same at every depth.
 
+    CE alone sees the student's dropout. What compares with the teacher is of a pass without, since two equal models
+    would otherwise differ by what was drawn.
+
     Args:
-        student: Hooks stay on it until :meth:`close`.
-        teacher: In evaluation mode and never differentiated; needed for every term but CE.
+        student: Hooks and ``settings.dropout`` stay on it until :meth:`close`.
+        teacher: In evaluation mode and never differentiated until :meth:`close`; needed for every term but CE.
 
     Raises:
         InputError: A term cannot be computed for this pair of models; the message says which and why.
@@ -127,12 +133,25 @@ class HealLoss:
         self._needs_teacher = bool(self.weights.keys() - {"cross_entropy"})
         self._watches: list[_Watch] = []
         self._attention: list[tuple[PreTrainedModel, str]] = []
-        if not self._needs_teacher:
-            return
+        self._kept = ExitStack()
+        self._noise = Noise(student, settings.dropout)
+        self._kept.callback(self._noise.restore)
+        try:
+            if self._needs_teacher:
+                self._watch(student, teacher)
+        except BaseException:
+            self.close()
+            raise
+        low, high = self._noise.of_configuration
+        if high:
+            came_with = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            log.info("heal: dropout %g instead of the model's %s", settings.dropout, came_with)
+
+    def _watch(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        """Check that every term can be computed, and put the hooks on."""
         if teacher is None:
             terms = ", ".join(sorted(self.weights.keys() - {"cross_entropy"}))
             raise InputError(f"heal: {terms} compare with a teacher, and none was given; name the dense model.")
-        teacher.eval().requires_grad_(False)
         _check_pair(self.weights, student, teacher)
         ffn = feed_forward_names(teacher) if "ffn" in self.weights else []
         for name in ffn:
@@ -140,13 +159,13 @@ class HealLoss:
                 student.get_submodule(name)
             except AttributeError:
                 raise InputError(f"heal: the student has no module {name}, which the ffn term compares.") from None
-        try:
-            if "attention" in self.weights:
-                self._give_attention(student, teacher)
-            self._watches = [_Watch(model, ffn, "embedding" in self.weights) for model in (student, teacher)]
-        except BaseException:
-            self.close()
-            raise
+        modes = [(module, module.training) for module in teacher.modules()]
+        wanted = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
+        self._kept.callback(_give_back, modes, wanted)
+        teacher.eval().requires_grad_(False)
+        if "attention" in self.weights:
+            self._give_attention(student, teacher)
+        self._watches = [_Watch(model, ffn, "embedding" in self.weights) for model in (student, teacher)]
 
     def _give_attention(self, *models: PreTrainedModel) -> None:
         """Only the eager implementation has attention probabilities to show; the former one comes back in close()."""
@@ -181,26 +200,29 @@ class HealLoss:
             ids: Token indices, shape (batch, length).
         """
         options: dict[str, Any] = {"use_cache": False}
-        if "attention" in self.weights:
-            options["output_attentions"] = True
-        if not self._needs_teacher:
-            terms = {"cross_entropy": cross_entropy(forward(input_ids=ids, **options).logits, ids)}
-        else:
+        terms: dict[str, Tensor] = {}
+        noisy = not self._needs_teacher or self.settings.dropout > 0
+        if "cross_entropy" in self.weights and noisy:
+            terms["cross_entropy"] = cross_entropy(forward(input_ids=ids, **options).logits, ids)
+        if self._needs_teacher:
             assert teach is not None
+            if "attention" in self.weights:
+                options["output_attentions"] = True
             ours, theirs = self._watches
-            with ours.watching() as seen, theirs.watching() as wanted:
+            with ours.watching() as seen, theirs.watching() as wanted, self._noise.off():
                 with torch.no_grad():
                     target = teach(input_ids=ids, **options)
-                terms = self._compare(forward(input_ids=ids, **options), target, seen, wanted, ids)
+                given = forward(input_ids=ids, **options)
+                if "cross_entropy" in self.weights and not noisy:
+                    terms["cross_entropy"] = cross_entropy(given.logits, ids)
+                terms |= self._compare(given, target, seen, wanted)
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return total, {name: term.detach() for name, term in terms.items()}
 
     def _compare(
-        self, given: Any, target: Any, seen: Mapping[str, Tensor], wanted: Mapping[str, Tensor], ids: Tensor
+        self, given: Any, target: Any, seen: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
-        if "cross_entropy" in self.weights:
-            terms["cross_entropy"] = cross_entropy(given.logits, ids)
         if "kl" in self.weights:
             terms["kl"] = logit_kl(given.logits, target.logits, self.settings.temperature)
         if "embedding" in self.weights:
@@ -214,12 +236,20 @@ class HealLoss:
         return terms
 
     def close(self) -> None:
-        """Take the hooks off and give the models their attention implementations back."""
+        """Give the models back as they came: without hooks, with their attention, dropout, modes and gradients."""
         for watch in self._watches:
             watch.close()
         for model, implementation in self._attention:
             model.set_attn_implementation(implementation)
         self._watches, self._attention = [], []
+        self._kept.close()
+
+
+def _give_back(modes: list[tuple[nn.Module, bool]], wanted: list[nn.Parameter]) -> None:
+    for module, training in modes:
+        module.training = training
+    for parameter in wanted:
+        parameter.requires_grad_(True)
 
 
 def _mse(student: Tensor, teacher: Tensor) -> Tensor:

@@ -261,7 +261,7 @@ class _Run:
         reporters = []
         if self.log is not None:
             self.log.forget_after(read_state(resume)["global_step"] if resume else -1)
-            reporters = [Reporter(self.log, settings.batch * settings.block, self.progress)]
+            reporters = [Reporter(self.log, settings.batch * settings.block, settings.dropout, self.progress)]
         plan = arguments(settings, self.work, self.state.num_processes, self.validation is not None, self.report_to)
         plan.eval_on_start = resume is None and self.validation is not None
         # What FSDP has sharded cannot be written as a model; this copy takes the gathered weights in the end.
