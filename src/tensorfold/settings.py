@@ -143,8 +143,8 @@ class HealSettings:
             )
         if self.dropout and self.gradient_checkpointing and self.needs_teacher:
             raise InputError(
-                f"heal: dropout={self.dropout} with gradient_checkpointing and a teacher; the pass that is compared would "
-                "be computed again with dropout. Leave out one of the three."
+                f"heal: dropout={self.dropout} with gradient_checkpointing and a teacher; the pass that is compared "
+                "would be computed again with dropout. Leave out one of the three."
             )
 
     @property

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 # Substrings of the names that transformers gives to probabilities (attention_dropout, attn_pdrop, drop_prob, …) and to
-# noise on what a router reads. Noise, and what leaves out layers or whole branches, has no value that suits every model.
+# noise on what a router reads. For noise, and for leaving out layers or branches, no one value suits every model.
 _NAMES = ("drop", "jitter")
 _NO_DROPOUT = ("layer", "path", "jitter")
 
