@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensorfold.anatomy import count_parameters
@@ -20,7 +22,7 @@ from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.hf.int8 import quantize
 from tensorfold.hf.loading import load, reason
 from tensorfold.hf.plain import check_floating, plain_config, plain_model
-from tensorfold.onnx_graph import check_packages, compare, probe, trace
+from tensorfold.onnx_graph import check_finite, check_packages, compare, probe, trace
 
 # Of a float32 model, in units of its largest logit where that is above 1.
 TOLERANCE = {"dense": 1e-4, "onnx": 1e-3}
@@ -125,17 +127,21 @@ def export_dense(
 
     Raises:
         InputError: ``out`` cannot be written, or the model is quantised by something else.
-        TensorfoldError: What was written does not give the model's logits to 1e-4 (float32), or the disk is full.
+        TensorfoldError: What was written does not give the model's logits to 1e-4 (float32) or finite ones, the model's
+            own are not finite, or the disk is full.
     """
     started = time.monotonic()
     with _directory(out) as partial, evaluation_mode(model):
+        inputs, expected = _expected(model, "dense")
         plain = plain_model(model)
         parameters = count_parameters(plain)
         plain.save_pretrained(partial)
         del plain  # two whole models at a time are enough
         text = _DENSE_README.format(name=name, parameters=parameters, version=_version())
         _write_beside(partial, tokenizer, text)
-        difference = _difference(load(partial), model)
+        # Products rounded to half precision differ by that rounding, for which there is no bound worth checking.
+        allowed = TOLERANCE["dense"] if model.dtype == torch.float32 else math.inf
+        difference = _difference("dense", load(partial), inputs, expected, allowed)
         size = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
     return ExportReport("dense", str(out), parameters, size, difference, round(time.monotonic() - started, 3))
 
@@ -154,7 +160,8 @@ def export_onnx(
 
     Raises:
         InputError: A package is missing, ``out`` cannot be written, or the model is not in float32.
-        TensorfoldError: The model cannot be traced, the graph does not give its logits to 1e-3, or the disk is full.
+        TensorfoldError: The model cannot be traced, the graph does not give its logits to 1e-3, these are not finite,
+            or the disk is full.
     """
     started = time.monotonic()
     check_packages()
@@ -167,6 +174,7 @@ def export_onnx(
             'in: load it with dtype="float32".'
         )
     with evaluation_mode(model):
+        _expected(model, "onnx")
         program = trace(model)
         with _directory(out) as partial:
             graph = partial / "model.onnx"
@@ -176,7 +184,7 @@ def export_onnx(
             text = _ONNX_README.format(name=name, parameters=parameters, version=_version(), no_cache=NO_CACHE)
             _write_beside(partial, tokenizer, text)
             difference, largest = compare(graph, model)
-            _check("onnx", difference, largest)
+            _check("onnx", difference, TOLERANCE["onnx"] * max(1.0, largest))
             size = sum(file.stat().st_size for file in partial.glob("model.onnx*"))
     return ExportReport("onnx", str(out), parameters, size, difference, round(time.monotonic() - started, 3))
 
@@ -191,23 +199,20 @@ def export_int8(
         out, tokenizer, name: As for :func:`export_dense`.
 
     Raises:
-        InputError: ``out`` cannot be written, or the model is quantised already.
-        TensorfoldError: The disk is full.
+        InputError: ``out`` cannot be written, the model is quantised already, or a weight is not finite.
+        TensorfoldError: Logits before or after are not finite, or the disk is full.
     """
     started = time.monotonic()
     check_target(Path(out))
-    with evaluation_mode(model), torch.no_grad():
-        ids, mask = probe(model, 2, 16)
-        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    with evaluation_mode(model):
+        inputs, expected = _expected(model, "int8")
         bytes_before = quantize(model).bytes_before
         with _directory(out) as partial:
             model.save_pretrained(partial)
             text = _INT8_README.format(name=name, before=bytes_before, version=_version())
             _write_beside(partial, tokenizer, text)
             size = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
-            written = load(partial)
-        got = written.to(ids.device)(input_ids=ids, attention_mask=mask, use_cache=False).logits  # type: ignore[arg-type]
-    difference = (got - expected).abs().max().item()
+            difference = _difference("int8", load(partial), inputs, expected, math.inf)
     return ExportReport(
         "int8", str(out), count_parameters(model), size, difference, round(time.monotonic() - started, 3)
     )
@@ -229,19 +234,34 @@ def _write_beside(directory: Path, tokenizer: Any, readme: str) -> None:
 
 
 @torch.no_grad()
-def _difference(written: PreTrainedModel, model: PreTrainedModel) -> float:
+def _expected(model: PreTrainedModel, to: str) -> tuple[dict[str, Any], Tensor]:
+    """Random tokens as a model takes them, and the logits that it gives them.
+
+    Raises:
+        TensorfoldError: These are not finite.
+    """
     ids, mask = probe(model, 2, 16)
-    expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    got = written.to(model.device)(input_ids=ids, attention_mask=mask, use_cache=False).logits  # type: ignore[arg-type]
-    difference = (got - expected).abs().max().item()
-    # Products rounded to half precision differ by that rounding, for which there is no bound worth checking.
-    if model.dtype == torch.float32:
-        _check("dense", difference, expected.abs().max().item())
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    logits = model(**inputs).logits
+    check_finite(logits, to, "the model's own")
+    return inputs, logits
+
+
+@torch.no_grad()
+def _difference(to: str, written: PreTrainedModel, inputs: dict[str, Any], expected: Tensor, tolerance: float) -> float:
+    """The largest of a logit of what was written; ``tolerance`` in units of the largest expected logit above 1.
+
+    Raises:
+        TensorfoldError: It is larger, or not finite.
+    """
+    got = written.to(expected.device)(**inputs).logits  # type: ignore[arg-type]
+    check_finite(got, to, "those of what was written")
+    difference = (got.double() - expected.double()).abs().max().item()
+    _check(to, difference, tolerance * max(1.0, expected.abs().max().item()))
     return difference
 
 
-def _check(to: str, difference: float, largest: float) -> None:
-    allowed = TOLERANCE[to] * max(1.0, largest)
+def _check(to: str, difference: float, allowed: float) -> None:
     if not difference <= allowed:
         raise TensorfoldError(
             f"export --to {to}: logits of what was written differ from the model's by {difference:.1e}; needed at most "

@@ -92,6 +92,9 @@ def compare(path: Path, model: PreTrainedModel) -> tuple[float, float]:
 
     Returns:
         Largest difference of any logit, and the largest logit.
+
+    Raises:
+        TensorfoldError: A logit is not finite.
     """
     import onnxruntime
 
@@ -104,9 +107,22 @@ def compare(path: Path, model: PreTrainedModel) -> tuple[float, float]:
             expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()].cpu()
         feed = {"input_ids": ids.cpu().numpy(), "attention_mask": mask.cpu().numpy()}
         got = torch.from_numpy(session.run(["logits"], feed)[0])[mask.bool().cpu()]
+        check_finite(expected, "onnx", "the model's own")
+        check_finite(got, "onnx", "those of what was written")
         difference = max(difference, (got - expected).abs().max().item())
         largest = max(largest, expected.abs().max().item())
     return difference, largest
+
+
+def check_finite(logits: Tensor, to: str, whose: str) -> None:
+    """Raise :class:`TensorfoldError` for logits with NaN or infinity, which nothing can be compared with."""
+    bad = int((~logits.isfinite()).sum())
+    if bad:
+        raise TensorfoldError(
+            f"export --to {to}: of {logits.numel():,} logits on random tokens, {bad:,} of {whose} are NaN or infinite "
+            f"in {str(logits.dtype).removeprefix('torch.')}. Nothing was kept. Load the model in bfloat16 or float32; "
+            "if that does not help, its weights are damaged."
+        )
 
 
 def probe(model: PreTrainedModel, batch: int, length: int) -> tuple[Tensor, Tensor]:

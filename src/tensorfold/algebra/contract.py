@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorfold.algebra.cost import Machine, blocking, merging
+from tensorfold.algebra.precision import as_given, product_dtype, wide
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ways import Order, Step, Way, cheapest_order, choose
 
@@ -30,10 +31,13 @@ def apply(x: Tensor, cores: Sequence[Tensor], spec: Spec, bias: Tensor | None = 
         way: What :func:`tensorfold.algebra.ways.choose` gave for ``spec``; the chain of fewest multiply–adds if None.
 
     Returns:
-        Shape (..., out_features).
+        Shape (..., out_features), in the dtype that a dense layer would give.
     """
     if way is None:
         way = choose(spec, 1, force="chain")
+    if product_dtype(x) is torch.float16:
+        with as_given(x.device.type):
+            return _in_float16(x, [core.float() for core in cores], spec, bias, way)
     lead = x.shape[:-1]
     tokens = math.prod(lead)
     last = way.steps[-1]
@@ -53,6 +57,14 @@ def apply(x: Tensor, cores: Sequence[Tensor], spec: Spec, bias: Tensor | None = 
     if outputs != spec.out_features:
         y = y[..., : spec.out_features]
     return y if bias is None or fused else add_bias(y, bias)
+
+
+def _in_float16(x: Tensor, cores: Sequence[Tensor], spec: Spec, bias: Tensor | None, way: Way) -> Tensor:
+    """``apply`` for a result in float16, from cores in float32. Only a product with the whole matrix is safe in it."""
+    if way.materialises:
+        matrix = _matrix(merge(cores, way.steps[0].tree), spec).half()
+        return F.linear(x.half(), matrix, None if bias is None else bias.half())
+    return apply(x.float(), cores, spec, None if bias is None else bias.float(), way).half()
 
 
 def add_bias(y: Tensor, bias: Tensor) -> Tensor:
@@ -128,19 +140,19 @@ def rows(index: Tensor, cores: Sequence[Tensor], spec: Spec) -> Tensor:
         index: Integers of any shape (...), each in ``[0, out_features)``.
 
     Returns:
-        Shape (..., in_features).
+        Shape (..., in_features), in the dtype of the cores; float32 of those in float16.
     """
-    flat = index.reshape(-1)
+    flat, dtype = index.reshape(-1), wide(cores[0].dtype)
     state: Tensor | None = None  # (tokens, J, r)
     stride = math.prod(spec.out_modes)
     for core, m in zip(cores, spec.out_modes, strict=True):
         r, _, n, s = core.shape
         stride //= m
         if m == 1:
-            matrix = core.reshape(r, n * s)
+            matrix = core.reshape(r, n * s).to(dtype)
             step = matrix if state is None else state @ matrix  # (tokens, J, n·s)
         else:
-            slices = core.movedim(1, 0)[flat // stride % m].reshape(-1, r, n * s)
+            slices = core.movedim(1, 0)[flat // stride % m].reshape(-1, r, n * s).to(dtype)
             step = slices if state is None else state @ slices
         state = step.reshape(step.shape[0] if step.dim() == 3 else 1, -1, s)
     assert state is not None

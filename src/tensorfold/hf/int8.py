@@ -49,7 +49,8 @@ def quantize(model: PreTrainedModel, bits: int = 8) -> Int8Report:
     or exported as dense any more. For what a scale belongs to, and what the speed is, see ``nn.int8``.
 
     Raises:
-        InputError: Another number of bits than 8, or the model is quantised already.
+        InputError: Another number of bits than 8, the model is quantised already, or a weight is not finite; then
+            nothing is changed.
     """
     check_types("quantize", bits=(bits, int))
     if bits != 8:
@@ -61,6 +62,9 @@ def quantize(model: PreTrainedModel, bits: int = 8) -> Int8Report:
         raise InputError("quantize: the model is quantised already; load its floating-point weights.")
     before = stored_bytes(model)
     names = _targets(model)
+    for name in names:
+        if not all(bool(parameter.isfinite().all()) for parameter in model.get_submodule(name).parameters()):
+            raise InputError(f"quantize: {name} holds NaN or infinity; repair the checkpoint.")
     install_int8(model, names)
     old = stored or TensorfoldConfig({})
     mark(model, TensorfoldConfig(old.modules, old.tied, old.split, int8=names))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tensorfold.algebra.contract import rows
+from tensorfold.algebra.precision import as_given
 from tensorfold.algebra.solve import Factors, factorize
 from tensorfold.algebra.spec import Spec
 from tensorfold.errors import SpecError
@@ -55,7 +56,10 @@ class MPOEmbedding(MPOModule):
 
     def forward(self, index: Tensor) -> Tensor:
         """Integers of shape ``(...)`` → ``(..., width)``."""
-        out = rows(index if self.out_position is None else self.out_position[index], self.factors(), self.spec)
+        dtype = self.cores[0].dtype
+        with as_given(index.device.type):
+            out = rows(index if self.out_position is None else self.out_position[index], self.factors(), self.spec)
+        out = out.to(dtype)
         if self.in_order is not None:
             out = out[..., self.in_order.argsort()]
         return out if self.scale == 1.0 else out * torch.tensor(self.scale, dtype=out.dtype, device=out.device)

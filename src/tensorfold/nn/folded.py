@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorfold.algebra.solve import Factors
+from tensorfold.errors import SpecError
 
 
 class FoldedModule(nn.Module, ABC):
@@ -28,3 +29,17 @@ class FoldedModule(nn.Module, ABC):
     @abstractmethod
     def load_factors(self, factors: Factors) -> None:
         """Copy a solver's output into the parameters."""
+
+
+def store(parameter: Tensor, values: Tensor) -> None:
+    """Copy a solver's numbers into a parameter.
+
+    Raises:
+        SpecError: They are too large for its dtype.
+    """
+    parameter.copy_(values)
+    if parameter.dtype is torch.float16 and not bool(parameter.isfinite().all()):
+        raise SpecError(
+            f"factors with numbers up to {float(values.abs().max()):.1e}, and {parameter.dtype} ends at "
+            f"{torch.finfo(parameter.dtype).max:.0f}; load the model in bfloat16 or float32."
+        )

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorfold.algebra.graded import GradedSpec, graded_low_rank
+from tensorfold.algebra.precision import as_given, product_dtype
 from tensorfold.algebra.solve import Factors
-from tensorfold.nn.folded import FoldedModule
+from tensorfold.nn.folded import FoldedModule, store
 from tensorfold.strict import check_types
 
 
@@ -46,14 +47,15 @@ class GradedModule(FoldedModule):
         basis = self.cores[-1].to(dtype)
         parts = [core.to(dtype) for _, core, _ in self.classes()]
         exact = [is_exact for *_, is_exact in self.classes()]
-        rows = [part if e else part @ basis[: part.shape[1]] for part, e in zip(parts, exact, strict=True)]
+        with as_given(basis.device.type):
+            rows = [part if e else part @ basis[: part.shape[1]] for part, e in zip(parts, exact, strict=True)]
         return torch.cat(rows)[self.position]
 
     @torch.no_grad()
     def load_factors(self, factors: Factors) -> None:
         """Copy a solver's output into parameters and order; the tokens' own order where it gives none."""
         for parameter, core in zip(self.cores, factors.cores, strict=True):
-            parameter.copy_(core)
+            store(parameter, core)
         order = factors.out_order
         self.position.copy_(torch.arange(self.spec.vocabulary) if order is None else order.argsort())
 
@@ -115,7 +117,8 @@ class GradedEmbedding(GradedModule):
                 part = F.pad(part, (0, self.spec.basis - rank))
                 coefficients = part if coefficients is None else coefficients + part
         if coefficients is not None:
-            shared = coefficients @ self.cores[-1]
+            with as_given(index.device.type):
+                shared = coefficients @ self.cores[-1]
             rows = shared if rows is None else rows + shared
         assert rows is not None
         out = rows.reshape(*index.shape, self.embedding_dim)
@@ -154,10 +157,21 @@ class GradedHead(GradedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states of shape ``(..., width)`` → logits ``(..., vocabulary)``."""
-        shared = F.linear(x, self.cores[-1]) if self.spec.basis else x  # (..., basis)
-        parts = [F.linear(x if exact else shared[..., : core.shape[1]], core) for _, core, exact in self.classes()]
-        logits = torch.cat(parts, dim=-1)[..., self.position]
+        if product_dtype(x) is torch.float16:
+            with as_given(x.device.type):
+                logits = self._logits(x.float(), [core.float() for core in self.cores]).half()
+        else:
+            logits = self._logits(x, list(self.cores))
         return logits if self.bias is None else logits + self.bias
+
+    def _logits(self, x: Tensor, cores: list[Tensor]) -> Tensor:
+        """Logits without the bias."""
+        shared = F.linear(x, cores[-1]) if self.spec.basis else x  # (..., basis)
+        parts = [
+            F.linear(x if rank == self.spec.width else shared[..., :rank], core)
+            for rank, core in zip(self.spec.ranks, cores, strict=False)
+        ]
+        return torch.cat(parts, dim=-1)[..., self.position]
 
     def extra_repr(self) -> str:
         return f"{self.spec}, in={self.in_features}, out={self.out_features}, bias={self.bias is not None}"

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensorfold.algebra.precision import as_given, product_dtype
 from tensorfold.nn.folded import FoldedModule
 from tensorfold.nn.linear import MPOLinear, MPOModule
 from tensorfold.nn.token_mps import TokenMPSEmbedding
@@ -37,7 +38,11 @@ def quantize_rows(weight: Tensor, lead: int = 1) -> tuple[Tensor, Tensor]:
     peak = values.abs().amax(tuple(range(lead, weight.dim())), keepdim=True)
     # Rounded to the dtype it is stored in before it is used, so that nothing is lost by storing it.
     scale = torch.where(peak > 0, peak / _LARGEST, torch.ones_like(peak)).to(weight.dtype)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    # The smallest numbers of a dtype are far apart: where the scale was rounded down so much that the largest code
+    # would not reach the peak, the next one above it.
+    step = torch.finfo(scale.dtype).smallest_normal * torch.finfo(scale.dtype).eps
+    short = scale.float() * (_LARGEST + 0.5) < peak
+    scale = torch.where(short, (scale.float() + step).to(scale.dtype), scale)
     codes = (values / scale.float()).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
     return codes, scale
 
@@ -50,9 +55,9 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -
 
 def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x Wᵀ + b`` for W as codes (out, in) and scales (out,): ``(..., in)`` → ``(..., out)``."""
-    # Scaling the outputs, not the weights: exact codes in the product, and no second matrix in memory.
-    y = F.linear(x, codes.to(x.dtype)) * scale.to(x.dtype)
-    return y if bias is None else y + bias.to(y.dtype)
+    # The weights are scaled, not the outputs: sums over bare codes are 127 / max |w| times as large as the outputs.
+    weight = codes.to(x.dtype).mul_(scale.to(x.dtype)[:, None])
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
@@ -182,7 +187,10 @@ class Int8Folded(nn.Module):
         if pair is not None:
             (left, left_scale), (right, right_scale) = pair
             bias = self.others.get("bias", None)
-            return int8_linear(int8_linear(x, right, right_scale), left, left_scale, bias)
+            if product_dtype(x) is not torch.float16:
+                return int8_linear(int8_linear(x, right, right_scale), left, left_scale, bias)
+            with as_given(x.device.type):
+                return int8_linear(int8_linear(x.float(), right, right_scale), left, left_scale, bias).half()
         return torch.func.functional_call(folded, dict(self.tensors()), (x,))
 
     def _slices(self, key: str, index: Tensor) -> Tensor:

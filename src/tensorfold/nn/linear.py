@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from tensorfold.algebra.contract import add_bias, apply, to_dense
 from tensorfold.algebra.pivots import with_identity
+from tensorfold.algebra.precision import as_given, product_dtype, wide
 from tensorfold.algebra.solve import Factors, factorize
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.starts import core_std
 from tensorfold.algebra.ways import Order, Way
 from tensorfold.errors import SpecError
+from tensorfold.nn.folded import store
 from tensorfold.nn.machine import way_for
 from tensorfold.strict import check_types
 
@@ -70,7 +72,7 @@ class MPOModule(nn.Module):
     def factors(self) -> list[Tensor]:
         """The cores with what is not stored in them: bond scalars in the smaller factor, the identity on pivots.
 
-        Shapes ``spec.core_shapes``.
+        Shapes ``spec.core_shapes``. A core in float16 times scalars is in float32, where the product fits.
         """
         cores = self._stored()
         if self.spec.pivoted:
@@ -78,16 +80,19 @@ class MPOModule(nn.Module):
         if not self.spec.scalars:
             return cores
         assert self.scalars is not None
+        scalars = self.scalars.to(wide(self.scalars.dtype))
         if cores[0].numel() <= cores[1].numel():
-            return [cores[0] * self.scalars, cores[1]]
-        return [cores[0], self.scalars.reshape(-1, 1, 1, 1) * cores[1]]
+            return [cores[0] * scalars, cores[1]]
+        return [cores[0], scalars.reshape(-1, 1, 1, 1) * cores[1]]
 
     def _stored(self) -> list[Tensor]:
         return list(self.cores._parameters.values())  # type: ignore[arg-type]  # ten times as fast as its iterator
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix, shape (out_features, in_features), multiplied out in ``dtype`` (the cores' own if None)."""
-        dense = to_dense([core.to(dtype or core.dtype) for core in self.factors()], self.spec.inner)
+        dtype = dtype or self.cores[0].dtype
+        with as_given(self.cores[0].device.type):
+            dense = to_dense([core.to(wide(dtype)) for core in self.factors()], self.spec.inner).to(dtype)
         if self.out_position is not None:
             if self.spec.out_features > len(dense):
                 dense = F.pad(dense, (0, 0, 0, 1))
@@ -102,9 +107,9 @@ class MPOModule(nn.Module):
     def load_factors(self, factors: Factors) -> None:
         """Copy a solver's output into parameters and index orders; scalars it does not give are 1."""
         for parameter, core in zip(self.cores, factors.cores, strict=True):
-            parameter.copy_(core[:, -parameter.shape[1] :, -parameter.shape[2] :])  # without the identity on pivots
+            store(parameter, core[:, -parameter.shape[1] :, -parameter.shape[2] :])  # without the identity on pivots
         if self.scalars is not None:
-            self.scalars.copy_(torch.ones_like(self.scalars) if factors.scalars is None else factors.scalars)
+            store(self.scalars, torch.ones_like(self.scalars) if factors.scalars is None else factors.scalars)
         if self.out_position is not None:
             order = _order(factors.out_order, self.spec.inner.out_features).to(self.out_position.device)
             self.out_position.fill_(len(order))
@@ -190,13 +195,13 @@ class MPOLinear(MPOModule):
         """
         training = torch.is_grad_enabled() and (x.requires_grad or any(core.requires_grad for core in self._stored()))
         if self.spec.has_pivot_rows and not self.holds_matrix:  # there is one way only
-            return self._from_pivots(x, training)
+            return self._from_pivots(x, self._stored(), training)
         way = way_for(self.spec, math.prod(x.shape[:-1]), training, x.device, x.dtype, self.way)
         holds = self.holds_matrix and self.way is None and not training and not torch.compiler.is_compiling()
         if holds and way.dense < way.seconds:
             return F.linear(x, self._held_matrix(), self.bias)
         if self.spec.has_pivot_rows:
-            return self._from_pivots(x, training)
+            return self._from_pivots(x, self._stored(), training)
         factors = self.factors()
         if not self.spec.reordered:  # looked up faster than a buffer that may be None
             return apply(x, factors, self.spec, self.bias, way)
@@ -210,10 +215,13 @@ class MPOLinear(MPOModule):
         y = y.index_select(-1, self.out_position)
         return y if self.bias is None else add_bias(y, self.bias)
 
-    def _from_pivots(self, x: Tensor, training: bool) -> Tensor:
+    def _from_pivots(self, x: Tensor, cores: list[Tensor], training: bool) -> Tensor:
         """``S x``, the outputs that are pivots, then ``T S x``, all the others from them."""
         assert self.out_position is not None
-        rank, others, pivots = self.spec.ranks[0], *self._stored()
+        if product_dtype(x) is torch.float16:
+            with as_given(x.device.type):
+                return self._from_pivots(x.float(), [core.float() for core in cores], training).half()
+        rank, others, pivots = self.spec.ranks[0], *cores
         others, pivots = others.reshape(-1, rank), pivots.reshape(rank, -1)
         if self.in_order is not None:
             x = x.index_select(-1, self.in_order)

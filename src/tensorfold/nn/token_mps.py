@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -11,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from tensorfold.algebra.precision import as_given, autocasts, wide
 from tensorfold.algebra.solve import Factors
 from tensorfold.algebra.token_mps import TokenMPSSpec, rows, token_mps_svd
 from tensorfold.errors import SpecError
-from tensorfold.nn.folded import FoldedModule
+from tensorfold.nn.folded import FoldedModule, store
 from tensorfold.strict import check_types
 
 # Bytes of the table that a head holds at a time.
@@ -42,7 +42,9 @@ class TokenMPSModule(FoldedModule):
 
     def rows(self, cores: list[Tensor]) -> Tensor:
         """Some tokens' core slices → their rows, shape (tokens, width)."""
-        return rows(cores, self._split)[:, : self._shape.width]
+        dtype = cores[0].dtype
+        with as_given(cores[0].device.type):
+            return rows([core.to(wide(dtype)) for core in cores], self._split)[:, : self._shape.width].to(dtype)
 
     def chunks(self, chunk_bytes: int) -> list[tuple[int, int]]:
         """Ranges of tokens whose rows, padded, take at most ``chunk_bytes``."""
@@ -60,7 +62,7 @@ class TokenMPSModule(FoldedModule):
     def load_factors(self, factors: Factors) -> None:
         """Copy a solver's output into the parameters."""
         for parameter, core in zip(self.cores, factors.cores, strict=True):
-            parameter.copy_(core)
+            store(parameter, core)
 
 
 class TokenMPSEmbedding(TokenMPSModule):
@@ -186,7 +188,7 @@ class TokenMPSHead(TokenMPSModule):
         else:
             kind = x.device.type
             # Inside the function everything has the type it is given, so autocast's choice is made here.
-            dtype = torch.get_autocast_dtype(kind) if _autocasts(kind) else x.dtype
+            dtype = torch.get_autocast_dtype(kind) if autocasts(kind) else x.dtype
             bias = None if self.bias is None else self.bias.to(dtype)
             logits = _ChunkedLogits.apply(self, flat.to(dtype), bias, *self.cores)
         return logits.reshape(*x.shape[:-1], logits.shape[-1])
@@ -198,15 +200,6 @@ class TokenMPSHead(TokenMPSModule):
         return f"{self.spec}, in={self.in_features}, out={self.out_features}, bias={self.bias is not None}"
 
 
-def _autocasts(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
-def _as_given(kind: str) -> AbstractContextManager[Any]:
-    """No autocast; not every device knows it."""
-    return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
-
-
 class _ChunkedLogits(torch.autograd.Function):
     """``x Eᵀ + b`` with the rows of E rebuilt chunk by chunk, and once more for the gradients."""
 
@@ -216,7 +209,7 @@ class _ChunkedLogits(torch.autograd.Function):
         ctx.head = head  # type: ignore[attr-defined]
         ctx.save_for_backward(x, *cores)
         logits = x.new_empty(x.shape[0], cores[0].shape[0])
-        with _as_given(x.device.type):
+        with as_given(x.device.type):
             for a, b in head.chunks(head.chunk_bytes):
                 table = head.rows([core[a:b] for core in cores]).to(x.dtype)
                 torch.mm(x, table.T, out=logits[:, a:b])
@@ -231,7 +224,7 @@ class _ChunkedLogits(torch.autograd.Function):
         # Summed over the chunks in fp32 at least.
         grad_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if wants_x else None
         grad_cores = [torch.empty_like(core) for core in cores] if wants_cores else []
-        with _as_given(x.device.type):
+        with as_given(x.device.type):
             for a, b in head.chunks(head.chunk_bytes):
                 parts = [core[a:b].detach().requires_grad_(wants_cores) for core in cores]
                 with torch.set_grad_enabled(wants_cores):
