@@ -126,6 +126,16 @@ def test_shards_give_the_best_step_back(folded_directory, dense_directory, text_
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("file", ["ddp-cpu2.yaml", "fsdp2.yaml"])
+def test_steps_that_only_harm_are_undone(file, folded_directory, dense_directory, text_file, tmp_path):
+    settings = {**SETTINGS, "steps": 2, "lr": 1.0, "schedule": "constant", "evaluate_every": 1, "kl": 0.0}
+    finish(start(file, folded_directory, dense_directory, text_file, tmp_path / "out", settings))
+    report = json.loads((tmp_path / "out" / "tensorfold.json").read_text())["heal"]
+    assert (report["helped"], report["kept"], report["step"], report["steps"]) == (False, "start", 0, 2)
+    ours, theirs = tensorfold.load(tmp_path / "out").state_dict(), tensorfold.load(folded_directory).state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
 @pytest.mark.slow
 def test_accelerate_launch(folded_directory, text_file, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / "ddp-cpu2.yaml")]

@@ -60,6 +60,9 @@ def heal(
     if not train and any(text is None for _, text in stages):
         raise InputError("heal: no text to train on; give --train TEXT, or a recipe with a text under heal.")
 
+    if teacher is None and any(settings.needs_teacher for settings, _ in stages):
+        raise InputError("heal: the settings compare with a teacher, and none was given; give --teacher MODEL.")
+
     from accelerate import PartialState
 
     from tensorfold.healing.run import heal as heal_model

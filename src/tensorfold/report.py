@@ -121,6 +121,7 @@ def model_card(
         lines.append(
             f"- healed: {_number(healed.get('tokens')) or 0} tokens of {_text(healed.get('text'))}, validation loss "
             f"{_text(healed.get('validation_loss_before'))} → {_text(healed.get('validation_loss'))}"
+            + ("; nothing helped" if healed.get("helped") is False else "")
         )
     lines.append(f"- folded with tensorfold {_text(card.get('tensorfold', ''))}".rstrip())
     return "\n".join([*lines, *_measured(evaluations)]) + "\n"

@@ -1,7 +1,8 @@
 """Checkpoints that are whole or absent, and that are known to be damaged before they are used.
 
-A working directory holds ``run.json`` (what the run was begun with), ``log.jsonl`` and ``checkpoint-STEP`` directories,
-each with a ``manifest.json`` of the SHA-256 of every file in it.
+A working directory holds ``run.json`` (what the run was begun with), ``log.jsonl``, and directories with a
+``manifest.json`` of the SHA-256 of every file in them: ``start`` (the weights that came in), ``blocks`` (those after
+all blocks; each block by itself is in ``blockwise``) and ``checkpoint-STEP``.
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ def rotate(work: Path, step: int) -> None:
 def begin(work: Path, identity: Mapping[str, Any], write: bool) -> None:
     """Claim a working directory for a run, or check that the run in it is this one.
 
+    A run that finished nothing leaves nothing to go on from, so it does not stand in the way of another.
+
     Args:
         identity: ``settings``, ``text``, ``student``, ``teacher`` and ``processes``; equal for equal runs.
         write: Whether this process may write; the others only check.
@@ -101,6 +104,8 @@ def begin(work: Path, identity: Mapping[str, Any], write: bool) -> None:
         InputError: The run in it was begun with something else; the message names what.
     """
     path = work / RUN
+    if write and not holds_work(work):
+        clear(work)
     if path.exists():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -121,6 +126,21 @@ def begin(work: Path, identity: Mapping[str, Any], write: bool) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+
+
+def holds_work(work: Path) -> bool:
+    """Whether a run got so far that there is something to go on from: a block, or a checkpoint."""
+    return bool(_checkpoints(work)) or any(work.glob("blockwise/block-*")) or (work / "blocks").exists()
+
+
+def clear(work: Path) -> None:
+    """Remove what runs write into a working directory, and nothing else."""
+    for pattern in ("run.*", "log.*", "start", "blocks", "blockwise", "checkpoint-*", ".*.partial"):
+        for path in work.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

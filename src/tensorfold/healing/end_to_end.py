@@ -177,7 +177,8 @@ def arguments(
 class HealTrainer(Trainer):
     """``Trainer`` with the loss of :class:`HealLoss`, the order of :class:`RunOrder` and sealed checkpoints.
 
-    Validation is the cross-entropy of held-out blocks, whatever the training loss; its best step is checkpointed.
+    Validation is the cross-entropy of held-out blocks, whatever the training loss; its best step is checkpointed,
+    unless that is the state before the first.
     """
 
     # The loss is a mean over equal micro-batches, which the Trainer divides by their number.
@@ -276,6 +277,13 @@ class HealTrainer(Trainer):
         if "eval_loss" not in logs:
             self.state.log_history.pop()
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Before the first step too: what came in is the first that can be best."""
+        metrics = super()._evaluate(*args, **kwargs)
+        if not self.state.global_step:
+            self.state.best_metric, self.state.best_global_step = metrics["eval_loss"], 0
+        return metrics
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         loss = metrics["eval_loss"]
         better = self.state.best_metric is None or loss < self.state.best_metric
@@ -287,7 +295,7 @@ class HealTrainer(Trainer):
         return better
 
     def _out_of_patience(self) -> bool:
-        if self.settings.patience is None or not self.state.best_global_step:
+        if self.settings.patience is None or self.state.best_global_step is None:
             return False
         since = [each for each in self.state.log_history if each["step"] > self.state.best_global_step]
         return len(since) >= self.settings.patience

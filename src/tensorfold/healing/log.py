@@ -46,6 +46,11 @@ class StepLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    def write_once(self, record: Mapping[str, Any]) -> None:
+        """Append one line unless it is there already, from a run that was killed at its very end."""
+        if dict(record) not in self.records:
+            self.write(record)
+
     def _rewrite(self) -> None:
         temporary = self.path.with_suffix(".partial")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")

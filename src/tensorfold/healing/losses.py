@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,7 +17,6 @@ from tensorfold.healing.noise import Noise
 from tensorfold.settings import HealSettings
 
 Forward = Callable[..., Any]
-log = logging.getLogger(__name__)
 
 
 def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
@@ -134,18 +132,14 @@ class HealLoss:
         self._watches: list[_Watch] = []
         self._attention: list[tuple[PreTrainedModel, str]] = []
         self._kept = ExitStack()
-        self._noise = Noise(student, settings.dropout)
-        self._kept.callback(self._noise.restore)
+        self.noise = Noise(student, settings.dropout)
+        self._kept.callback(self.noise.restore)
         try:
             if self._needs_teacher:
                 self._watch(student, teacher)
         except BaseException:
             self.close()
             raise
-        low, high = self._noise.of_configuration
-        if high:
-            came_with = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-            log.info("heal: dropout %g instead of the model's %s", settings.dropout, came_with)
 
     def _watch(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         """Check that every term can be computed, and put the hooks on."""
@@ -209,7 +203,7 @@ class HealLoss:
             if "attention" in self.weights:
                 options["output_attentions"] = True
             ours, theirs = self._watches
-            with ours.watching() as seen, theirs.watching() as wanted, self._noise.off():
+            with ours.watching() as seen, theirs.watching() as wanted, self.noise.off():
                 with torch.no_grad():
                     target = teach(input_ids=ids, **options)
                 given = forward(input_ids=ids, **options)

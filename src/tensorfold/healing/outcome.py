@@ -22,7 +22,9 @@ class HealReport:
     """What healing did. Losses are cross-entropies in nats a token on the held-out end of the text, None without one.
 
     ``steps``: taken end to end, all of them unless patience ended. ``step``: the one whose weights were kept, the best
-    by validation. ``tokens``: trained on in all steps.
+    by validation; 0 is before the first. ``tokens``: trained on in all steps. ``kept``: the weights of ``steps``, of
+    ``blocks`` alone, or of the ``start``, where nothing was better than what came in. ``helped``: whether the
+    validation loss is lower than it was; None without a validation split.
     """
 
     steps: int
@@ -36,6 +38,8 @@ class HealReport:
     trained_parameters: int
     blockwise: dict[str, Any] | None = None
     out: str | None = None
+    kept: str | None = None
+    helped: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -46,11 +50,15 @@ class HealReport:
             "unknown" if each is None else f"{each:.4f}" for each in (self.validation_loss_before, self.validation_loss)
         )
         lines = [f"validation loss {before} → {after} on the end of {self.text}"]
+        if self.helped is False:
+            what = "the model is as it came in" if self.kept == "start" else "this is worse than what came in, or equal"
+            lines = [f"nothing helped: {what} ({lines[0]})"]
         if self.blockwise is not None:
             healed = sum(block["healed"] for block in self.blockwise["blocks"])
             lines += [f"{healed} of {len(self.blockwise['blocks'])} blocks, {self.blockwise['tokens']:,} tokens a pass"]
         if self.steps:
-            lines += [f"{self.steps} steps, {self.tokens:,} tokens; kept those of step {self.step}"]
+            kept = f"kept those of step {self.step}" if self.step else "kept none of them"
+            lines += [f"{self.steps} steps, {self.tokens:,} tokens; {kept}"]
         lines += [f"{self.trained_parameters:,} of {self.parameters:,} parameters trained, {self.seconds:.0f} s"]
         return "\n".join([*lines, f"written to {self.out}"] if self.out else lines)
 
@@ -63,7 +71,7 @@ def card_of(directory: Path) -> dict[str, Any]:
         return {}
     if not isinstance(card, dict):
         return {}
-    needed = {field.name for field in dataclasses.fields(HealReport)}
+    needed = {field.name for field in dataclasses.fields(HealReport) if field.default is dataclasses.MISSING}
     healed = card.get("heal", ...)
     return card if healed is ... or (isinstance(healed, dict) and needed <= healed.keys()) else {**card, "heal": None}
 
@@ -75,7 +83,9 @@ def finished(target: Path, identity: Mapping[str, Any], model: PreTrainedModel) 
         check_target(target)
     model.load_state_dict(load(target).state_dict())
     shutil.rmtree(f"{target}.heal", ignore_errors=True)
-    return HealReport(**{field.name: done[field.name] for field in dataclasses.fields(HealReport)})
+    return HealReport(
+        **{field.name: done[field.name] for field in dataclasses.fields(HealReport) if field.name in done}
+    )
 
 
 def write(target: Path, work: Path, model: PreTrainedModel, tokenizer: Any, card: dict[str, Any]) -> None:

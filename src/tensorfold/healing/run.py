@@ -5,28 +5,29 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import tensorfold
-from tensorfold import texts
-from tensorfold.anatomy import context_length, count_parameters
+from tensorfold.anatomy import count_parameters
 from tensorfold.cache import check_place, check_target, claimed, is_disk_full
 from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.healing.blockwise import heal_blocks
-from tensorfold.healing.checkpoints import begin, damage, digest, fingerprint, newest, sealed
+from tensorfold.healing.checkpoints import begin, clear, damage, digest, fingerprint, holds_work, newest, sealed
 from tensorfold.healing.data import TokenCache
-from tensorfold.healing.documents import Memory, Source
 from tensorfold.healing.end_to_end import (
     HealTrainer,
     RunOrder,
@@ -39,15 +40,19 @@ from tensorfold.healing.end_to_end import (
     uses_fsdp,
     validation_subset,
 )
+from tensorfold.healing.given import check_reporters, checked_settings, source_of, tokens_of
 from tensorfold.healing.log import Reporter, StepLog
 from tensorfold.healing.losses import HealLoss, cross_entropy
 from tensorfold.healing.outcome import HealReport, card_of, finished, write
+from tensorfold.healing.start import Start, as_before, round_to
 from tensorfold.hf.plain import check_floating
 from tensorfold.hf.sources import find_model
 from tensorfold.ranks import PATIENCE
 from tensorfold.settings import HealSettings
-from tensorfold.strict import check_keys, check_types
+from tensorfold.strict import check_types
 from tensorfold.tokens import check_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 def heal(
@@ -86,7 +91,7 @@ def heal(
         TensorfoldError: The disk is full, or the loss became NaN; checkpoints are intact.
     """
     started = time.monotonic()
-    settings = _settings(settings, overrides, teacher is not None)
+    settings = checked_settings(settings, overrides, teacher is not None)
     if teacher is model:
         raise InputError("heal: the teacher is the model itself; needed the dense model, loaded separately.")
     if settings.needs_teacher and teacher is None:
@@ -98,7 +103,7 @@ def heal(
     check_floating(model)
     state = PartialState(cpu=uses_cpu(), timeout=PATIENCE)
     micro_batch(settings, state.num_processes)
-    _check_reporters(report_to)
+    check_reporters(report_to)
     if out is not None:
         check_place(Path(out))
     target = None if out is None else Path(out).resolve()
@@ -106,10 +111,10 @@ def heal(
         raise InputError("heal: several processes and no out; needed a directory that all of them can write.")
     if target is not None and card_of(target).get("heal") is None:
         check_target(target)
-    source = _source(settings.text if text is None else text)
+    source = source_of(settings.text if text is None else text)
     tokenizer = tokenizer or find_model(model.name_or_path).tokenizer()
     dense = find_model(teacher).model() if isinstance(teacher, str) else teacher
-    cache = _tokens(source, tokenizer, model, settings, state)
+    cache = tokens_of(source, tokenizer, model, settings, state)
     identity = {
         # Neither changes a single weight.
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("text", "workers")},
@@ -128,11 +133,10 @@ def heal(
         if state.is_main_process:
             begin(work, identity, write=True)
         state.wait_for_everyone()
-        if target is not None and report_to != "none":
-            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{target}.runs")
         run = _Run(model, dense, settings, cache, work, state, progress, report_to)
         try:
-            report, result = run.whole()
+            with _tensorboard_beside(target, report_to):
+                report, result = run.whole()
             report = dataclasses.replace(
                 report, seconds=time.monotonic() - started, out=None if target is None else str(out)
             )
@@ -179,20 +183,51 @@ class _Run:
         self.log = StepLog(work / "log.jsonl") if state.is_main_process else None
 
     def whole(self) -> tuple[HealReport, PreTrainedModel]:
-        """Heal, and return the report and the model that holds the result."""
+        """Heal, and return the report and the model that holds the result.
+
+        Whatever ends it early, the model is as it came in again, unless it is sharded.
+        """
+        start = Start(self.model, self.work / "start", self.state)
+        try:
+            with as_before(self.model, restore=not self.sharded):
+                report, result = self._healed()
+            if report.kept == "start" and (self.state.is_main_process or not self.sharded):
+                start.give(result)
+        except BaseException:
+            if not self.sharded:
+                with suppress(OSError, SafetensorError):  # what ended it may have taken the disk along
+                    start.give(self.model)
+            raise
+        if report.helped is False:
+            said = str(report).splitlines()[0]
+            log.warning("heal: %s", said)
+            if self.log is not None:
+                self.log.write_once({"step": report.step, "kept": report.kept, "helped": False})
+        return report, result
+
+    def _healed(self) -> tuple[HealReport, PreTrainedModel]:
+        """Train, and find out which state is best; of what came in, only that it is."""
         settings = self.settings
-        with _as_before(self.model, restore=not self.sharded):
-            self.model.to(torch.float32)  # type: ignore[arg-type]
-            trained = sum(parameter.numel() for parameter in choose_trained(self.model, settings))
-            blockwise, before = self._blocks() if settings.blockwise_tokens else (None, None)
-            if blockwise is not None and not settings.steps:
-                trained = blockwise["parameters"]
-            result, done, step, loss = self.model, 0, 0, None
-            if settings.steps:
-                result, done, step, loss, start = self._end_to_end()
-                before = start if before is None else before
-            elif self.validation is not None:
-                loss = self._validate()
+        dtypes = {id(parameter): parameter.dtype for parameter in self.model.parameters()}
+        self.model.to(torch.float32)  # type: ignore[arg-type]
+        trained = sum(parameter.numel() for parameter in choose_trained(self.model, settings))
+        if settings.steps:
+            # What the loss refuses is refused before blocks are healed for hours.
+            HealLoss(settings, self.model, self.teacher).close()
+        blockwise, before = self._blocks() if settings.blockwise_tokens else (None, None)
+        if blockwise is not None and not settings.steps:
+            trained = blockwise["parameters"]
+        result, done, step, loss, kept = self.model, 0, 0, None, "blocks"
+        if settings.steps:
+            result, done, step, loss, first = self._end_to_end()
+            before = first if before is None else before
+            kept = "steps" if step else "start" if blockwise is None else "blocks"
+        rounded = kept != "start" and not self.sharded and round_to(result, dtypes)
+        if rounded or not settings.steps:
+            loss = self._validate()
+        helped = None if loss is None or before is None else loss < before
+        if helped is False and settings.select == "best":
+            kept, step, loss = "start", 0, before
         report = HealReport(
             steps=done,
             step=step,
@@ -204,6 +239,8 @@ class _Run:
             parameters=count_parameters(result),
             trained_parameters=trained,
             blockwise=blockwise,
+            kept=kept,
+            helped=helped,
         )
         return report, result
 
@@ -215,7 +252,7 @@ class _Run:
             assert self.teacher is not None
             for model in (self.model, self.teacher):
                 model.to(self.state.device)  # type: ignore[arg-type]
-            before = self._validate() if self.validation is not None else None
+            before = self._validate()
             report = heal_blocks(
                 self.model,
                 self.teacher,
@@ -240,17 +277,26 @@ class _Run:
         return torch.stack([blocks[index]["input_ids"] for index in RunOrder(len(blocks), count, self.settings.seed)])
 
     @torch.no_grad()
-    def _validate(self) -> float:
-        assert self.validation is not None
-        self.model.eval()
+    def _validate(self) -> float | None:
+        """Mean cross-entropy on the validation windows, as the Trainer measures it; None without any."""
+        if self.validation is None:
+            return None
         losses = []
-        for index in range(len(self.validation)):
-            ids = self.validation[index]["input_ids"][None].to(self.model.device)
-            losses.append(cross_entropy(self.model(input_ids=ids, use_cache=False).logits, ids).item())
+        device = self.model.device
+        with (
+            evaluation_mode(self.model),
+            torch.autocast(device.type, torch.bfloat16, self.settings.precision == "bf16"),
+        ):
+            for index in range(len(self.validation)):
+                ids = self.validation[index]["input_ids"][None].to(device)
+                losses.append(cross_entropy(self.model(input_ids=ids, use_cache=False).logits, ids).item())
         return sum(losses) / len(losses)
 
     def _end_to_end(self) -> tuple[PreTrainedModel, int, int, float | None, float | None]:
-        """The healed model, the steps taken, the one whose weights it has, its validation loss, and the first one."""
+        """The healed model, the steps taken, the one whose weights it has, its validation loss, and that of step 0.
+
+        At step 0 without blocks the weights are still those of the last step.
+        """
         settings, main = self.settings, self.state.is_main_process
         found = [str(newest(self.work) or "")] if main else [""]
         if self.state.num_processes > 1:
@@ -269,6 +315,9 @@ class _Run:
         if self.teacher is not None:
             self.teacher.to(plan.device)  # type: ignore[arg-type]
         loss = HealLoss(settings, self.model.to(plan.device), self.teacher)  # type: ignore[arg-type]
+        low, high = loss.noise.of_configuration
+        if high:
+            log.info("heal: dropout %g instead of the model's %s", settings.dropout, f"{low:g} to {high:g}")
         try:
             try:
                 text = self.cache.train if settings.windows == "packed" else self.cache.train_anywhere
@@ -278,8 +327,9 @@ class _Run:
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
                 last = trainer.state.global_step
-                step = (settings.select == "best" and trainer.state.best_global_step) or last
-                if step != last:
+                best = trainer.state.best_global_step
+                step = last if settings.select == "last" or best is None else best
+                if 0 < step < last:
                     trainer.load_step(self.work / f"checkpoint-{step}")
                 gathered = trainer.accelerator.get_state_dict(trainer.model) if self.sharded else None
             finally:
@@ -288,104 +338,53 @@ class _Run:
                     reporter.bar.stop()
         finally:
             loss.close()
-        if shell is not None:
+        losses = {each["step"]: each["eval_loss"] for each in trainer.state.log_history if "eval_loss" in each}
+        result = shell or self.model
+        if shell is not None and step:
             assert gathered is not None
             shell.load_state_dict(gathered)
-        start = (
-            None if self.log is None else next((r["validation_loss"] for r in self.log.records if r["step"] == 0), None)
-        )
-        reached = next((each["eval_loss"] for each in trainer.state.log_history if each["step"] == step), None)
-        return shell or self.model, last, step, reached, start
+        elif not step and settings.blockwise_tokens and not self.sharded:
+            result.load_state_dict(load_file(self.work / "blocks" / "model.safetensors"), strict=False)
+        return result, last, step, losses.get(step), losses.get(0)
 
 
 @contextmanager
 def _workplace(target: Path | None, state: PartialState) -> Iterator[Path]:
-    """``OUT.heal``, claimed by the main process, or a temporary directory."""
+    """``OUT.heal``, claimed by the main process, or a temporary directory.
+
+    A run that is refused leaves it as it was found: what an earlier run had finished in it stays, and nothing else.
+    """
     if target is None:
         with tempfile.TemporaryDirectory() as directory:
             yield Path(directory)
         return
     work = Path(f"{target}.heal")
-    with claimed(work, "choose another --out") if state.is_main_process else nullcontext():
-        yield work
-
-
-def _check_reporters(report_to: str | list[str]) -> None:
-    """Raise :class:`InputError` for what the Trainer would refuse only after the blocks are healed."""
-    from transformers.integrations import get_available_reporting_integrations
-
-    check_types("heal", report_to=(report_to, str | list))
-    known = ["none", "all", *get_available_reporting_integrations()]
-    for name in [report_to] if isinstance(report_to, str) else report_to:
-        if name not in known:
-            raise InputError(
-                f"heal: the Trainer refuses these settings: report_to={name!r:.100} is unknown or not installed; "
-                f"needed one of {', '.join(known)}."
-            )
-
-
-def _settings(settings: HealSettings | None, overrides: Mapping[str, Any], teacher: bool) -> HealSettings:
-    check_keys("heal", dict(overrides), [field.name for field in dataclasses.fields(HealSettings)])
-    settings = dataclasses.replace(settings or HealSettings(), **overrides)
-    if not (settings.steps or settings.blockwise_tokens):
-        raise InputError("heal: steps=0 and blockwise_tokens=0 leave nothing to do; set one of them.")
-    if teacher and not settings.needs_teacher:
-        settings = dataclasses.replace(settings, kl=1.0)
-    return settings
-
-
-def _source(text: Any) -> Source:
-    """What to tokenise: see ``text`` of :func:`heal`."""
-    if isinstance(text, str | os.PathLike):
-        return text
-    items = list(text) if isinstance(text, Sequence) else []
-    if items and all(isinstance(item, os.PathLike) for item in items):
-        return items
-    if not items or not all(isinstance(item, str) for item in items):
-        raise InputError(f"heal: text={text!r:.80}; needed a TEXT, a list of paths to texts, or a list of documents.")
-    return Memory(f"{len(items)} documents", tuple(items))
-
-
-def _tokens(
-    source: Source, tokenizer: Any, model: PreTrainedModel, settings: HealSettings, state: PartialState
-) -> TokenCache:
-    limit = context_length(model.config)
-    if limit is not None and settings.block > limit:
-        raise InputError(f"heal: block={settings.block}; needed at most the {limit} positions of the model.")
-    vocabulary = model.config.get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
-        raise InputError(
-            f"heal: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}; give the model's own tokenizer."
-        )
-    names = [source] if isinstance(source, str | os.PathLike) else [] if isinstance(source, Memory) else source
-    hub = [texts.locate(os.fspath(name), "train").dataset for name in names]
-    most = None
-    if any(dataset is not None and dataset.first is not None for dataset in hub):
-        # Of a data set of billions of tokens, what the run can use; a power of two, so that few caches serve all runs.
-        used = settings.steps * settings.batch * settings.block + settings.blockwise_tokens
-        most = 1 << (int(used / (1 - settings.validation_fraction)) + 2 * settings.block).bit_length()
-    with state.main_process_first():
-        return TokenCache.build(
-            source,
-            tokenizer,
-            settings.block,
-            validation_fraction=settings.validation_fraction,
-            workers=max(1, settings.workers),
-            max_tokens=most,
-        )
+    missing = [folder for folder in work.parents if not folder.exists()]
+    try:
+        with claimed(work, "choose another --out") if state.is_main_process else nullcontext():
+            empty = state.is_main_process and not holds_work(work)
+            try:
+                yield work
+            except InputError:
+                if empty:
+                    clear(work)
+                raise
+    except InputError:
+        for folder in missing if state.is_main_process else ():
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 @contextmanager
-def _as_before(model: PreTrainedModel, restore: bool) -> Iterator[None]:
-    """Give back what training changes besides the weights: precision, place, mode, cache, what requires gradients."""
-    place, dtype, mode = model.device, model.dtype, model.training
-    cached = model.config.use_cache
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+def _tensorboard_beside(target: Path | None, report_to: str | list[str]) -> Iterator[None]:
+    """Name ``OUT.runs`` to TensorBoard where its directory is not set."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if target is None or report_to == "none" or name in os.environ:
+        yield
+        return
+    os.environ[name] = f"{target}.runs"
     try:
         yield
     finally:
-        model.config.use_cache = cached
-        if restore:
-            for parameter, required in trained:
-                parameter.requires_grad_(required)
-            model.to(place, dtype).train(mode)  # type: ignore[call-overload]
+        os.environ.pop(name, None)
