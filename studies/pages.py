@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def write_sections(readme: Path, sections: Mapping[str, str]) -> None:
-    """Replace what stands in each section.
+def with_sections(readme: Path, sections: Mapping[str, str]) -> str:
+    """The file's text with these sections.
 
     Raises:
-        ValueError: The file does not have it exactly once.
+        ValueError: The file does not have one of them exactly once.
     """
     text = readme.read_text(encoding="utf-8")
     for name, section in sections.items():
@@ -31,7 +31,16 @@ def write_sections(readme: Path, sections: Mapping[str, str]) -> None:
             raise ValueError(f"{readme}: needed {begin} and {end} once each.")
         head, rest = text.split(begin)
         text = f"{head}{begin}\n\n{section}\n\n{end}{rest.split(end)[1]}"
-    readme.write_text(text, encoding="utf-8")
+    return text
+
+
+def write_sections(readme: Path, sections: Mapping[str, str]) -> None:
+    """Replace what stands in each section.
+
+    Raises:
+        ValueError: The file does not have it exactly once.
+    """
+    readme.write_text(with_sections(readme, sections), encoding="utf-8")
 
 
 def save_picture(figure: Figure, path: Path) -> None:

@@ -88,10 +88,13 @@ def plot(runs: list[dict[str, Any]]) -> None:
     save_picture(figure, HERE / "healed.svg")
 
 
+def sections() -> dict[str, str]:
+    return {"table": table(read("runs.jsonl")), "smollm2": smollm2_table(read("smollm2.jsonl"))}
+
+
 def main() -> None:
-    runs = read("runs.jsonl")
-    write_sections(HERE / "README.md", {"table": table(runs), "smollm2": smollm2_table(read("smollm2.jsonl"))})
-    plot(runs)
+    write_sections(HERE / "README.md", sections())
+    plot(read("runs.jsonl"))
 
 
 if __name__ == "__main__":

@@ -144,16 +144,22 @@ def reconstruction(runs: list[Run], schedule: str) -> None:
     save_picture(figure, HERE / f"reconstruction-{schedule}.svg")
 
 
-def main() -> None:
+def by_schedule() -> dict[str, list[Run]]:
     runs = [json.loads(line) for line in (HERE / "runs.jsonl").read_text().splitlines()]
-    sections = []
-    for schedule in ("paper", "tuned"):
-        chosen = [run for run in runs if run["schedule"] == schedule]
-        if chosen:
-            sections.append(f"### The {schedule} schedule\n\n{table(chosen)}")
-            for picture in (curves, pareto, reconstruction):
-                picture(chosen, schedule)
-    write_sections(HERE / "README.md", {"tables": "\n\n".join(sections)})
+    chosen = {schedule: [run for run in runs if run["schedule"] == schedule] for schedule in ("paper", "tuned")}
+    return {schedule: runs for schedule, runs in chosen.items() if runs}
+
+
+def sections() -> dict[str, str]:
+    tables = [f"### The {schedule} schedule\n\n{table(runs)}" for schedule, runs in by_schedule().items()]
+    return {"tables": "\n\n".join(tables)}
+
+
+def main() -> None:
+    write_sections(HERE / "README.md", sections())
+    for schedule, runs in by_schedule().items():
+        for picture in (curves, pareto, reconstruction):
+            picture(runs, schedule)
 
 
 if __name__ == "__main__":

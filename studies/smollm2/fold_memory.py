@@ -1,10 +1,11 @@
-"""Peak memory and time of folding SmolLM2-135M, calibrated: python studies/smollm2/fold_memory.py
+"""Peak memory of folding SmolLM2-135M, calibrated: python studies/smollm2/fold_memory.py
 
 With ``--auto``: of the search over budgets, as ``tensorfold fold --keep 0.8`` does it. With ``--embedding``: of
 folding its tied embedding table at rank 284 without calibration.
 
-Prints one JSON line. The peak is the resident set during load and fold, less that of the process before the model is
-loaded, over the size of the dense model in memory. Linux only (``/proc/self``).
+Prints one JSON line and appends it to ``fold_memory.jsonl``. The peak is the resident set during load and fold, less
+that of the process before the model is loaded, over the size of the dense model in memory. Linux only
+(``/proc/self``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-import time
+from pathlib import Path
 
 import torch
 import transformers
@@ -21,6 +22,8 @@ import tensorfold
 from tensorfold import Auto, LowRank, Recipe, Rule
 from tensorfold.hf.sources import find_model
 from tensorfold.texts import load_text
+
+LOG = Path(__file__).with_suffix(".jsonl")
 
 
 def resident(key: str) -> float:
@@ -42,18 +45,22 @@ def main() -> None:
         file.write("5")
     model = source.model()
     dense = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-    started = time.monotonic()
     if "--embedding" in sys.argv:
+        what = "embedding at rank 284, no text"
         report = tensorfold.fold(model, Recipe(fold=(Rule("embedding", LowRank(rank=284)),)))
     else:
+        what = "auto at 0.8" if "--auto" in sys.argv else "low rank at 0.8"
         method = Auto(keep=0.8) if "--auto" in sys.argv else LowRank(keep=0.8)
         report = tensorfold.fold(model, method, tokenizer, documents, calibration_tokens=24_000)
     peak = resident("VmHWM") - before
-    print(json.dumps({
-        "dense_mb": round(dense), "before_mb": round(before), "peak_mb": round(peak), "ratio": round(peak / dense, 2),
-        "seconds": round(time.monotonic() - started, 1), "threads": torch.get_num_threads(),
+    entry = {
+        "what": what, "dense_mb": round(dense), "before_mb": round(before), "peak_mb": round(peak),
+        "ratio": round(peak / dense, 2), "threads": torch.get_num_threads(),
         "parameters_after": report.parameters_after, "machine": platform.processor() or platform.machine(),
-    }))  # fmt: skip
+    }  # fmt: skip
+    print(json.dumps(entry))
+    with LOG.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 Each run folds the dense model anew and appends a line to ``runs.jsonl``; what is there is skipped. "svd" is
 ``LowRank(keep)``: every block measured behind the folded ones, whitened by its inputs, the same fraction everywhere
 (SVD-LLM, arXiv 2403.07378, taken block after block). "auto" is what ``tensorfold fold --keep`` does; "auto-whole-heads"
-the same without smaller value heads. All calibrate on the same tokens of ``wikitext-2-valid``; nothing was chosen by
-the test texts.
+the same without smaller value heads. All calibrate on the same tokens of ``wikitext-2-valid``, those with 0 tokens on
+none; nothing was chosen by the test texts.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ def planned() -> Iterator[Run]:
     yield Run("all-linear", 0.8, "auto-whole-heads")
     for method in ("svd", "auto-whole-heads", "auto"):
         yield Run("all-linear", 0.5, method)
+    for method in ("svd", "auto"):
+        yield Run("mlp", 0.8, method, tokens=0)
     yield Run("mlp", 0.8, "auto-high")
 
 
@@ -98,7 +100,10 @@ def measure(run: Run) -> dict[str, Any]:
     wall, processor = time.monotonic(), time.process_time()
     medium = EFFORTS["medium"] if run.method != "auto-whole-heads" else WHOLE_HEADS
     with patch.dict(EFFORTS, medium=medium):
-        report = tensorfold.fold(model, recipe, tokenizer, calibration(run.part), calibration_tokens=run.tokens)
+        if run.tokens:
+            report = tensorfold.fold(model, recipe, tokenizer, calibration(run.part), calibration_tokens=run.tokens)
+        else:
+            report = tensorfold.fold(model, recipe)
     wall, processor = time.monotonic() - wall, time.process_time() - processor
     perplexities = {}
     for name, text in (("wikitext-2-test", load_text("wikitext-2")), ("tinyshakespeare", _plain("tinyshakespeare"))):

@@ -104,12 +104,15 @@ def floors() -> str:
     return "\n".join(out)
 
 
-def main() -> None:
+def sections() -> dict[str, str]:
     entries = {tuple(entry["entry"].split("/")): entry for entry in lines_of("structures.jsonl")}
-    sections = {
+    return {
         "shapes": shapes(entries), "heads": heads(entries), "rotations": rotations(entries), "floors": floors()
     }  # fmt: skip
-    write_sections(HERE / "README.md", sections)
+
+
+def main() -> None:
+    write_sections(HERE / "README.md", sections())
 
 
 if __name__ == "__main__":

@@ -74,6 +74,21 @@ def int8(entries: list[Entry]) -> str:
     return "\n".join(lines)
 
 
+def models(entries: list[Entry]) -> str:
+    names = {
+        "model": "krony-81m",
+        "distilgpt2": "DistilGPT2",
+        "materialised": "krony-81m, products multiplied out in the forward (Krony-PT's way)",
+    }
+    found = {(entry["what"], entry.get("system")): entry for entry in entries}
+    lines = ["| | parameters | prefill | decode |", "|---|---:|---:|---:|"]
+    for system, name in names.items():
+        prefill, decode = found["prefill", system], found["decode", system]
+        times = [entry["times_as_fast"].replace("–", " – ") for entry in (prefill, decode)]
+        lines.append(f"| {name} | {prefill['parameters']:,} | {' | '.join(times)} |")
+    return "\n".join(lines)
+
+
 def draw_layers(entries: list[Entry]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for side, direction in zip(axes, ("up", "down"), strict=True):
@@ -114,9 +129,13 @@ def draw_fits(entries: list[Entry]) -> None:
     save_picture(figure, HERE / "fits.svg")
 
 
+def sections() -> dict[str, str]:
+    forms = {"layers": layers, "rivals": rivals, "int8": int8, "models": models}
+    return {name: form(read(name)) for name, form in forms.items() if read(name)}
+
+
 def main() -> None:
-    forms = {"layers": layers, "rivals": rivals, "int8": int8}
-    write_sections(HERE / "README.md", {name: form(read(name)) for name, form in forms.items() if read(name)})
+    write_sections(HERE / "README.md", sections())
     draw_layers(read("layers"))
     draw_fits(read("fold_scale"))
 

@@ -74,6 +74,28 @@ def long(runs: list[Run], dense: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
+def speed(entries: list[Run]) -> str:
+    lines = ["| | rank | folded | dense table | whole table rebuilt each time |", "|---|---:|---:|---:|---:|"]
+    for what in ("lookup of 1024 tokens", "logits of 64 tokens"):
+        for index, entry in enumerate(entries):
+            times = entry[what]["milliseconds"]
+            cells = [f"{times[form]:#.3g}".rstrip(".") for form in ("folded", "dense", "rebuilt")]
+            lines.append(f"| {f'{what}, ms' if not index else ''} | {entry['rank']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def orders(entries: list[Run]) -> str:
+    names = {"kronecker": "Kronecker", "mpo-3": "MPO, 3 sites", "mpo-2": "MPO, 2 sites"}
+    errors = {(e["structure"], e["keep"], e["order"]): f"{e['error']:.4f}".removeprefix("0") for e in entries}
+    lines = ["| structure | kept | own | frequency | clusters | low rank |", "|---|---:|---:|---:|---:|---:|"]
+    for structure, name in names.items():
+        for keep in sorted({keep for other, keep, _ in errors if other == structure}, reverse=True):
+            own, frequency, clusters = (errors[structure, keep, order] for order in ("own", "frequency", "cluster"))
+            low_rank = errors["low-rank", keep, "own"]
+            lines.append(f"| {name} | {keep} | {own} | {frequency} | **{clusters}** | {low_rank} |")
+    return "\n".join(lines)
+
+
 def picture(runs: list[Run]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     dense = next(run for run in runs if run["structure"] == "dense")
@@ -96,14 +118,20 @@ def picture(runs: list[Run]) -> None:
     save_picture(figure, HERE / "smollm2.svg")
 
 
-def main() -> None:
-    runs = read("smollm2.jsonl")
-    healed = read("long.jsonl")
+def sections() -> dict[str, str]:
+    runs, healed = read("smollm2.jsonl"), read("long.jsonl")
     dense = {}
     for run in (run for run in (*runs, *healed) if run["structure"] == "dense"):
         dense |= run["before"]
-    picture(runs)
-    write_sections(HERE / "README.md", {"comparison": comparison(runs), "long": long(healed, dense)})
+    return {
+        "comparison": comparison(runs), "long": long(healed, dense), "speed": speed(read("speed.jsonl")),
+        "order": orders(read("order.jsonl")),
+    }  # fmt: skip
+
+
+def main() -> None:
+    write_sections(HERE / "README.md", sections())
+    picture(read("smollm2.jsonl"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""What ``tensorfold demo`` prints, logged: python studies/smollm2/demo.py
+
+The recipe ``demo`` on its own text, Python's documentation as the running interpreter has it. Appends to
+``demo.jsonl``.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+
+import tensorfold
+from tensorfold import Recipe
+from tensorfold.demo import MAX_TOKENS
+from tensorfold.hf.sources import find_model
+from tensorfold.texts import load_text
+
+LOG = Path(__file__).with_suffix(".jsonl")
+
+
+def main() -> None:
+    recipe = Recipe.load("demo")
+    assert recipe.model
+    assert recipe.eval
+    assert recipe.calibrate
+    source = find_model(recipe.model)
+    model, tokenizer, test = source.model(), source.tokenizer(), load_text(recipe.eval.text)
+
+    def measured() -> dict[str, float]:
+        result = tensorfold.evaluate(model, tokenizer, test, recipe.eval.protocol, max_tokens=MAX_TOKENS)
+        return {
+            "perplexity": round(result.perplexity, 3), "accuracy": round(result.accuracy, 4),
+            "tokens": result.tokens, "parameters": result.parameters,
+        }  # fmt: skip
+
+    dense = measured()
+    calibration = load_text(recipe.calibrate.text, split="calibration")
+    tensorfold.fold(model, recipe, tokenizer, calibration)
+    entry = {"dense": dense, "folded": measured(), "protocol": recipe.eval.protocol, "text": recipe.eval.text,
+             "python": platform.python_version()}  # fmt: skip
+    print(entry)
+    with LOG.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+if __name__ == "__main__":
+    main()
