@@ -261,8 +261,7 @@ def empty_sidecar(path):
         (empty_sidecar, "damaged"),
     ],
 )
-def test_damaged_cache_is_found_and_built_again(tmp_path, monkeypatch, caplog, damage, message):
-    monkeypatch.setattr(data, "_SAMPLE", 16)
+def test_damaged_cache_is_found_and_built_again(tmp_path, caplog, damage, message):
     (tmp_path / "a.txt").write_text(PROSE)
     whole = TokenCache.build(tmp_path / "a.txt", Bytes(), 8, cache_dir=tmp_path / "cache")
     before = stream(whole)

@@ -16,6 +16,7 @@ from tensorfold.anatomy import context_length, matrices
 from tensorfold.budgets import check_budgets
 from tensorfold.calibrate import calibration_windows, token_counts
 from tensorfold.errors import InputError
+from tensorfold.fingerprints import describe_configuration, hash_tensor, saved_tensors
 from tensorfold.hf.swap import scale_of
 from tensorfold.methods import Method
 from tensorfold.planning import Plan, plan
@@ -111,24 +112,10 @@ def identity(
     """All that decides the result of a fold, by name."""
     given: dict[str, object] = {
         "recipe": identity_of(recipe),
-        "calibration text": [
-            None if given is None else (list(given.shape), hashlib.sha256(given.numpy().tobytes()).hexdigest())
-            for given in (windows, counts)
-        ],
-        "configuration": json.dumps(
-            {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")},
-            sort_keys=True,
-            default=str,
-        ),
+        "calibration text": [None if given is None else hash_tensor(given) for given in (windows, counts)],
+        "configuration": describe_configuration(model.config),
     }
-    for name, parameter in model.named_parameters():
-        kind = (str(parameter.dtype), list(parameter.shape))
-        if parameter.is_meta:
-            given[name] = kind
-            continue
-        content = parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        given[name] = (*kind, hashlib.sha256(content.data).hexdigest())
-    return given
+    return {**given, **{name: hash_tensor(tensor) for name, tensor in saved_tensors(model)}}
 
 
 def key_of(given: dict[str, object]) -> str:

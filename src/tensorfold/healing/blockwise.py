@@ -26,6 +26,7 @@ from tensorfold.block_checkpoints import BlockCheckpoints
 from tensorfold.calibrate import BlockStream
 from tensorfold.errors import InputError
 from tensorfold.evaluation_mode import evaluation_mode
+from tensorfold.fingerprints import hash_model, hash_tensor
 from tensorfold.healing.activations import ActivationStore
 from tensorfold.nn.linear import MPOModule
 from tensorfold.report import progress_bar
@@ -365,11 +366,8 @@ class _Bar:
         self._last = time.monotonic()
 
 
-def _run_key(student: nn.Module, teacher: nn.Module, windows: Tensor, settings: HealSettings) -> str:
-    """Hash of all that decides the result: both models' weights, the tokens, and the settings that are used."""
-    digest = hashlib.sha256(json.dumps({name: getattr(settings, name) for name in _SETTINGS}).encode())
-    named = [("windows", windows), *student.named_parameters(), *teacher.named_parameters()]
-    for name, tensor in named:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _run_key(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, settings: HealSettings) -> str:
+    """Hash of all that decides the result: both models, the tokens, and the settings that are used."""
+    decided = json.dumps({name: getattr(settings, name) for name in _SETTINGS})
+    parts = [decided, hash_tensor(windows), hash_model(student), hash_model(teacher)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

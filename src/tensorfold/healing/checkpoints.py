@@ -18,12 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import nn
+from transformers import PreTrainedModel
 
 from tensorfold.cache import atomic_directory, make_directories
 from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.fingerprints import hash_file, hash_model
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def sealed(target: Path) -> Iterator[Path]:
     try:
         with atomic_directory(target, replace=True) as partial:
             yield partial
-            manifest = {str(path.relative_to(partial)): _digest(path) for path in _files(partial)}
+            manifest = {str(path.relative_to(partial)): hash_file(path) for path in _files(partial)}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     # torch and safetensors report a failed write in exceptions of their own.
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -57,7 +57,7 @@ def damage(directory: Path) -> str | None:
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         for name, digest in manifest.items():
-            if _digest(directory / name) != digest:
+            if hash_file(directory / name) != digest:
                 return f"the checksum of {name} differs"
     except (OSError, ValueError, AttributeError) as error:
         return " ".join(str(error).split())
@@ -162,14 +162,9 @@ def digest(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Hash of every parameter's name, shape and ends: another model, or another training of it, shows in it."""
-    found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        ends = torch.cat([flat[:256], flat[-256:]]).to("cpu", torch.float32)
-        found.update(f"{name} {tuple(parameter.shape)}".encode() + ends.numpy().tobytes())
-    return found.hexdigest()[:32]
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hash of a model's configuration and of every byte of its state: another training of it is another model."""
+    return hash_model(model)[:32]
 
 
 def _checkpoints(work: Path) -> list[Path]:
@@ -183,8 +178,3 @@ def _step(path: Path) -> int:
 
 def _files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,12 +24,12 @@ from torch.utils.data import Dataset
 
 from tensorfold.cache import atomic_directory, cache_directory
 from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.fingerprints import hash_file
 from tensorfold.healing.documents import Files, Hub, Source, Text, find_texts, iter_pieces
 from tensorfold.healing.encode import Encoder, encode_all, tokenizer_fingerprint
 
-_FORMAT = 1
+_FORMAT = 2
 _TOKENS, _SIDECAR = "tokens.bin", "cache.json"
-_SAMPLE = 1 << 20  # bytes
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +227,8 @@ def _checked_sidecar(path: Path) -> dict[str, Any]:
         found = (path / _TOKENS).stat().st_size
         if found != size:
             raise ValueError(f"{_TOKENS} has {found} bytes instead of {size}")
-        if _sample_digest(path / _TOKENS) != sidecar["sample_sha256"]:
+        # All of it, at every start: it takes no longer than reading the text, whose own hash names the cache.
+        if hash_file(path / _TOKENS) != sidecar["sha256"]:
             raise ValueError(f"the checksum of {_TOKENS} differs")
         return {name: sidecar[name] for name in ("key", "label", "tokens", "dtype")}
     except OSError as error:
@@ -244,7 +245,7 @@ def _store(
     path: Path, texts: list[Text], encoder: Encoder, identity: dict[str, Any], workers: int, *, replace: bool
 ) -> None:
     with atomic_directory(path, replace=replace, keep_existing=not replace) as temporary:
-        tokens = _write(temporary / _TOKENS, texts, encoder, workers, identity["max_tokens"])
+        tokens, digest = _write(temporary / _TOKENS, texts, encoder, workers, identity["max_tokens"])
         if any(text.changed() for text in texts):
             raise TensorfoldError(f"text {_label(texts)!r} changed while it was tokenised; run the command again")
         sidecar = {
@@ -252,7 +253,7 @@ def _store(
             "label": _label(texts),
             "tokens": tokens,
             "dtype": encoder.dtype,
-            "sample_sha256": _sample_digest(temporary / _TOKENS),
+            "sha256": digest,
             "files": [
                 {"path": str(file), "bytes": file.stat().st_size}
                 for text in texts
@@ -264,9 +265,9 @@ def _store(
         (temporary / _SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
 
 
-def _write(path: Path, texts: list[Text], encoder: Encoder, workers: int, max_tokens: int | None) -> int:
-    """Tokenise everything into ``path`` and return the number of tokens."""
-    tokens = 0
+def _write(path: Path, texts: list[Text], encoder: Encoder, workers: int, max_tokens: int | None) -> tuple[int, str]:
+    """Tokenise everything into ``path``; the number of tokens, and the SHA-256 of their bytes."""
+    tokens, digest = 0, hashlib.sha256()
     console = Console(stderr=True)
     columns = (
         TextColumn("tokenising {task.description}: {task.completed:,.0f} tokens", markup=False),
@@ -283,13 +284,14 @@ def _write(path: Path, texts: list[Text], encoder: Encoder, workers: int, max_to
             if max_tokens is not None:
                 array = array[: max_tokens - tokens]
             file.write(array.data)
+            digest.update(array.data)
             tokens += len(array)
             progress.update(task, completed=tokens)
             if tokens == max_tokens:
                 break
     if not tokens:
         raise InputError(f"text {_label(texts)!r} is empty; give another text")
-    return tokens
+    return tokens, digest.hexdigest()
 
 
 def _key(identity: dict[str, Any]) -> str:
@@ -316,22 +318,6 @@ def _latest_known(directory: Path, identity: dict[str, Any]) -> dict[str, Any] |
 def _without_revisions(identity: dict[str, Any]) -> dict[str, Any]:
     texts = [text | {"revision": None} if isinstance(text, dict) else text for text in identity.get("texts", ())]
     return identity | {"texts": texts}
-
-
-def _sample_digest(path: Path) -> str:
-    """Hash of length, first and last megabyte.
-
-    A rename puts the whole file in place, so a kill leaves no half of one. What is left to guard against, truncation
-    and another file in its place, shows here at once, where hashing 18 GB of OpenWebText would take minutes at every
-    start of every rank.
-    """
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(_SAMPLE))
-        file.seek(max(0, size - _SAMPLE))
-        digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()
 
 
 def _check_blocks(block_size: int, validation_fraction: float) -> None:

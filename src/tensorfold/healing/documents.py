@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from tensorfold import texts
 from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.fingerprints import hash_file
 
 _CHUNK = 1 << 16  # characters; small enough that a batch has work for every thread of a fast tokenizer
 _MARGIN = 1 << 12  # characters before the end of a chunk in which a place to cut is looked for
@@ -206,7 +207,6 @@ def _revision(repository: str) -> str | None:
 
 def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_file(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; give a readable UTF-8 file") from error

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from tensorfold.errors import TensorfoldError
+from tensorfold.fingerprints import hash_file
 from tensorfold.healing.documents import Piece
 
 _BATCH = 1 << 20  # characters tokenised at a time: about 250 thousand tokens
@@ -63,9 +67,20 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         # Left over from earlier calls of the tokenizer; none of them reaches this one.
         state["truncation"] = state["padding"] = None
     else:
-        state = [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items())]
+        state = [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items()), _files_and_settings(tokenizer)]
     described = [state, tokenizer.eos_token_id, bool(getattr(tokenizer, "split_special_tokens", False))]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _files_and_settings(tokenizer: Any) -> list[Any]:
+    """What a tokenizer written in Python has beside its vocabulary: merges, models, options, wherever they lie."""
+    given = getattr(tokenizer, "init_kwargs", {})
+    settings = {key: str(value) for key, value in given.items() if key != "name_or_path" and not key.endswith("_file")}
+    with tempfile.TemporaryDirectory() as directory:
+        with suppress(AttributeError, NotImplementedError):
+            tokenizer.save_vocabulary(directory)
+        files = {path.name: hash_file(path) for path in Path(directory).iterdir()}
+    return [sorted(settings.items()), sorted(files.items())]
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -148,8 +148,9 @@ def heal(
                     "previous": before.get("heal"),
                 }
                 write(target, work, result, tokenizer, {**before, "heal": done, "tensorfold": tensorfold.__version__})
-        except OSError as error:
-            if is_disk_full(error):
+        except BaseException as error:
+            run.undo()
+            if isinstance(error, OSError) and is_disk_full(error):
                 raise TensorfoldError(
                     f"The disk is full at {work}; the checkpoints in it are intact. Make room, then run the same "
                     "command again."
@@ -180,30 +181,27 @@ class _Run:
         self.validation = validation_subset(cache.validation, settings) if len(cache.validation) else None
         if settings.patience is not None and self.validation is None:
             raise InputError("heal: patience needs a validation split; give more text, or validation_fraction above 0.")
+        self._start = Start(model, work / "start", state)
         self.log = StepLog(work / "log.jsonl") if state.is_main_process else None
 
     def whole(self) -> tuple[HealReport, PreTrainedModel]:
-        """Heal, and return the report and the model that holds the result.
-
-        Whatever ends it early, the model is as it came in again, unless it is sharded.
-        """
-        start = Start(self.model, self.work / "start", self.state)
-        try:
-            with as_before(self.model, restore=not self.sharded):
-                report, result = self._healed()
-            if report.kept == "start" and (self.state.is_main_process or not self.sharded):
-                start.give(result)
-        except BaseException:
-            if not self.sharded:
-                with suppress(OSError, SafetensorError):  # what ended it may have taken the disk along
-                    start.give(self.model)
-            raise
+        """Heal, and return the report and the model that holds the result."""
+        with as_before(self.model, restore=not self.sharded):
+            report, result = self._healed()
+        if report.kept == "start" and (self.state.is_main_process or not self.sharded):
+            self._start.give(result)
         if report.helped is False:
             said = str(report).splitlines()[0]
             log.warning("heal: %s", said)
             if self.log is not None:
                 self.log.write_once({"step": report.step, "kept": report.kept, "helped": False})
         return report, result
+
+    def undo(self) -> None:
+        """Give the model the weights that it came in with, unless it is sharded."""
+        if not self.sharded:
+            with suppress(OSError, SafetensorError):  # what ended the run may have taken the disk along
+                self._start.give(self.model)
 
     def _healed(self) -> tuple[HealReport, PreTrainedModel]:
         """Train, and find out which state is best; of what came in, only that it is."""

