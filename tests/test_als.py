@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tensorfold.algebra import als, als_cg
 from tensorfold.algebra.als import weighted_als
-from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.solve import fit
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import tt_svd

@@ -10,7 +10,7 @@ from torch import nn
 import tensorfold
 from bench_tools import QUICK, Clock, fold
 from tensorfold import LowRank, Recipe, Rule, Spec, TokenMPS
-from tensorfold.algebra.ways import choose
+from tensorfold.algebra.contraction.search import fastest_path
 from tensorfold.benchmark import memory, rivals
 from tensorfold.benchmark.layers import _dense, bench_layer, groups, way_of
 from tensorfold.benchmark.run import bench
@@ -147,7 +147,7 @@ def test_the_chosen_way_is_shown_and_can_be_overridden(folded, no_rivals):
     result = bench(folded, clock=Clock(), **QUICK, way="chain").to_dict()
     assert result["way"] == "chain"
     [shown] = [layer for layer in result["layers"] if layer["names"][0].endswith("q_proj")]
-    expected = {str(choose(q_proj.spec, tokens, force="chain")) for tokens in (1, 3)}
+    expected = {str(fastest_path(q_proj.spec, tokens, force="chain")) for tokens in (1, 3)}
     assert {point["way"] for point in shown["tokens"]} == expected != {"materialise"}
     # As the model itself it takes the chain; as the materialised form, in whole models, its matrix.
     assert set(seen) == {"chain", "materialise"}

@@ -1,4 +1,4 @@
-"""The choice among ways of contracting, and the layers that follow it: traced, cached, calibrated."""
+"""The search for contraction paths, and the layers that follow it: traced, cached, calibrated."""
 
 import copy
 import io
@@ -9,14 +9,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tensorfold.algebra.contract import apply, to_dense
-from tensorfold.algebra.cost import Machine
+from tensorfold.algebra.contraction.apply import apply, to_dense
+from tensorfold.algebra.contraction.costs import Machine
+from tensorfold.algebra.contraction.paths import Form, Order, cheapest_order
+from tensorfold.algebra.contraction.search import LARGEST_BUILT, fastest_path
 from tensorfold.algebra.spec import Spec
-from tensorfold.algebra.ways import LARGEST_BUILT, Order, cheapest_order, choose
 from tensorfold.errors import InputError
 from tensorfold.nn import MPOEmbedding, MPOLinear, cache_matrices, calibrate_machine
 from tensorfold.nn import machine as machines
-from test_market import MARKET, ways_of
+from test_market import MARKET, paths_of
 
 EXPANDING = Spec.kronecker(3072, 768, (768, 768))
 CONTRACTING = Spec.kronecker(768, 3072, (768, 768))
@@ -35,15 +36,15 @@ SMALL = {
 
 
 @pytest.mark.parametrize("spec", SMALL.values(), ids=SMALL)
-def test_gradients_of_every_way_are_derivatives(spec):
+def test_gradients_of_every_path_are_derivatives(spec):
     torch.manual_seed(0)
     cores = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in spec.core_shapes]
     bias = torch.randn(spec.out_features, dtype=torch.float64, requires_grad=True)
     x = torch.randn(2, spec.in_features, dtype=torch.float64, requires_grad=True)
-    for way in ways_of(spec):
+    for path in paths_of(spec):
 
-        def call(x, bias, *cores, way=way):
-            return apply(x, cores, spec, bias, way)
+        def call(x, bias, *cores, path=path):
+            return apply(x, cores, spec, bias, path)
 
         assert torch.autograd.gradcheck(call, (x, bias, *cores))
 
@@ -52,10 +53,10 @@ def test_gradients_of_every_way_are_derivatives(spec):
 @pytest.mark.parametrize("tokens", [1, 128, 1024])
 @pytest.mark.parametrize("spec", [EXPANDING, CONTRACTING], ids=["expanding", "contracting"])
 def test_kronecker_products_copy_no_activations(spec, tokens, training):
-    way = choose(spec, tokens, training)
-    assert spec.macs <= way.macs < 1.05 * spec.macs  # a product with a small factor makes eight rows at a time
-    assert way.order is None
-    assert all(step.order is None for step in way.steps)
+    path = fastest_path(spec, tokens, training)
+    assert spec.macs <= path.macs < 1.05 * spec.macs  # a product with a small factor makes eight rows at a time
+    assert path.permutation is None
+    assert all(step.permutation is None for step in path.steps)
 
 
 class Calls(TorchDispatchMode):
@@ -76,33 +77,33 @@ def test_what_the_layout_does_not_copy_is_not_copied():
     for spec in (EXPANDING, CONTRACTING, Spec.kronecker(48, 24, (8, 4))):
         layer = MPOLinear(spec).eval()
         for machine in (Machine(), Machine(permuted=1.0)):
-            way = choose(spec, 64, machine=machine)
-            forms |= {step.form for step in way.steps}
-            assert way.order is None
-            assert not any(step.order or step.core for step in way.steps)
+            path = fastest_path(spec, 64, machine=machine)
+            forms |= {step.form for step in path.steps}
+            assert path.permutation is None
+            assert not any(step.permutation or step.core_axes for step in path.steps)
             with torch.no_grad(), Calls() as calls:
-                apply(torch.randn(64, spec.in_features), layer.factors(), spec, layer.bias, way)
+                apply(torch.randn(64, spec.in_features), layer.factors(), spec, layer.bias, path)
             assert not {"clone", "copy_", "contiguous", "_to_copy", "cat", "constant_pad_nd"} & set(calls.names)
-    assert forms - {"rows"}
+    assert forms - {Form.ROWS}
 
 
 def test_the_number_of_tokens_decides():
-    assert not choose(EXPANDING, 4096).materialises
+    assert not fastest_path(EXPANDING, 4096).materialises
     assert PICO.macs > PICO.dense_parameters
     for training in (False, True):
-        assert choose(PICO, 4096, training).materialises
-        assert not choose(PICO, 1, training).materialises
-    assert str(choose(PICO, 4096)) == "materialise"
-    assert str(choose(CONTRACTING, 1)) == "1→0"
+        assert fastest_path(PICO, 4096, training).materialises
+        assert not fastest_path(PICO, 1, training).materialises
+    assert str(fastest_path(PICO, 4096)) == "materialise"
+    assert str(fastest_path(CONTRACTING, 1)) == "1→0"
 
 
 def test_large_tables_are_never_built():
     table = Spec.kronecker(30720, 768, (10240, 256), 4)
     small = Spec.kronecker(3072, 768, (1024, 256), 4)
     assert table.dense_parameters > LARGEST_BUILT > small.dense_parameters
-    assert choose(small, 4096).materialises
-    assert not choose(table, 4096).materialises
-    assert choose(table, 4096, force="materialise").materialises
+    assert fastest_path(small, 4096).materialises
+    assert not fastest_path(table, 4096).materialises
+    assert fastest_path(table, 4096, force="materialise").materialises
 
 
 @pytest.mark.parametrize(
@@ -110,14 +111,14 @@ def test_large_tables_are_never_built():
 )
 def test_training_keeps_no_more_than_a_dense_layer(spec):
     for tokens in (1, 64, 4096):
-        way = choose(spec, tokens, training=True)
-        assert way.kept <= tokens * (spec.in_features + spec.out_features) + spec.dense_parameters
+        path = fastest_path(spec, tokens, training=True)
+        assert path.kept <= tokens * (spec.in_features + spec.out_features) + spec.dense_parameters
 
 
-def test_what_a_way_says_it_keeps_is_what_autograd_keeps():
+def test_what_a_path_says_it_keeps_is_what_autograd_keeps():
     """Saved tensors that are neither the input nor a parameter, counted by autograd's own hooks."""
     for spec in (PICO, EXPANDING, Spec.low_rank(64, 48, 8), MANY_TERMS):
-        for force in (None, "materialise", cheapest_order(spec)):
+        for force in (None, "materialise", cheapest_order(spec.out_modes, spec.in_modes, spec.ranks)):
             layer = MPOLinear(spec, bias=True)
             layer.way = force
             x = torch.randn(32, spec.in_features, requires_grad=True)
@@ -199,7 +200,7 @@ def test_an_exported_layer_takes_any_number_of_tokens():
         torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_static_graph_takes_the_way_of_its_length():
+def test_a_static_graph_takes_the_path_of_its_length():
     torch._dynamo.reset()
     layer = MPOLinear(PICO)
     seen = []
@@ -286,7 +287,7 @@ def test_matrices_are_cached_within_the_limit():
         cache_matrices(model, -1)
 
 
-def test_the_head_of_a_table_takes_its_own_way():
+def test_the_head_of_a_table_takes_its_own_path():
     head = MPOEmbedding(Spec.low_rank(300, 16, 4)).head(torch.zeros(300))
     x = torch.randn(7, 16)
     assert not head.chosen(1024).materialises

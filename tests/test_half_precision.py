@@ -8,7 +8,7 @@ import torch
 import tensorfold
 from tensorfold import Graded, InputError, Kronecker, LowRank, SpecError, TokenMPS
 from tensorfold import export as exporting
-from tensorfold.algebra.ways import choose
+from tensorfold.algebra.contraction.search import fastest_path
 from tensorfold.errors import TensorfoldError
 from tensorfold.export import export_dense, export_int8
 from tensorfold.nn import GradedEmbedding, MPOEmbedding, MPOLinear, TokenMPSEmbedding
@@ -62,7 +62,7 @@ def test_what_lies_between_the_factors_of_a_layer_may_be_large(name, power):
     layer = uneven(MPOLinear(spec), power)
     for tokens in (1, 100):
         assert_as_in_float64(layer, 1000 * normal(tokens, spec.in_features).half())
-    for force in ("materialise", "chain", choose(spec, 7)):
+    for force in ("materialise", "chain", fastest_path(spec, 7)):
         layer.way = force if isinstance(force, str) else None
         assert_as_in_float64(layer, 1000 * normal(7, spec.in_features).half())
     assert bool(layer.to_dense().isfinite().all())

@@ -8,7 +8,7 @@ from transformers import GPT2Config
 
 import tensorfold
 from tensorfold import InputError, Kronecker, LowRank, Recipe, Rule, Spec, SpecError
-from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.solve import relative_error
 from tensorfold.algebra.statistics import Statistics
 from tensorfold.algebra.ttsvd import tt_svd

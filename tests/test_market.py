@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 
-from tensorfold.algebra.contract import apply, cheapest_order
-from tensorfold.algebra.cost import Machine, default_machine
+from tensorfold.algebra.contraction.apply import apply
+from tensorfold.algebra.contraction.costs import Machine, default_machine
+from tensorfold.algebra.contraction.paths import FORMS, Order, cheapest_order
+from tensorfold.algebra.contraction.search import fastest_path
 from tensorfold.algebra.solve import relative_error
 from tensorfold.algebra.spec import Spec
-from tensorfold.algebra.ways import Order, choose
 from tensorfold.methods import MPO, Kronecker, LowRank
 from tensorfold.nn import MPOEmbedding, MPOLinear
 
@@ -78,13 +79,14 @@ def test_multiply_adds_are_the_specs(spec):
     """Counted by torch itself on one token, in the order of fewest; a product with one number a row is a ``mul``."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    way = choose(spec, 1, force="chain")
+    path = fastest_path(spec, 1, force="chain")
     outer = {torch.ops.aten.mul: lambda *shapes, out_shape, **_: 2 * math.prod(out_shape)}
     layer = MPOLinear(spec, bias=False)
     factors = layer.factors()
     with FlopCounterMode(display=False, custom_mapping=outer) as counter, torch.no_grad():
-        apply(torch.randn(1, spec.in_features), factors, spec, way=way)
-    assert counter.get_total_flops() == 2 * way.macs == 2 * spec.macs == 2 * cheapest_order(spec).macs
+        apply(torch.randn(1, spec.in_features), factors, spec, path=path)
+    order = cheapest_order(spec.out_modes, spec.in_modes, spec.ranks)
+    assert counter.get_total_flops() == 2 * path.macs == 2 * spec.macs == 2 * order.macs
 
 
 # Machines on which little but one thing matters, so that between them every kind of step is somewhere the best.
@@ -107,19 +109,19 @@ def orders(sites):
                 yield Order(start, moves, 0)
 
 
-def ways_of(spec):
+def paths_of(spec):
     forced = [None, "materialise", *orders(spec.sites)]
     return {
-        (way.steps, way.order): way
+        (path.steps, path.permutation): path
         for machine in MACHINES.values()
         for tokens in (1, 7, 600)
         for training in (False, True)
         for force in forced
-        for way in [choose(spec, tokens, training, machine, force)]
+        for path in [fastest_path(spec, tokens, training, machine, force)]
     }.values()
 
 
-def test_every_way_is_the_matrix(spec, bias):
+def test_every_path_is_the_matrix(spec, bias):
     """In both directions: outputs, and the gradients of inputs, cores and bias."""
     torch.manual_seed(8)
     layer = MPOLinear(spec, bias, dtype=torch.float64)
@@ -128,25 +130,25 @@ def test_every_way_is_the_matrix(spec, bias):
     sources = [x, *layer.parameters()]
     y = torch.nn.functional.linear(x, layer.to_dense(), layer.bias)
     expected = torch.autograd.grad((y * weights).sum(), sources)
-    ways = ways_of(spec)
-    assert len(ways) >= spec.sites
-    for way in ways:
-        got = apply(x, layer.factors(), spec, layer.bias, way)
+    paths = paths_of(spec)
+    assert len(paths) >= spec.sites
+    for path in paths:
+        got = apply(x, layer.factors(), spec, layer.bias, path)
         torch.testing.assert_close(got, y)
         torch.testing.assert_close(torch.autograd.grad((got * weights).sum(), sources), expected)
         with torch.no_grad():
-            torch.testing.assert_close(apply(x, layer.factors(), spec, layer.bias, way), y)
+            torch.testing.assert_close(apply(x, layer.factors(), spec, layer.bias, path), y)
 
 
 def test_the_market_has_every_kind_of_step():
-    steps = [step for spec in MARKET.values() for way in ways_of(spec) for step in way.steps]
-    assert {step.form for step in steps} == {"rows", "left", "right", "front", "outer"}
-    assert any(step.order for step in steps)
-    assert any(step.turned for step in steps)
+    steps = [step for spec in MARKET.values() for path in paths_of(spec) for step in path.steps]
+    assert {step.form for step in steps} == set(FORMS)
+    assert any(step.permutation for step in steps)
+    assert any(step.transposed for step in steps)
     assert any(step.more_d for step in steps)
     assert any(step.block > 1 for step in steps)
-    assert any(isinstance(step.tree, tuple) and len(way.steps) > 1 for spec in MARKET.values() for way in ways_of(spec)
-               for step in way.steps)  # fmt: skip
+    paths = [path for spec in MARKET.values() for path in paths_of(spec) if len(path.steps) > 1]
+    assert any(isinstance(step.tree, tuple) for path in paths for step in path.steps)
 
 
 def test_from_dense_inverts_to_dense(spec, bias):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.permutation import search_permutations
 from tensorfold.algebra.spec import Spec
 from tensorfold.errors import InputError

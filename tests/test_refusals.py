@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, SmolLM3Config
 
 import tensorfold
 from tensorfold import MPO, InputError, Kronecker, LowRank, Recipe, Rule, Spec
-from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.solve import fit, relative_error
 from tensorfold.anatomy import matrices
 from tensorfold.nn import MPOEmbedding, MPOLinear

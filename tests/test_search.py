@@ -9,7 +9,7 @@ import torch
 import tensorfold
 from tensorfold import Auto, InputError, LowRank, Recipe, Rule, Spec, SpecError, calibrate, folding, search
 from tensorfold.algebra.allocation import pivoted_costs
-from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.low_rank import error_curve, whitened_low_rank
 from tensorfold.algebra.packed import numbers
 from tensorfold.algebra.solve import relative_error

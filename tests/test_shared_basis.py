@@ -5,7 +5,7 @@ import torch
 
 from tensorfold import Spec, SpecError
 from tensorfold.algebra.als import weighted_als
-from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.shared_basis import fit_shared_basis
 from tensorfold.algebra.solve import relative_error
 from tensorfold.algebra.ttsvd import tt_svd

@@ -9,7 +9,7 @@ import torch
 import tensorfold
 from tensorfold import Auto, Kronecker, LowRank, Recipe, Rule
 from tensorfold.algebra.als import weighted_als
-from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.low_rank import error_curve
 from tensorfold.algebra.solve import fit, relative_error
 from tensorfold.algebra.spec import Spec

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorfold.algebra.contract import apply, cheapest_order, rows, to_dense
+from tensorfold.algebra.contraction.apply import apply, rows, to_dense
+from tensorfold.algebra.contraction.paths import cheapest_order
 from tensorfold.algebra.modes import balanced_modes, divisors, nearest_divisors
 from tensorfold.algebra.solve import fit, relative_error
 from tensorfold.algebra.spec import Spec, attainable_ranks
@@ -105,7 +106,7 @@ def test_every_order_gives_the_same_result_and_none_is_cheaper(spec):
             yield from orders(a - 1, b, start, moves + "L")
 
     everything = [order for k in range(spec.sites) for order in orders(k, k + 1, k, "")]
-    chosen = cheapest_order(spec)
+    chosen = cheapest_order(spec.out_modes, spec.in_modes, spec.ranks)
     assert chosen.macs == spec.macs == min(cost(*order) for order in everything) == cost(chosen.start, chosen.moves)
 
 

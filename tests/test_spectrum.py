@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.spectrum import bond_spectra
 from tensorfold.algebra.ttsvd import tt_svd, unfold

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import tensorfold
 from tensorfold import MPO, InputError, Kronecker, Recipe, Rule, Spec, SpecError
 from tensorfold.algebra import token_order as orders
-from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.solve import relative_error
 from tensorfold.algebra.statistics import Statistics
 from tensorfold.algebra.token_order import cluster_order, token_order

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tensorfold.algebra import ttsvd
-from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import left_basis, tt_svd, unfold
 from tensorfold.errors import SpecError

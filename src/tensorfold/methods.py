@@ -10,7 +10,7 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
-from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.graded import GradedSpec, graded_low_rank
 from tensorfold.algebra.graded_logits import match_probabilities
 from tensorfold.algebra.modes import balanced_modes, divisors

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tensorfold.algebra.als import weighted_als
-from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.permutation import search_permutations, search_row_order
 from tensorfold.algebra.solve import relative_error
 from tensorfold.algebra.spec import Spec

@@ -32,7 +32,7 @@ from torch import Tensor
 
 import tensorfold
 from tensorfold.algebra.als import weighted_als
-from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.low_rank import error_curve, whitened_low_rank
 from tensorfold.algebra.shared_basis import fit_shared_basis
 from tensorfold.algebra.spec import Spec

@@ -21,7 +21,7 @@ from facts import facts
 from torch import Tensor
 
 from tensorfold import Kronecker
-from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.benchmark.timing import Spread
 
 LOG = Path(__file__).with_suffix(".jsonl")

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.solve import relative_error
 from tensorfold.algebra.statistics import Statistics
 from tensorfold.calibrate import token_counts

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorfold.algebra.als_cg import INDEFINITE, conjugate_gradients, project, proximal_step, weigh
-from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.statistics import Metrics
 from tensorfold.algebra.ttsvd import balance, check_weight

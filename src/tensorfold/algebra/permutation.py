@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tensorfold.algebra.contract import to_dense
+from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import check_weight, tt_svd
 from tensorfold.errors import SpecError

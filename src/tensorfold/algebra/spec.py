@@ -251,11 +251,11 @@ class Spec:
     @property
     def macs(self) -> int:
         """Multiply–adds a token, in the cheapest order of contracting the sites (see ``contract.cheapest_order``)."""
-        from tensorfold.algebra.contract import cheapest_order
+        from tensorfold.algebra.contraction.paths import cheapest_order
 
         if self.has_pivot_rows:
             return self.parameters
-        return cheapest_order(self).macs
+        return cheapest_order(self.out_modes, self.in_modes, self.ranks).macs
 
     @property
     def dense_parameters(self) -> int:

@@ -48,8 +48,8 @@ def ways_kept(model: nn.Module, way: str | None) -> Iterator[None]:
 
 def holds(layer: MPOLinear, tokens: int) -> bool:
     """Whether the layer applies a matrix that it keeps between forwards, see :func:`tensorfold.nn.cache_matrices`."""
-    way = layer.chosen(tokens)
-    return layer.holds_matrix and layer.way is None and way.dense < way.seconds
+    path = layer.chosen(tokens)
+    return layer.holds_matrix and layer.way is None and path.dense < path.seconds
 
 
 def macs(module: nn.Module, tokens: int) -> float:
@@ -61,8 +61,8 @@ def macs(module: nn.Module, tokens: int) -> float:
         case MPOLinear():
             if holds(module, tokens):
                 return module.spec.dense_parameters
-            way = module.chosen(tokens)
-            return way.macs + way.build / tokens
+            path = module.chosen(tokens)
+            return path.macs + path.build / tokens
         case TokenMPSHead():
             return module.spec.vocabulary * (module.spec.row_macs / tokens + module.spec.width)
         case GradedHead():

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from tensorfold.algebra.contract import rows
+from tensorfold.algebra.contraction.apply import rows
 from tensorfold.algebra.precision import as_given
 from tensorfold.algebra.solve import Factors, factorize
 from tensorfold.algebra.spec import Spec

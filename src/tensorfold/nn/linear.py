@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorfold.algebra.contract import add_bias, apply, to_dense
+from tensorfold.algebra.contraction.apply import add_bias, apply, to_dense
+from tensorfold.algebra.contraction.paths import ContractionPath, Order
 from tensorfold.algebra.pivots import with_identity
 from tensorfold.algebra.precision import as_given, product_dtype, wide
 from tensorfold.algebra.solve import Factors, factorize
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.starts import core_std
-from tensorfold.algebra.ways import Order, Way
 from tensorfold.errors import SpecError
 from tensorfold.nn.folded import store
-from tensorfold.nn.machine import way_for
+from tensorfold.nn.machine import path_for
 from tensorfold.strict import check_types
 
 _FEW, _TILE = 64, 512  # tokens
@@ -124,14 +124,14 @@ def _order(order: Tensor | None, size: int) -> Tensor:
 
 
 class MPOLinear(MPOModule):
-    """``y = x Wᵀ + b`` with W an MPO, contracted in the way that is fastest for the number of tokens.
+    """``y = x Wᵀ + b`` with W an MPO, contracted along the path that is fastest for the number of tokens.
 
     ``spec.parameters`` numbers and ``spec.macs`` multiply–adds a token (plus the bias). Kronecker products, their sums,
     low rank and tensor-train layers (Novikov et al., arXiv 1509.06569) are all this module with different specs.
 
     Few tokens are taken through the sites one after the other; for many, where that is more work than the matrix, the
-    matrix is multiplied out in the forward and applied as a dense layer's (see :mod:`tensorfold.algebra.ways`). In a
-    traced graph with a free number of tokens there is one way, that for 1024.
+    matrix is multiplied out in the forward and applied as a dense layer's (see ``algebra.contraction``). In a
+    traced graph with a free number of tokens there is one path, that for 1024.
 
     Attributes:
         way: None to choose by cost, or ``"materialise"``, ``"chain"`` (fewest multiply–adds) or an ``Order`` of sites.
@@ -196,20 +196,20 @@ class MPOLinear(MPOModule):
         training = torch.is_grad_enabled() and (x.requires_grad or any(core.requires_grad for core in self._stored()))
         if self.spec.has_pivot_rows and not self.holds_matrix:  # there is one way only
             return self._from_pivots(x, self._stored(), training)
-        way = way_for(self.spec, math.prod(x.shape[:-1]), training, x.device, x.dtype, self.way)
+        path = path_for(self.spec, math.prod(x.shape[:-1]), training, x.device, x.dtype, self.way)
         holds = self.holds_matrix and self.way is None and not training and not torch.compiler.is_compiling()
-        if holds and way.dense < way.seconds:
+        if holds and path.dense < path.seconds:
             return F.linear(x, self._held_matrix(), self.bias)
         if self.spec.has_pivot_rows:
             return self._from_pivots(x, self._stored(), training)
         factors = self.factors()
         if not self.spec.reordered:  # looked up faster than a buffer that may be None
-            return apply(x, factors, self.spec, self.bias, way)
+            return apply(x, factors, self.spec, self.bias, path)
         if self.in_order is not None:
             x = x.index_select(-1, self.in_order)
         if self.out_position is None:
-            return apply(x, factors, self.spec.inner, self.bias, way)
-        y = apply(x, factors, self.spec.inner, None, way)
+            return apply(x, factors, self.spec.inner, self.bias, path)
+        y = apply(x, factors, self.spec.inner, None, path)
         if self.out_features > y.shape[-1]:
             y = F.pad(y, (0, 1))
         y = y.index_select(-1, self.out_position)
@@ -254,10 +254,10 @@ class MPOLinear(MPOModule):
             torch.index_select(outputs, -1, order, out=y[start : start + size])
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def chosen(self, tokens: int, training: bool = False) -> Way:
-        """The way that ``tokens`` vectors take through this layer on its own device; ``str`` names it."""
+    def chosen(self, tokens: int, training: bool = False) -> ContractionPath:
+        """The path that ``tokens`` vectors take through this layer on its own device; ``str`` names it."""
         core = self.cores[0]
-        return way_for(self.spec, tokens, training, core.device, core.dtype, self.way)
+        return path_for(self.spec, tokens, training, core.device, core.dtype, self.way)
 
     def hold_matrix(self, hold: bool) -> None:
         """Keep the matrix between forwards without gradients, or drop it and keep none."""

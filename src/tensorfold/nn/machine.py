@@ -1,7 +1,7 @@
-"""The speeds that ways are chosen by: built in, or measured once on this machine when the user asks for it.
+"""Speeds that contraction paths are chosen by: built in, or measured once on this machine when the user asks for it.
 
 Nothing is ever measured on its own, so importing and the first forward take no time, and two processes with the same
-built-in or measured constants choose the same ways. Ranks with different constants, of unlike machines, still compute
+built-in or measured constants choose the same paths. Ranks with different constants, of unlike machines, still compute
 the same function: only the rounding of their sums differs, as it does between their processors.
 """
 
@@ -20,23 +20,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from tensorfold.algebra.cost import Machine, default_machine
+from tensorfold.algebra.contraction.costs import Machine, default_machine
+from tensorfold.algebra.contraction.paths import ContractionPath, Order
+from tensorfold.algebra.contraction.search import fastest_path
 from tensorfold.algebra.spec import Spec
-from tensorfold.algebra.ways import Order, Way, choose
 from tensorfold.cache import atomic_directory, cache_directory
 from tensorfold.errors import InputError
 
 # Ways are chosen for powers of two; more tokens than the last cost in proportion.
 _MOST_TOKENS = 4096
 
-# What a graph with a free number of tokens is made for: one way, the best for a long prompt or a training batch.
+# What a graph with a free number of tokens is made for: one path, the fastest for a long prompt or a training batch.
 _SYMBOLIC_TOKENS = 1024
 
 
-def way_for(
+def path_for(
     spec: Spec, tokens: int, training: bool, device: torch.device, dtype: torch.dtype, force: Order | str | None = None
-) -> Way:
-    """The way to apply ``spec`` to ``tokens`` vectors on ``device``; see :func:`tensorfold.algebra.ways.choose`.
+) -> ContractionPath:
+    """The path that applies ``spec`` to ``tokens`` vectors on ``device``; see ``contraction.search.fastest_path``.
 
     ``tokens`` may be symbolic: no guard is put on it, so one graph serves every number of tokens.
     """
@@ -46,8 +47,8 @@ def way_for(
 @torch.compiler.assume_constant_result
 def _constant(
     spec: Spec, tokens: int, training: bool, device_type: str, dtype: torch.dtype, force: Order | str | None
-) -> Way:
-    return choose(spec, tokens, training, machine(device_type, dtype, torch.get_num_threads()), force)
+) -> ContractionPath:
+    return fastest_path(spec, tokens, training, machine(device_type, dtype, torch.get_num_threads()), force)
 
 
 def _bucket(tokens: int) -> int:
@@ -90,7 +91,7 @@ def machine(device_type: str, dtype: torch.dtype, threads: int) -> Machine:
 
 
 def calibrate_machine(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
-    """Measure the speeds that ways are chosen by, in about a second, and keep them for later processes.
+    """Measure the speeds that paths are chosen by, in about a second, and keep them for later processes.
 
     Measured are large products, reading, permuted copies and calls, so nothing else should be running. The speeds are
     kept below ``cache_directory("machine")``, by device, number of threads, dtype and version of torch. Under autocast

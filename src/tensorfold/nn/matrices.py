@@ -37,8 +37,8 @@ def cache_matrices(model: nn.Module, megabytes: float) -> dict[str, int]:
             continue
         layer.hold_matrix(False)
         size = layer.spec.dense_parameters * layer.cores[0].element_size()
-        ways = [layer.chosen(tokens) for tokens in _TOKENS]
-        gain = sum(max(way.seconds - way.dense, 0.0) for way in ways)
+        paths = [layer.chosen(tokens) for tokens in _TOKENS]
+        gain = sum(max(path.seconds - path.dense, 0.0) for path in paths)
         if gain and layer.way is None:
             gains.append((gain / size, size, name, layer))
     left, kept = megabytes * 1e6, {}

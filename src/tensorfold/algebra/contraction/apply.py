@@ -1,6 +1,7 @@
 """Applying a matrix product operator to vectors, building its matrix, and reading its rows.
 
-:mod:`tensorfold.algebra.ways` chooses the way; here it is carried out.
+:mod:`tensorfold.algebra.contraction.search` finds the path; here it is carried out. Shapes: a core is (left bond, out
+mode, in mode, right bond), W is (out_features, in_features).
 """
 
 from __future__ import annotations
@@ -13,58 +14,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorfold.algebra.cost import Machine, blocking, merging
+from tensorfold.algebra.contraction.costs import Machine, blocking, merging
+from tensorfold.algebra.contraction.forms import multiply
+from tensorfold.algebra.contraction.paths import ContractionPath, Form, Step
+from tensorfold.algebra.contraction.search import fastest_path
 from tensorfold.algebra.precision import as_given, product_dtype, wide
 from tensorfold.algebra.spec import Spec
-from tensorfold.algebra.ways import Order, Step, Way, cheapest_order, choose
-
-__all__ = ["Order", "Way", "apply", "cheapest_order", "rows", "to_dense"]
 
 
-def apply(x: Tensor, cores: Sequence[Tensor], spec: Spec, bias: Tensor | None = None, way: Way | None = None) -> Tensor:
+def apply(
+    x: Tensor, cores: Sequence[Tensor], spec: Spec, bias: Tensor | None = None, path: ContractionPath | None = None
+) -> Tensor:
     """``x @ W.T + bias`` for the matrix W that ``cores`` stand for.
 
     Args:
         x: Shape (..., in_features).
         cores: One tensor a site, shapes ``spec.core_shapes``.
         bias: Shape (out_features,) or None.
-        way: What :func:`tensorfold.algebra.ways.choose` gave for ``spec``; the chain of fewest multiply–adds if None.
+        path: What ``contraction.search.fastest_path`` gave for ``spec``; the chain of fewest multiply–adds if None.
 
     Returns:
         Shape (..., out_features), in the dtype that a dense layer would give.
     """
-    if way is None:
-        way = choose(spec, 1, force="chain")
+    if path is None:
+        path = fastest_path(spec, 1, force="chain")
     if product_dtype(x) is torch.float16:
         with as_given(x.device.type):
-            return _in_float16(x, [core.float() for core in cores], spec, bias, way)
+            return _in_float16(x, [core.float() for core in cores], spec, bias, path)
     lead = x.shape[:-1]
     tokens = math.prod(lead)
-    last = way.steps[-1]
-    if len(way.steps) == 1:
+    last = path.steps[-1]
+    if len(path.steps) == 1:
         return F.linear(x, _matrix(merge(cores, last.tree), spec), bias)
     outputs = math.prod(spec.out_modes)
     padding = math.prod(spec.in_modes) - spec.in_features
     # A product that makes all outputs of a token at once takes the bias along.
-    fused = bias is not None and outputs == spec.out_features == last.d and last.form == "rows" and way.order is None
+    whole = last.form == Form.ROWS and last.d == outputs == spec.out_features and path.permutation is None
+    fused = bias is not None and whole
     state = F.pad(x, (0, padding)) if padding else x
-    for step in way.steps[:-1]:
+    for step in path.steps[:-1]:
         state = _product(state, cores, step, tokens)
     state = _product(state, cores, last, tokens, bias if fused else None)
-    if way.order is not None:
-        state = state.reshape(tokens, *way.outputs).permute(0, *(1 + k for k in way.order))
+    if path.permutation is not None:
+        state = state.reshape(tokens, *path.outputs).permute(0, *(1 + k for k in path.permutation))
     y = state.reshape(*lead, outputs)
     if outputs != spec.out_features:
         y = y[..., : spec.out_features]
     return y if bias is None or fused else add_bias(y, bias)
 
 
-def _in_float16(x: Tensor, cores: Sequence[Tensor], spec: Spec, bias: Tensor | None, way: Way) -> Tensor:
-    """``apply`` for a result in float16, from cores in float32. Only a product with the whole matrix is safe in it."""
-    if way.materialises:
-        matrix = _matrix(merge(cores, way.steps[0].tree), spec).half()
+def _in_float16(x: Tensor, cores: Sequence[Tensor], spec: Spec, bias: Tensor | None, path: ContractionPath) -> Tensor:
+    """The result of ``apply`` in float16, from cores in float32. Only a product with the whole matrix is safe in it."""
+    if path.materialises:
+        matrix = _matrix(merge(cores, path.steps[0].tree), spec).half()
         return F.linear(x.half(), matrix, None if bias is None else bias.half())
-    return apply(x.float(), cores, spec, None if bias is None else bias.float(), way).half()
+    return apply(x.float(), cores, spec, None if bias is None else bias.float(), path).half()
 
 
 def add_bias(y: Tensor, bias: Tensor) -> Tensor:
@@ -77,54 +81,37 @@ def add_bias(y: Tensor, bias: Tensor) -> Tensor:
 
 
 def _product(state: Tensor, cores: Sequence[Tensor], step: Step, tokens: int, bias: Tensor | None = None) -> Tensor:
-    """One step; the axes of the result in memory are as :class:`Step` says, its shape is any that views them."""
+    """The state after one step: the axes of its form's equation in memory, in any shape that views them."""
     core = merge(cores, step.tree)
-    if step.core is not None:
-        core = core.permute(step.core)
-    core = core.reshape(step.c, step.d).T if step.turned else core.reshape(step.d, step.c)
+    if step.core_axes is not None:
+        core = core.permute(step.core_axes)
+    core = core.reshape(step.c, step.d).T if step.transposed else core.reshape(step.d, step.c)
     if step.more_d or step.more_c:
         core = F.pad(core, (0, step.more_c, 0, step.more_d))
-    if step.form == "rows":
-        if step.order is not None:
-            state = state.reshape(tokens, *step.state).permute(0, *(1 + k for k in step.order)).contiguous()
-        if step.block > 1:
-            eye = torch.eye(step.block, dtype=core.dtype, device=core.device)
-            core = (eye[:, None, :, None] * core[:, None]).reshape(step.block * step.d, step.block * step.c)
-        rows = tokens * step.left // step.block
-        return F.linear(state.reshape(rows, step.block * (step.c + step.more_c)), core, bias)
-    # Not matmul, which copies the state where the core is a parameter, even when no gradient is asked for.
-    if step.form == "front":
-        state = state.reshape(tokens, step.left, step.c).mT
-        return torch.bmm(core.expand(tokens, step.d, step.c), state)
-    batch = tokens * step.left
-    state = state.reshape(batch, step.c, step.right)
-    if step.form == "outer":
-        return state * core.to(state.dtype)
-    if step.form == "left":
-        return torch.bmm(core.expand(batch, step.d, step.c), state)
-    return torch.bmm(state.mT, core.T.expand(batch, step.c, step.d))
+    return multiply(state, core, step, tokens, bias)
 
 
 def merge(cores: Sequence[Tensor], tree: Any) -> Tensor:
-    """The sites of a tree of pairs as one core, shape (left bond, outputs, inputs, right bond)."""
+    """The sites of a tree of pairs multiplied together: one core (left bond, outputs, inputs, right bond)."""
     if isinstance(tree, int):
         return cores[tree]
     left, right = merge(cores, tree[0]), merge(cores, tree[1])
     r, m1, n1, bond = left.shape
     _, m2, n2, t = right.shape
     if bond == 1:
-        product = left.reshape(r, m1, 1, n1, 1, 1) * right.reshape(1, 1, m2, 1, n2, t)
+        product = left.reshape(r, m1, 1, n1, 1, 1) * right.reshape(1, 1, m2, 1, n2, t)  # (r, m1, m2, n1, n2, t)
     else:
         k = blocking(tuple(left.shape), tuple(right.shape))
         if k > 1:  # right ⊗ I_k, (k·bond, m2·k·n2·t)
             eye = torch.eye(k, dtype=right.dtype, device=right.device).reshape(k, 1, 1, k, 1, 1)
             right = eye * right.reshape(1, bond, m2, 1, n2, t)
         product = left.reshape(r * m1 * n1 // k, k * bond) @ right.reshape(k * bond, m2 * k * n2 * t)
-        product = product.reshape(r, m1, n1 // k, m2, k * n2, t).transpose(2, 3)
+        product = product.reshape(r, m1, n1 // k, m2, k * n2, t).transpose(2, 3)  # (r, m1, m2, n1 / k, k·n2, t)
     return product.reshape(r, m1 * m2, n1 * n2, t)
 
 
 def _matrix(core: Tensor, spec: Spec) -> Tensor:
+    """The matrix of all sites multiplied together, core (1, rows, columns, 1), without padding."""
     return core.squeeze(-1).squeeze(0)[: spec.out_features, : spec.in_features]
 
 

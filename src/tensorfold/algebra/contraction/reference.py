@@ -1,0 +1,41 @@
+"""What the fast products must equal, each as one einsum that anyone can check; slow, and for tests alone."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tensorfold.algebra.contraction.paths import Step
+from tensorfold.algebra.spec import Spec
+
+
+def equation(sites: int) -> str:
+    """The matrix of ``sites`` cores in einsum's notation.
+
+    Small letters are bonds, the first and the last of size 1; of site k, capital letters 2k and 2k + 1 are the output
+    and the input mode.
+
+    >>> equation(2)
+    'aABb,bCDc->ACBD'
+    """
+    small, large = string.ascii_lowercase, string.ascii_uppercase
+    out_modes, in_modes = large[0 : 2 * sites : 2], large[1 : 2 * sites : 2]
+    cores = [f"{small[k]}{out_modes[k]}{in_modes[k]}{small[k + 1]}" for k in range(sites)]
+    return f"{','.join(cores)}->{out_modes}{in_modes}"
+
+
+def to_dense(cores: Sequence[Tensor], spec: Spec) -> Tensor:
+    """The matrix W of the cores, shape (out_features, in_features), padding cut off."""
+    matrix = torch.einsum(equation(spec.sites), *cores)  # (m_1 … m_L, n_1 … n_L)
+    rows = matrix.shape[: spec.sites].numel()
+    return matrix.reshape(rows, -1)[: spec.out_features, : spec.in_features]
+
+
+def multiply(state: Tensor, core: Tensor, step: Step) -> Tensor:
+    """One step by its own equation: state (t, l, c, r) without the axes that its form lacks, core (d, c)."""
+    axes = {"t": -1, "l": step.left, "c": step.c, "r": step.right}
+    operand = step.form.split(",")[0]
+    return torch.einsum(step.form, state.reshape([axes[axis] for axis in operand]), core)
