@@ -56,6 +56,12 @@ def test_conversion_happens_once_and_counts(source, dense):
     assert dense.config.tie_word_embeddings
 
 
+def test_the_packaged_file_is_quantised(source):
+    """What README and the model cards say of it."""
+    assert source.stored["bytes"] == 98_362_432
+    assert source.stored["numbers"] == {"Q4_1": 106_168_320, "Q8_0": 28_311_552, "F32": 35_136}
+
+
 def test_folding_with_calibration_beats_folding_without(dense, smollm_tokenizer, tmp_path):
     """Four blocks at half their MLP: the perplexity with calibration text is far below that without it."""
     calibration = load_text("python-docs", split="calibration")

@@ -97,13 +97,20 @@ def plan(
 ) -> None:
     """Show what a recipe would do to a model. Reads its configuration, not its weights."""
     from tensorfold.planning import plan as make_plan
+    from tensorfold.report import source_line
 
     if shapes:
         _list_shapes(model, recipe, keep, targets, untie, as_json)
         return
     chosen = _recipe(recipe, keep, targets, untie)
-    planned = make_plan(_source(model, chosen).config(), chosen)
-    _emit(as_json, planned.to_dict(), lambda: str(planned))
+    source = _source(model, chosen)
+    planned = make_plan(source.config(), chosen)
+    stored = source.stored
+    _emit(
+        as_json,
+        {**planned.to_dict(), **({"source": stored} if stored else {})},
+        lambda: f"{planned}\nsource: {source_line(stored)}" if stored else str(planned),
+    )
 
 
 @app.command()

@@ -20,6 +20,7 @@ from tensorfold.hf.loading import load, save
 from tensorfold.hf.sources import find_model
 from tensorfold.planning import plan
 from tensorfold.recipe import Recipe
+from tensorfold.report import source_line
 from tensorfold.texts import describe, load_text
 
 PROMPT = "The most important thing about a good tool is"
@@ -39,6 +40,8 @@ def run_demo(out: Path) -> None:
     assert calibrate is not None
     console.print(f"Reading {recipe.model} (converted from its GGUF file at the first run) …")
     source = find_model(recipe.model)
+    if source.stored is not None:
+        console.print(f"Its weights are {source_line(source.stored)}.", highlight=False, soft_wrap=True)
     tokenizer = source.tokenizer()
     model = source.model()
     console.print(str(plan(model, recipe)), highlight=False, soft_wrap=True)
@@ -60,6 +63,8 @@ def run_demo(out: Path) -> None:
         **report.to_dict(),
         "tensorfold": tensorfold.__version__,
     }
+    if source.stored is not None:
+        card["source"] = source.stored
     save(model, tokenizer, out, card, replace=replace)
     console.print("Measuring the folded model, as loaded from its directory …")
     folded = load(out)

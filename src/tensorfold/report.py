@@ -107,6 +107,8 @@ def model_card(
         f"- base model: {_text(card.get('base_model', 'unknown'))}",
         f"- recipe: {_text(card.get('recipe', 'unknown'))}",
     ]
+    if isinstance(card.get("source"), Mapping):
+        lines.insert(-1, f"- base weights: {source_line(card['source'])}; bytes below are those of the folded weights")
     if before and after:
         lines.append(f"- parameters: {before:,} → {after:,} ({after / before:.1%}), a tied output head counted once")
     if size is not None:
@@ -125,6 +127,20 @@ def model_card(
         )
     lines.append(f"- folded with tensorfold {_text(card.get('tensorfold', ''))}".rstrip())
     return "\n".join([*lines, *_measured(evaluations)]) + "\n"
+
+
+def source_line(stored: Mapping[str, Any]) -> str:
+    """What a model's weights are in the quantised file that they are read from.
+
+    Args:
+        stored: ``file``; ``bytes`` of it; ``numbers``, how many are of each type.
+    """
+    numbers = stored.get("numbers")
+    kinds = numbers.items() if isinstance(numbers, Mapping) else ()
+    shares = ", ".join(f"{_number(count)} numbers in {_text(kind)}" for kind, count in kinds)
+    size = stored.get("bytes")
+    megabytes = f" ({size / 1e6:.1f} MB)" if type(size) is int else ""
+    return f"{shares} of {_text(stored.get('file', 'a file'))}{megabytes}, dequantised on reading"
 
 
 def _measured(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -119,6 +119,8 @@ def model_facts(source: Source, recipe: str, report: FoldReport, calibration: st
 
     facts = {"base_model": source.name, "recipe": recipe, "calibration": calibration, **report.to_dict()}
     del facts["seconds"]
+    if source.stored is not None:
+        facts["source"] = source.stored
     return {**facts, "tensorfold": __version__}
 
 

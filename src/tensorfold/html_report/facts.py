@@ -23,6 +23,7 @@ from tensorfold.cache import check_path
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.hf.loading import folded_skeleton, folding_of, load_config, reason
 from tensorfold.records import BENCH, CARD, EVALUATIONS, HEAL_LOG, read_lines, read_object
+from tensorfold.report import source_line
 
 T = TypeVar("T")
 
@@ -133,7 +134,7 @@ def read_directory(path: Path, label: str, step: Callable[[str], None] = lambda 
     return ModelFacts(
         label=label,
         path=path,
-        base=_text(card.get("base_model")),
+        base=_base(card),
         recipe=_text(card.get("recipe")),
         calibration=_text(card.get("calibration")),
         parameters=parameters,
@@ -196,6 +197,12 @@ def number(value: Any) -> float | None:
 def whole_number(value: Any) -> int | None:
     """A count, or None for anything else a file may hold."""
     return value if type(value) is int and 0 <= value < 2**63 else None
+
+
+def _base(card: Mapping[str, Any]) -> str | None:
+    """Base model, and what its weights were stored as if that is less than they are now."""
+    base, source = _text(card.get("base_model")), card.get("source")
+    return f"{base}: {source_line(source)}" if base and isinstance(source, Mapping) else base
 
 
 def _text(value: Any) -> str | None:
