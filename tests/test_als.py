@@ -7,10 +7,11 @@ from torch import Tensor
 from tensorfold.algebra import als, als_cg
 from tensorfold.algebra.als import weighted_als
 from tensorfold.algebra.contraction.apply import to_dense
+from tensorfold.algebra.normal_equations import conjugate_gradients, definite
 from tensorfold.algebra.solve import fit
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import tt_svd
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, SpecError
 
 SPECS = {
     "kronecker-right": Spec((12, 1), (5, 2), (1,)),
@@ -287,7 +288,7 @@ def test_one_step_of_conjugate_gradients_is_exact_for_product_metrics(site, monk
     left, right = als._merge(chain[:site], chain[0])[0], als._merge(chain[site + 1 :], chain[0])[..., 0]
     (_, m, n, _), core = chain[site].shape, chain[site]
     wanted = als_cg.project(als_cg.weigh(als_cg.expand(core, left, right), inputs, outputs), left, right, m, n)
-    solved = als_cg.conjugate_gradients(torch.zeros_like(core), wanted, left, right, inputs, outputs)
+    solved = als_cg.improve_core(torch.zeros_like(core), wanted, left, right, inputs, outputs)
     torch.testing.assert_close(solved, core, rtol=1e-3, atol=1e-3)
 
 
@@ -309,3 +310,24 @@ def test_large_tables_are_fitted_in_fp32_at_any_scale(monkeypatch):
     errors = [weighted_als(weight, spec, start, inputs * scale, weights, sweeps=8).error for scale in (1.0, 1e10)]
     exact = weighted_als(weight, spec, start, inputs, torch.diag(weights), sweeps=8).error
     assert errors == pytest.approx([exact, exact], rel=0.02)
+
+
+def test_conjugate_gradients_solve_and_stop():
+    """In as many steps as there are unknowns to rounding; a direction without curvature ends them."""
+    torch.manual_seed(0)
+    root = torch.randn(6, 6, dtype=torch.float64)
+    h, b = root @ root.T, torch.randn(6, dtype=torch.float64)
+    solved = conjugate_gradients(torch.zeros_like(b), b, lambda x: h @ x, lambda r: r, 12)
+    torch.testing.assert_close(solved, torch.linalg.solve(h, b))
+    start = torch.ones(3)
+    assert torch.equal(conjugate_gradients(start, torch.ones(3), torch.zeros_like, lambda r: r, 5), start)
+
+
+def test_moments_are_made_definite_where_rounding_made_them_indefinite():
+    vectors = torch.randn(4, 9, generator=torch.Generator().manual_seed(1))
+    moment = (vectors.T @ vectors).double()
+    assert torch.linalg.eigvalsh(definite(moment))[0] >= -1e-15
+    whole = torch.eye(9, dtype=torch.float64)
+    assert definite(whole) is whole
+    with pytest.raises(SpecError, match="positive semidefinite"):
+        definite(-whole)

@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorfold.algebra.als_cg import INDEFINITE, conjugate_gradients, project, proximal_step, weigh
+from tensorfold.algebra.als_cg import improve_core, project, weigh
 from tensorfold.algebra.contraction.apply import to_dense
+from tensorfold.algebra.normal_equations import INDEFINITE, definite, proximal_step
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.statistics import Metrics
 from tensorfold.algebra.ttsvd import balance, check_weight
@@ -35,7 +36,6 @@ from tensorfold.strict import check_types
 # gradients apply it through the dense matrix, at about out·in² multiply–adds an iteration.
 DIRECT_UNKNOWNS = 2048
 _PATIENCE = 3  # sweeps: a start often rests on a plateau for one or two
-_ROUNDING = 1e-5  # of the trace; second moments may have been summed in bf16's or fp32's precision
 _CHUNK = 2**24  # elements of an intermediate of the normal matrix
 TABLE = 2**23  # elements
 
@@ -86,9 +86,9 @@ def weighted_als(
             semidefinite.
     """
     w = check_weight(weight, spec).to(torch.float32 if is_large_table(weight, outputs) else torch.float64)
-    c = None if metric is None else _definite(check_metric(metric, spec).to(w))
+    c = None if metric is None else definite(check_metric(metric, spec).to(w))
     g = None if outputs is None else check_outputs(outputs, spec).to(w)
-    g = g if g is None or g.dim() == 1 else _definite(g)
+    g = g if g is None or g.dim() == 1 else definite(g)
     chain = [core.to(w) for core in _check_cores(cores, spec)]
     target = weigh(w, c, g)
     metrics = _padded_metrics(c, g, spec)
@@ -118,23 +118,6 @@ def weighted_als(
             break
     result = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return Fit([core.to(result).contiguous() for core in balance(chain)], tuple(errors))
-
-
-def _definite(metric: Tensor) -> Tensor:
-    """``metric`` plus the multiple of the identity that outweighs the rounding of its own entries.
-
-    A second moment summed in fp32 can have eigenvalues a little below zero. Along them the error falls for ever, and
-    the leaps of the search would follow it to infinity.
-
-    Raises:
-        SpecError: An eigenvalue is further below zero than rounding explains.
-    """
-    lowest, trace = float(torch.linalg.eigvalsh(metric)[0]), float(metric.trace())
-    if lowest < -_ROUNDING * trace:
-        raise SpecError(INDEFINITE)
-    out = metric.clone()
-    out.diagonal().add_(max(0.0, -2 * lowest))
-    return out
 
 
 def _padded_metrics(c: Tensor | None, g: Tensor | None, spec: Spec) -> Metrics:
@@ -227,9 +210,9 @@ def _solve(chain: list[Tensor], k: int, target: Tensor, metrics: Metrics) -> Ten
     if metric is None and outputs is None:
         return wanted  # the normal matrix is the identity
     if metric is None or outputs is not None:
-        return conjugate_gradients(core, wanted, left, right, metric, outputs)
+        return improve_core(core, wanted, left, right, metric, outputs)
     if max(r * n * s, n * min(r * right.shape[2], left.shape[1] * s)) > DIRECT_UNKNOWNS:
-        return conjugate_gradients(core, wanted, left, right, metric)
+        return improve_core(core, wanted, left, right, metric)
     normal = _normal_matrix(left, right, metric, n)
     start = core.transpose(0, 1).reshape(m, -1)
     residual = wanted.transpose(0, 1).reshape(m, -1) - start @ normal

@@ -10,14 +10,11 @@ core has numbers, and with a G that is no multiple of the identity it no longer 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from tensorfold.errors import SpecError
+from tensorfold.algebra.normal_equations import conjugate_gradients, proximal_step
 
-INDEFINITE = "metric is not positive semidefinite; needed a second moment, the mean of x xᵀ over the vectors x."
 _ITERATIONS = 20
 
 
@@ -49,10 +46,10 @@ def weigh(matrix: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Tens
     return outputs[:, None] * matrix if outputs.dim() == 1 else outputs @ matrix
 
 
-def conjugate_gradients(
+def improve_core(
     core: Tensor, wanted: Tensor, left: Tensor, right: Tensor, inputs: Tensor | None, outputs: Tensor | None = None
 ) -> Tensor:
-    """A few preconditioned conjugate-gradient steps from the current core; each lowers the error.
+    """The core after a few preconditioned conjugate-gradient steps from the current one; each lowers the error.
 
     The preconditioner is the Kronecker product of the normal matrix's marginals on the core's four axes: exact where
     the core spans all inputs and outputs.
@@ -70,23 +67,7 @@ def conjugate_gradients(
     def normal(v: Tensor) -> Tensor:
         return project(weigh(expand(v, left, right), inputs, outputs), left, right, m, n)
 
-    residual = wanted - normal(core)
-    z = _precondition(residual, inverses)
-    direction, slope = z, (residual * z).sum()
-    first = slope
-    for _ in range(_ITERATIONS):
-        if slope <= torch.finfo(core.dtype).eps ** 2 * first:
-            break
-        image = normal(direction)
-        curvature = (direction * image).sum()
-        if curvature <= 0:
-            break
-        core = core + (slope / curvature) * direction
-        residual = residual - (slope / curvature) * image
-        z = _precondition(residual, inverses)
-        before, slope = slope, (residual * z).sum()
-        direction = z + (slope / before) * direction
-    return core
+    return conjugate_gradients(core, wanted, normal, lambda v: _precondition(v, inverses), _ITERATIONS)
 
 
 def _marginal_inverses(
@@ -144,23 +125,3 @@ def _marginals(metric: Tensor | None, sizes: tuple[int, int, int], like: Tensor)
 def _on_sides(factor: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
     """A merged neighbour (out, in, bond) with its marginal metrics applied to both sides."""
     return _on_axis(_on_axis(factor, outputs, 0), inputs, 1)
-
-
-def proximal_step(normal: Tensor, residual: Tensor, smallest: int = -12) -> Tensor:
-    """``residual (H + λ D)^-1`` with D the diagonal of H and the first λ that factors, from ``10^smallest`` up.
-
-    Added to the current core it minimises the error plus a pull of weight λ towards that core, so it lowers the error
-    for every λ > 0; no λ has to be right, and a singular H only leaves alone what the error does not depend on.
-    """
-    # Below the precision of the entries a ridge is none.
-    smallest = max(smallest, math.ceil(math.log10(torch.finfo(normal.dtype).eps)))
-    scale = normal.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    scaled = normal / scale / scale[:, None]
-    for exponent in range(smallest, 1, 2):
-        ridged = scaled.clone()
-        ridged.diagonal().add_(10.0**exponent)
-        factor, failed = torch.linalg.cholesky_ex(ridged)
-        if not failed:
-            return torch.cholesky_solve((residual / scale).T, factor).T / scale
-    raise SpecError(INDEFINITE)

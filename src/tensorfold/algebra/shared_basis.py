@@ -18,16 +18,15 @@ import torch
 from torch import Tensor
 
 from tensorfold.algebra.als import Fit, check_metric, check_outputs
-from tensorfold.algebra.als_cg import INDEFINITE, proximal_step, weigh
+from tensorfold.algebra.als_cg import weigh
 from tensorfold.algebra.low_rank import roots
+from tensorfold.algebra.normal_equations import conjugate_gradients, definite, proximal_step
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import check_weight, tt_svd
 from tensorfold.errors import SpecError
 
 _STEPS = 12  # of conjugate gradients in a round
 _PATIENCE = 3  # rounds
-_FLOOR = 1e-9  # of an eigenvalue, relative
-_ROUNDING = 1e-4  # of a second moment, relative to its largest eigenvalue
 
 
 def fit_shared_basis(
@@ -74,7 +73,7 @@ def fit_shared_basis(
         start = None if start is None else [core.transpose(1, 2) for core in start]
     if c is None or c.dim() == 1:
         c = torch.diag(w.new_ones(spec.in_features) if c is None else c)
-    c = _definite(c)
+    c = definite(c)
     root = roots(g, w, ridge=0.0)[0]
     target = weigh(w, None, root)
     if len(target) > target.shape[1]:
@@ -103,18 +102,6 @@ def fit_shared_basis(
     cores = [left.reshape(1, -1, groups, rank), basis[:, None, :, None]]
     cores = [core.transpose(1, 2) for core in cores] if turned else cores
     return Fit([core.to(result).contiguous() for core in cores], tuple((max(0.0, e) / whole) ** 0.5 for e in losses))
-
-
-def _definite(metric: Tensor) -> Tensor:
-    """The metric with no eigenvalue far below rounding; sums of few vectors in fp32 leave some of either sign."""
-    shifted = metric.clone()
-    shifted.diagonal().sub_(_FLOOR * metric.diagonal().mean())
-    if not torch.linalg.cholesky_ex(shifted).info:
-        return metric
-    values, vectors = torch.linalg.eigh(metric)
-    if values[0] < -_ROUNDING * values[-1]:
-        raise SpecError(INDEFINITE)
-    return (vectors * values.clamp_min(_FLOOR * float(values[-1]))) @ vectors.T
 
 
 class _Problem:
@@ -153,17 +140,4 @@ class _Problem:
         def precondition(v: Tensor) -> Tensor:
             return proximal_step(of_width, proximal_step(of_terms, v.T, -8).T, -8)
 
-        residual = wanted - normal(basis)
-        direction = z = precondition(residual)
-        slope = first = (residual * z).sum()
-        for _ in range(_STEPS):
-            image = normal(direction)
-            curvature = (direction * image).sum()
-            if curvature <= 0 or slope <= torch.finfo(basis.dtype).eps ** 2 * first:
-                break
-            basis = basis + slope / curvature * direction
-            residual = residual - slope / curvature * image
-            z = precondition(residual)
-            before, slope = slope, (residual * z).sum()
-            direction = z + slope / before * direction
-        return basis
+        return conjugate_gradients(basis, wanted, normal, precondition, _STEPS)
