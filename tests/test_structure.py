@@ -24,6 +24,7 @@ LAYERS = [
     ["shapes"],
     ["planning"],
     ["texts", "tokens"],
+    ["protocols"],
     ["hf"],
     ["calibrate", "evaluation", "gradients", "harness", "hub", "sampling"],
     ["value_heads"],

@@ -23,10 +23,14 @@ from tensorfold.surgery import hidden_units
 
 @dataclass(frozen=True)
 class Text:
-    """Calibration text as ``fold`` uses it: windows, shape (windows, length), and counts of tokens, (vocabulary,)."""
+    """Calibration text as ``fold`` uses it: windows, shape (windows, length), and counts of tokens, (vocabulary,).
+
+    ``prefix``: how many tokens at the beginning of every window are what the tokenizer puts before a document.
+    """
 
     windows: Tensor | None = None
     counts: Tensor | None = None
+    prefix: int = 0
 
 
 def batches(
@@ -54,7 +58,7 @@ def batches(
         if any(planned.methods[m.name].reorders_hidden for m in (*units.ups, units.down) if m.name in planned.methods)
     ]
     if embeddings:
-        yield embeddings, partial(_of_tables, model, embeddings, planned, windows, text.counts)
+        yield embeddings, partial(_of_tables, model, embeddings, planned, windows, text)
     if not linears:
         return
     stream = BlockStream(model, windows)
@@ -120,16 +124,18 @@ def _of_outside(stream: BlockStream, matrices: Mapping[str, Matrix]) -> dict[str
 
 
 def _of_tables(
-    model: PreTrainedModel, tables: list[Matrix], planned: Plan, windows: Tensor, counts: Tensor | None
+    model: PreTrainedModel, tables: list[Matrix], planned: Plan, windows: Tensor, text: Text
 ) -> dict[str, Statistics]:
     """Of the input table: the counts of its tokens, the loss's gradients behind it, and what a tied head reads."""
     table = next((matrix for matrix in tables if matrix.group == "embedding"), None)
+    counts = text.counts
     if table is None or counts is None:
         return {}
     if not planned.methods[table.name].fits_text:
         return {table.name: Statistics(counts=counts)}
     # Rows are scaled on their way in, as Gemma does.
-    gradients = gradient_moments(model, windows, {table.name: table.module})[table.name].full(scale_of(table) ** 2)
+    moments = gradient_moments(model, windows, {table.name: table.module}, text.prefix)
+    gradients = moments[table.name].full(scale_of(table) ** 2)
     if table.tied_head is None:
         return {table.name: Statistics(gradients=gradients, counts=counts)}
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tensorfold.anatomy import blocks
 from tensorfold.errors import InputError
-from tensorfold.tokens import Encoder
+from tensorfold.tokens import Encoder, begin, check_ids
 
 WINDOW = 1024
 
@@ -28,22 +28,31 @@ def calibration_windows(
 ) -> Tensor:
     """Equal windows of at most ``limit`` tokens that together hold ``tokens`` of them; shape (windows, length).
 
-    Documents are joined by blank lines. Windows are equal so that one attention mask serves all.
+    Documents are joined by blank lines. Every window begins with what the tokenizer puts before a document, which is
+    among its tokens. Windows are equal so that one attention mask serves all.
 
     Raises:
         InputError: The text is too short.
     """
     length = min(WINDOW, limit or WINDOW)
-    if tokens < 2:
-        raise InputError(f"calibration: tokens={tokens}; needed at least 2.")
-    ids = Encoder(tokenizer).first("\n\n".join(documents), tokens)
+    encoder = Encoder(tokenizer)
+    opening = len(encoder.prefix)
+    if tokens < max(2, opening + 1):
+        raise InputError(f"calibration: tokens={tokens}; needed at least {max(2, opening + 1)}.")
+    if length <= opening:
+        raise InputError(
+            f"calibration: windows of {length} tokens, and the tokenizer puts {opening} before every document; needed "
+            "a model with a longer context."
+        )
+    ids = encoder.first("\n\n".join(documents), tokens)
     if len(ids) < min(tokens, length):
         raise InputError(
             f"calibration: the text has {len(ids)} tokens; needed at least {min(tokens, length)}. Give a longer text."
         )
     tokens = min(tokens, len(ids))
-    count = -(-tokens // length)
-    return torch.tensor(ids[: tokens // count * count]).reshape(count, -1)
+    count = min(-(-tokens // length), tokens // (opening + 1))
+    each = min(tokens // count, length) - opening
+    return begin(encoder.prefix, torch.tensor(ids[opening:])[: count * each].reshape(count, each))
 
 
 def token_counts(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], vocabulary: int) -> Tensor:
@@ -58,11 +67,7 @@ def token_counts(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], v
     encoder = Encoder(tokenizer)
     for document in documents:
         ids = torch.tensor(encoder(document), dtype=torch.int64)
-        if len(ids) and int(ids.max()) >= vocabulary:
-            raise InputError(
-                f"calibration: the tokenizer gives token {int(ids.max())}, but the table has {vocabulary} rows; "
-                "use the model's own tokenizer."
-            )
+        check_ids(vocabulary, ids, "calibration", tokenizer)
         counts += ids.bincount(minlength=vocabulary)
     special = [index for index in tokenizer.all_special_ids if index < vocabulary]
     counts[special] = counts.max()
@@ -88,6 +93,7 @@ class BlockStream:
         self.model = model
         self.name, self.blocks = blocks(model)
         self.device = next(model.get_input_embeddings().parameters()).device
+        check_ids(model, windows, "calibration")
         self.windows = windows.to(self.device)
         self.position = 0
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

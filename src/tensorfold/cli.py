@@ -196,9 +196,10 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity and accuracy by a named protocol."""
-    from tensorfold.evaluation import HARNESS, check_judge
+    from tensorfold.evaluation import check_judge
     from tensorfold.evaluation import evaluate as measure
     from tensorfold.hf.sources import find_model
+    from tensorfold.protocols import HARNESS
     from tensorfold.records import check_recordable, record_evaluation
 
     check_judge(protocol, text, tasks, include_path, limit, max_tokens)

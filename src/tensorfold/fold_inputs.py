@@ -25,6 +25,7 @@ from tensorfold.recipe import Recipe
 from tensorfold.settings import CalibrateSettings
 from tensorfold.strict import check_types
 from tensorfold.texts import load_text
+from tensorfold.tokens import check_ids, prefix_of
 
 
 def documents(recipe: Recipe, tokenizer: Any, calibration: Iterable[str] | None) -> list[str] | None:
@@ -58,7 +59,14 @@ def text_windows(
     check_types("fold", calibration_tokens=(tokens, int | None))
     settings = recipe.calibrate or CalibrateSettings()
     limit = context_length(model.config)
-    return calibration_windows(tokenizer, documents, tokens or settings.tokens, limit)
+    windows = calibration_windows(tokenizer, documents, tokens or settings.tokens, limit)
+    check_ids(model, windows, "calibration", tokenizer)
+    return windows
+
+
+def text_prefix(tokenizer: Any, documents: list[str] | None) -> tuple[int, ...]:
+    """Token ids that every calibration window begins with."""
+    return () if documents is None else prefix_of(tokenizer)
 
 
 def checked_plan(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> Plan:

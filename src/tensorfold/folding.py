@@ -22,7 +22,16 @@ from tensorfold.batches import Text, batches
 from tensorfold.block_checkpoints import BlockCheckpoints
 from tensorfold.budgets import Choice
 from tensorfold.evaluation_mode import evaluation_mode
-from tensorfold.fold_inputs import check_same, checked_plan, documents, identity, key_of, text_windows, token_counts_of
+from tensorfold.fold_inputs import (
+    check_same,
+    checked_plan,
+    documents,
+    identity,
+    key_of,
+    text_prefix,
+    text_windows,
+    token_counts_of,
+)
 from tensorfold.hf.quantizer import mark_folded
 from tensorfold.hf.swap import empty_module, swap
 from tensorfold.memory import release_file_pages, release_heap
@@ -52,6 +61,9 @@ class FoldReport:
     was fitted to (``"loss"``, see ``feedback``). Of a table that was fitted to text, in the metrics of that fit
     (``"text"``, see ``Statistics.metrics``).
 
+    ``calibration_window``: tokens in each calibration window, the ``calibration_prefix`` that the tokenizer puts before
+    a document included; 0 and none where the fold was data-free.
+
     ``choices``: what a search gave each layer that shared a budget, and its error at other sizes.
     """
 
@@ -61,6 +73,8 @@ class FoldReport:
     calibration_tokens: int
     seconds: float
     choices: dict[str, Choice] = field(default_factory=dict)
+    calibration_window: int = 0
+    calibration_prefix: tuple[int, ...] = ()
 
     @property
     def parameters_before(self) -> int:
@@ -81,7 +95,12 @@ class FoldReport:
             module.update(error=self.errors[name], metric=self.metrics[name])
         if self.choices:
             out["choices"] = {name: asdict(choice) for name, choice in self.choices.items()}
-        return {**out, "calibration_tokens": self.calibration_tokens, "seconds": round(self.seconds, 3)}
+        text = {
+            "calibration_tokens": self.calibration_tokens,
+            "calibration_window": self.calibration_window,
+            "calibration_prefix": list(self.calibration_prefix),
+        }
+        return {**out, **text, "seconds": round(self.seconds, 3)}
 
     def __str__(self) -> str:
         kinds = sorted(set(self.metrics.values()))
@@ -142,6 +161,7 @@ def fold(
         recipe = Recipe.of(recipe)
         text = documents(recipe, tokenizer, calibration)
         windows = text_windows(model, recipe, tokenizer, text, calibration_tokens)
+        prefix = text_prefix(tokenizer, text)
         counts = token_counts_of(model, checked_plan(model, recipe, windows is not None), tokenizer, text)
         store = None
         if ranks.count > 1:
@@ -151,7 +171,7 @@ def fold(
             store = BlockCheckpoints(Path(checkpoint), key_of(given), "fold")
         planned, chosen = prepare(model, recipe)
         planned, found, errors = _fold_all(
-            ranks, model, planned, chosen, Text(windows, counts), store, progress and ranks.is_first
+            ranks, model, planned, chosen, Text(windows, counts, len(prefix)), store, progress and ranks.is_first
         )
         chosen = {name: matrix for name, matrix in chosen.items() if name in planned.modules}
         if chosen:
@@ -172,6 +192,8 @@ def fold(
         calibration_tokens=windows.numel() if windows is not None else 0,
         seconds=time.monotonic() - started,
         choices=found.choices,
+        calibration_window=windows.shape[1] if windows is not None else 0,
+        calibration_prefix=prefix,
     )
 
 
@@ -196,7 +218,7 @@ def _fold_all(
 
     with bar, evaluation_mode(model), torch.no_grad():
         if text.windows is not None and planned.budgets:
-            planned, found = search(model, planned, chosen, text.windows, ranks, store, works_on)
+            planned, found = search(model, planned, chosen, text.windows, ranks, store, works_on, text.prefix)
             chosen = {name: matrix for name, matrix in chosen.items() if name in planned.modules}
             bar.update(task, total=len(chosen))
         for index, (batch, measure) in enumerate(batches(model, chosen, planned, text, found), start=2):

@@ -15,12 +15,15 @@ from transformers import PreTrainedModel
 from tensorfold.algebra.packed import Packed
 from tensorfold.anatomy import blocks
 from tensorfold.errors import InputError
+from tensorfold.tokens import begin, check_ids
 
 # Tokens in a backward pass: their logits are held, and the activations of one block at a time.
 _WINDOW = 256
 
 
-def gradient_moments(model: PreTrainedModel, windows: Tensor, modules: Mapping[str, nn.Module]) -> dict[str, Packed]:
+def gradient_moments(
+    model: PreTrainedModel, windows: Tensor, modules: Mapping[str, nn.Module], prefix: int = 0
+) -> dict[str, Packed]:
     """For each module ``G = Σ g gᵀ / tokens``, (out, out), with g the gradient of the loss at an output vector.
 
     The loss is that of the text itself, ``Σ −log p(next token)`` in nats over a window: the empirical Fisher. An output
@@ -28,13 +31,21 @@ def gradient_moments(model: PreTrainedModel, windows: Tensor, modules: Mapping[s
     an expert that no token is sent to.
 
     Args:
-        windows: Token indices, shape (windows, length); cut into pieces of 256.
+        windows: Token indices, shape (windows, length); their text is cut into pieces of 256.
         modules: By name; what they return is the vector itself, shape (..., out).
+        prefix: How many tokens at the beginning of a window are what the tokenizer puts before a document. Every piece
+            begins with them; they are context, and the loss is of the text behind them without its first token.
 
     Raises:
         InputError: The gradients at a module hold NaN or infinity.
     """
     sums: dict[str, Packed] = {}
+    check_ids(model, windows, "calibration")
+    pieces = [
+        begin(row[:prefix].tolist(), part)
+        for parts in windows[:, prefix:].to(model.device).split(_WINDOW, dim=1)
+        for row, part in zip(windows, parts, strict=True)
+    ]
 
     def watch(name: str) -> Callable[..., Any]:
         def add(gradient: Tensor) -> None:
@@ -62,24 +73,28 @@ def gradient_moments(model: PreTrainedModel, windows: Tensor, modules: Mapping[s
         for name, module in modules.items():
             hooks.callback(module.register_forward_hook(watch(name)).remove)
         hooks.enter_context(_recomputing(model))
-        for piece in (row for part in windows.to(model.device).split(_WINDOW, dim=1) for row in part):
+        for piece in pieces:
             logits = model(piece[None], use_cache=False).logits
-            logits.backward(_gradient_at(logits, piece))
+            logits.backward(_gradient_at(logits, piece, prefix))
     for name, moment in sums.items():
         if not torch.isfinite(moment.values).all():
             raise InputError(
                 f"{name}: the loss's gradients there hold NaN or infinity; load the model in bf16 or fp32."
             )
-        moment.divide(windows.numel())
+        moment.divide(sum(len(piece) for piece in pieces))
     return sums
 
 
 @torch.no_grad()
-def _gradient_at(logits: Tensor, piece: Tensor) -> Tensor:
-    """Of ``Σ −log p(next token)`` at logits (1, length, vocabulary): two tables of that size instead of four."""
+def _gradient_at(logits: Tensor, piece: Tensor, prefix: int) -> Tensor:
+    """Of ``Σ −log p(next token)`` at logits (1, length, vocabulary): two tables of that size instead of four.
+
+    What the ``prefix`` tokens at the beginning predict does not count.
+    """
     gradient = logits.float().softmax(-1)
     gradient[0, torch.arange(len(piece) - 1, device=piece.device), piece[1:]] -= 1
     gradient[0, -1] = 0
+    gradient[0, :prefix] = 0
     return gradient.to(logits.dtype)
 
 

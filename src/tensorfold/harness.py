@@ -16,9 +16,10 @@ from typing import Any
 from unittest import mock
 
 from tensorfold.errors import InputError, TensorfoldError
-from tensorfold.evaluation import HARNESS, Evaluation
+from tensorfold.evaluation import Evaluation
 from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.hf.loading import reason
+from tensorfold.protocols import HARNESS
 
 _PERPLEXITIES = ("word_perplexity", "perplexity")
 

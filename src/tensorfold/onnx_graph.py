@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.tokens import table_rows
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
@@ -130,7 +131,7 @@ def probe(model: PreTrainedModel, batch: int, length: int) -> tuple[Tensor, Tens
     config = model.config.get_text_config()
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (batch, length), generator=generator).to(model.device)
+    ids = torch.randint(table_rows(model) or config.vocab_size, (batch, length), generator=generator).to(model.device)
     return ids, torch.ones_like(ids)
 
 

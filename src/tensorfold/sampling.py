@@ -9,7 +9,7 @@ import torch
 from tensorfold.anatomy import context_length
 from tensorfold.errors import InputError
 from tensorfold.hf.loading import reason
-from tensorfold.tokens import Encoder
+from tensorfold.tokens import Encoder, check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,13 +18,17 @@ TOKENS = 200
 
 
 def prompt_ids(tokenizer: Any, prompt: str | None, model: PreTrainedModel) -> list[int]:
-    """Token ids of the prompt, at least one; of the beginning-of-sequence token, or a newline, where it is None.
+    """Token ids of the prompt behind what the tokenizer puts before a document, at least one.
+
+    Where the prompt is None, that alone, or the beginning-of-sequence token, or a newline.
 
     Raises:
         InputError: There is nothing to go on from, or the tokenizer or the model does not know a token of it.
     """
     encode = Encoder(tokenizer)
-    if prompt is None and tokenizer.bos_token_id is not None:
+    if prompt is None and encode.prefix:
+        ids = list(encode.prefix)
+    elif prompt is None and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     else:
         text = "\n" if prompt is None else prompt
@@ -39,12 +43,7 @@ def prompt_ids(tokenizer: Any, prompt: str | None, model: PreTrainedModel) -> li
         raise InputError(
             "sample: the prompt is empty; needed at least one token. Leave --prompt out, or give some text."
         )
-    size = model.config.get_text_config().vocab_size
-    if max(ids) >= size:
-        raise InputError(
-            f"sample: the tokenizer gives token id {max(ids)}, the model has {size} tokens; needed the tokenizer of "
-            "this model beside it."
-        )
+    check_ids(model, torch.tensor(ids), "sample", tokenizer)
     return ids
 
 

@@ -67,6 +67,7 @@ def search(
     ranks: Ranks,
     store: BlockCheckpoints | None = None,
     works_on: Callable[[str], None] = lambda _: None,
+    prefix: int = 0,
 ) -> tuple[Plan, Search]:
     """Divide every budget of the plan among its layers; those outside the blocks keep their equal shares.
 
@@ -75,6 +76,7 @@ def search(
 
     Args:
         windows: Calibration text, shape (windows, length).
+        prefix: How many tokens at the beginning of every window the tokenizer puts before a document.
         store: Gradients are read from its block 0 and choices from its block 1, or written there.
 
     Returns:
@@ -87,7 +89,7 @@ def search(
     members = {name: chosen[name] for name in chosen if name in efforts}
     tokens = max((effort.gradient_tokens or windows.numel()) for effort in efforts.values())
     sample = windows[: -(-tokens // windows.shape[1])]
-    gradients, folder = _gradients(model, sample, members, store, works_on)
+    gradients, folder = _gradients(model, (sample, prefix), members, store, works_on)
     stored = store.load(1) if store else None
     if stored is not None:
         values, outcome = stored
@@ -140,12 +142,14 @@ def search(
 
 def _gradients(
     model: PreTrainedModel,
-    windows: Tensor,
+    text: tuple[Tensor, int],
     matrices: Mapping[str, Matrix],
     store: BlockCheckpoints | None,
     works_on: Callable[[str], None],
 ) -> tuple[dict[str, Packed], tempfile.TemporaryDirectory[str] | None]:
     """Second moments, as large together as half the model, so that they wait on the disk until their matrix is folded.
+
+    ``text``: windows and how many tokens at their beginning are the tokenizer's prefix.
 
     Without a checkpoint a CPU keeps them in the temporary directory that is returned, and an accelerator in its memory.
     """
@@ -155,6 +159,7 @@ def _gradients(
         kept, place = stored[1], store.folder("gradients")
         sizes = {name: (matrices[name].out_features, matrices[name].parameter.device) for name in kept}
         return {name: Packed(*sizes[name], path=place / file) for name, file in kept.items()}, None
+    windows, prefix = text
     BlockStream(model, windows)  # names the block whose activations are not finite, which gradients cannot
     works_on("gradients")
     folder = None if store else tempfile.TemporaryDirectory()
@@ -162,7 +167,7 @@ def _gradients(
     found: dict[str, Packed] = {}
     order = list(matrices)
     for part in (order[len(order) // 2 :], order[: len(order) // 2]):  # the rest is on the disk by then
-        new = gradient_moments(model, windows, {name: matrices[name].module for name in part})
+        new = gradient_moments(model, windows, {name: matrices[name].module for name in part}, prefix)
         for name, packed in new.items():
             if store or packed.values.device.type == "cpu":
                 packed.spill(place / names[name])

@@ -1,13 +1,25 @@
-"""Text to token ids, the same way for calibration, evaluation and training."""
+"""Text to token ids, and what the tokenizer puts before a document at the beginning of every window of them.
+
+Calibration, evaluation and prompts use :class:`Encoder`; training text, which is encoded in many processes, has
+``healing.encode``. Windows of all four begin with :func:`prefix_of`: models that were trained with a
+beginning-of-sequence token put their attention there, and give other activations and much worse predictions without.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from tensorfold.errors import InputError
 
 # Tokens beyond the wanted ones that a prefix of the text must give before its tokenisation is trusted.
 _MARGIN = 64
+# Any of them will do that the tokenizer knows.
+_PROBES = ("a", "0", ".", "\n")
 
 
 def check_tokenizer(tokenizer: object) -> None:
@@ -18,19 +30,84 @@ def check_tokenizer(tokenizer: object) -> None:
         )
 
 
+def prefix_of(tokenizer: Any) -> tuple[int, ...]:
+    """Token ids that the tokenizer puts before a document by default: most often none or one.
+
+    What it puts behind a document, such as an end-of-sequence token, is no part of it.
+    """
+    if not hasattr(tokenizer, "bos_token_id"):  # a mere map from text to ids
+        return ()
+    added = list(tokenizer("")["input_ids"])
+    if not added:
+        return ()
+    for probe in _PROBES:
+        try:
+            bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
+            whole = list(tokenizer(probe)["input_ids"])
+        except Exception:  # the tokenizers library raises plain ones for characters that it does not know
+            continue
+        for start in range(len(whole) - len(bare) + 1):
+            if bare and whole[start : start + len(bare)] == bare:
+                return tuple(whole[:start])
+    return tuple(added[:1]) if added[:1] == [tokenizer.bos_token_id] else ()
+
+
+def begin(prefix: Sequence[int], text: Tensor) -> Tensor:
+    """Windows of text, shape (..., length), each behind the prefix: shape (..., len(prefix) + length)."""
+    if not prefix:
+        return text
+    first = torch.tensor(prefix, dtype=text.dtype, device=text.device)
+    return torch.cat([first.expand(*text.shape[:-1], -1), text], dim=-1)
+
+
+def check_ids(model: nn.Module | int, ids: Tensor, what: str, tokenizer: Any = None) -> None:
+    """Raise :class:`InputError`, naming the token and the remedy, unless the model has a row for each of ``ids``.
+
+    Args:
+        model: It, or its number of rows.
+        ids: Token indices of any shape.
+        what: Is being done, for the message.
+        tokenizer: Which gave them, to show the token's text.
+    """
+    rows = model if isinstance(model, int) else table_rows(model)
+    largest = int(ids.max()) if ids.numel() else 0
+    if rows is None or largest < rows:
+        return
+    try:
+        shown = f" ({tokenizer.convert_ids_to_tokens(largest)!r})" if tokenizer is not None else ""
+    except Exception:  # a name is a help, not what is wrong
+        shown = ""
+    raise InputError(
+        f"{what}: the tokenizer gives token id {largest}{shown}, but the table has {rows} rows (the model has {rows} "
+        f"tokens); use the model's own tokenizer, or model.resize_token_embeddings({largest + 1}) on the dense model."
+    )
+
+
+def table_rows(model: nn.Module) -> int | None:
+    """Tokens that the model can take in and predict: rows of its input table and its head; None where it names none."""
+    ends = []
+    for getter, size in (("get_input_embeddings", "num_embeddings"), ("get_output_embeddings", "out_features")):
+        try:
+            ends.append(getattr(getattr(model, getter)(), size, None))
+        except (AttributeError, NotImplementedError):  # no model of transformers, or one that hides its table
+            continue
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    named = [rows for rows in (*ends, getattr(config, "vocab_size", None)) if isinstance(rows, int)]
+    return min(named, default=None)
+
+
 class Encoder:
-    """Text to token ids, with a beginning-of-sequence token only where that is the tokenizer's default."""
+    """Text to token ids, behind what the tokenizer puts before a document by default (``prefix``) and nothing else."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         check_tokenizer(tokenizer)
         self._tokenizer = tokenizer
-        default = list(tokenizer("")["input_ids"])
-        # Only that one: an end-of-sequence token in the default would cut the stream.
-        self._start = default[:1] if default[:1] == [tokenizer.bos_token_id] else []
+        self.prefix = prefix_of(tokenizer)
 
     def __call__(self, text: str) -> list[int]:
         # verbose=False: a stream is meant to be longer than the model's context.
-        return self._start + list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return [*self.prefix, *self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
     def first(self, text: str, count: int | None) -> list[int]:
         """The first ``count`` tokens of ``self(text)``, without tokenising megabytes that are not used.

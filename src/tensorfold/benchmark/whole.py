@@ -22,6 +22,7 @@ from tensorfold.nn import (
     TokenMPSEmbedding,
     TokenMPSHead,
 )
+from tensorfold.tokens import table_rows
 
 PREFILL = 512
 
@@ -104,7 +105,7 @@ def is_folded(model: nn.Module) -> bool:
 
 def prompt(models: Sequence[PreTrainedModel], tokens: int) -> Tensor:
     """Random token ids that all of the models know, shape (1, tokens), the same at every call."""
-    known = min(model.config.get_text_config().vocab_size for model in models)
+    known = min(table_rows(model) or model.config.get_text_config().vocab_size for model in models)
     return torch.randint(known, (1, tokens), generator=torch.Generator().manual_seed(0)).to(models[0].device)
 
 

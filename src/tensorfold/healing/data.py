@@ -1,8 +1,9 @@
 """Training text: streamed, tokenised once into a memory-mapped file, cut into blocks.
 
-The cached file is one flat stream of token ids, ``document eos document eos …``; block ``i`` of size ``b`` is
-``stream[i*b : (i+1)*b]``, so one cache serves every block size. Nothing larger than a few megabytes of text or tokens
-is ever held in memory.
+The cached file is one flat stream of token ids, ``document eos document eos …``. Every block begins with the ``p``
+tokens that the tokenizer puts before a document, which are not in the stream: block ``i`` of size ``b`` is they and
+``stream[i*(b-p) : (i+1)*(b-p)]``, so one cache serves every block size. Nothing larger than a few megabytes of text or
+tokens is ever held in memory.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.fingerprints import hash_file
 from tensorfold.healing.documents import Files, Hub, Source, Text, find_texts, iter_pieces
 from tensorfold.healing.encode import Encoder, encode_all, tokenizer_fingerprint
+from tensorfold.tokens import begin, prefix_of
 
 _FORMAT = 2
 _TOKENS, _SIDECAR = "tokens.bin", "cache.json"
+_UNCOUNTED = -100  # the label that losses of transformers and torch leave out
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +40,29 @@ logger = logging.getLogger(__name__)
 class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
     """Blocks of a cached token stream, as items ``{"input_ids": (block_size,), "labels": (block_size,)}``.
 
-    Both are int64 and equal: causal language models of transformers shift the labels themselves. The file is mapped
-    anew in every process the data set is sent to, so ``DataLoader`` workers get a path, not the tokens.
+    Both are int64 and equal, but for the prefix, whose labels are -100 and so never predicted: causal language models
+    of transformers shift the labels themselves. The file is mapped anew in every process the data set is sent to, so
+    ``DataLoader`` workers get a path, not the tokens.
 
     Args:
-        first: Token that the first block begins with.
+        first: Token of the stream that the first block's text begins with.
         length: Number of blocks.
-        stride: Tokens from the beginning of a block to that of the next; ``block_size`` where they do not overlap.
+        stride: Tokens from the beginning of a block's text to that of the next; as many as it has where they do not
+            overlap.
+        prefix: Token ids that every block begins with, before its text; they are among its ``block_size`` tokens.
     """
 
-    def __init__(self, path: Path, dtype: str, block_size: int, first: int, length: int, stride: int) -> None:
-        self.path, self.dtype, self.block_size = path, dtype, block_size
+    def __init__(
+        self,
+        path: Path,
+        dtype: str,
+        block_size: int,
+        first: int,
+        length: int,
+        stride: int,
+        prefix: tuple[int, ...] = (),
+    ) -> None:
+        self.path, self.dtype, self.block_size, self.prefix = path, dtype, block_size, prefix
         self.first, self.length, self.stride = first, length, stride
         self._stream: np.memmap | None = None
 
@@ -60,8 +75,12 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
         if self._stream is None:
             self._stream = np.memmap(self.path, dtype=self.dtype, mode="r")
         start = self.first + index % self.length * self.stride
-        block = torch.from_numpy(self._stream[start : start + self.block_size].astype(np.int64))  # (block_size,)
-        return {"input_ids": block, "labels": block.clone()}
+        end = start + self.block_size - len(self.prefix)
+        text = torch.from_numpy(self._stream[start:end].astype(np.int64))
+        block = begin(self.prefix, text)  # (block_size,)
+        labels = block.clone()
+        labels[: len(self.prefix)] = _UNCOUNTED
+        return {"input_ids": block, "labels": labels}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stream": None}
@@ -73,13 +92,15 @@ class TokenCache:
 
     Args:
         path: Directory with ``tokens.bin`` and its sidecar ``cache.json``.
-        key: Identity of text and tokenizer; equal keys mean equal tokens.
+        key: Identity of text and tokenizer; equal keys mean equal tokens and an equal prefix.
         label: The text's name, for logs and reports.
         tokens: Length of the whole stream.
         dtype: ``uint16``, or ``uint32`` for vocabularies that need it.
         block_size: Tokens a block.
         validation_fraction: Share of the blocks, from the end, that is kept from training; at least one block when
             there are two. 0 keeps none.
+        prefix: Token ids that every block begins with: what the tokenizer puts before a document.
+        largest: Largest token id in the stream and the prefix.
 
     Raises:
         InputError: The text is too short for one block, or a number is out of range.
@@ -92,19 +113,26 @@ class TokenCache:
     dtype: str
     block_size: int
     validation_fraction: float = 0.01
+    prefix: tuple[int, ...] = ()
+    largest: int = 0
 
     def __post_init__(self) -> None:
-        _check_blocks(self.block_size, self.validation_fraction)
-        if self.tokens < self.block_size:
+        _check_blocks(self.block_size, self.validation_fraction, len(self.prefix))
+        if self.tokens < self._text_size:
             raise InputError(
-                f"text {self.label!r} has {self.tokens} tokens, and one block needs {self.block_size}; "
-                f"give more text, or a block size of at most {self.tokens}"
+                f"text {self.label!r} has {self.tokens} tokens, and one block needs {self._text_size}; "
+                f"give more text, or a block size of at most {self.tokens + len(self.prefix)}"
             )
+
+    @property
+    def _text_size(self) -> int:
+        """Tokens of the stream in a block."""
+        return self.block_size - len(self.prefix)
 
     @property
     def blocks(self) -> int:
         """Whole blocks in the stream; the rest, shorter than one block, is left out."""
-        return self.tokens // self.block_size
+        return self.tokens // self._text_size
 
     @property
     def train(self) -> TokenBlocks:
@@ -114,8 +142,8 @@ class TokenCache:
     @property
     def train_anywhere(self) -> TokenBlocks:
         """A block from every token of the same text on; they overlap."""
-        starts = (self.blocks - self._validation_blocks - 1) * self.block_size + 1
-        return TokenBlocks(self.path / _TOKENS, self.dtype, self.block_size, 0, starts, stride=1)
+        starts = (self.blocks - self._validation_blocks - 1) * self._text_size + 1
+        return TokenBlocks(self.path / _TOKENS, self.dtype, self.block_size, 0, starts, 1, self.prefix)
 
     @property
     def validation(self) -> TokenBlocks:
@@ -129,8 +157,8 @@ class TokenCache:
         return max(1, int(self.blocks * self.validation_fraction))
 
     def _view(self, first: int, length: int) -> TokenBlocks:
-        size = self.block_size
-        return TokenBlocks(self.path / _TOKENS, self.dtype, size, first * size, length, stride=size)
+        size = self._text_size
+        return TokenBlocks(self.path / _TOKENS, self.dtype, self.block_size, first * size, length, size, self.prefix)
 
     @classmethod
     def build(
@@ -153,8 +181,9 @@ class TokenCache:
 
         Args:
             source: A text as :func:`tensorfold.texts.load_text` takes it, or several, one after the other.
-            tokenizer: A transformers tokenizer. Documents end with its EOS; without one, with a blank line.
-            block_size: Tokens a block; not part of the cache's identity.
+            tokenizer: A transformers tokenizer. Documents end with its EOS; without one, with a blank line. What it
+                puts before a document by default is what every block begins with.
+            block_size: Tokens a block, those included; not part of the cache's identity.
             split: Split of a named text.
             cache_dir: Where caches are kept; ``cache_directory("tokens")`` by default.
             workers: Processes that tokenise. The tokens do not depend on their number.
@@ -165,7 +194,8 @@ class TokenCache:
             InputError: No such text, one too short for a block, or ``expect_key`` is not the key of this text.
             TensorfoldError: The disk is full, a file changed while it was read, or a worker died.
         """
-        _check_blocks(block_size, validation_fraction)
+        prefix = prefix_of(tokenizer)
+        _check_blocks(block_size, validation_fraction, len(prefix))
         if workers < 1 or (max_tokens is not None and max_tokens < 1):
             raise InputError(f"got workers={workers} and max_tokens={max_tokens}; both must be at least 1")
         texts = find_texts(source, split)
@@ -176,6 +206,8 @@ class TokenCache:
             "max_tokens": max_tokens,
             "texts": [text.identity() for text in texts],
         }
+        if prefix:
+            identity["prefix"] = list(prefix)
         if any(isinstance(text, Hub) and text.revision is None for text in texts):
             identity = _latest_known(directory, identity) or identity
         key, label = _key(identity), _label(texts)
@@ -216,8 +248,8 @@ class TokenCache:
 
     @classmethod
     def _of(cls, path: Path, sidecar: dict[str, Any], block_size: int, validation_fraction: float) -> Self:
-        key, label, tokens, dtype = (sidecar[name] for name in ("key", "label", "tokens", "dtype"))
-        return cls(path, key, label, tokens, dtype, block_size, validation_fraction)
+        own = {name: sidecar[name] for name in ("key", "label", "tokens", "dtype", "prefix", "largest")}
+        return cls(path, block_size=block_size, validation_fraction=validation_fraction, **own)
 
 
 def _checked_sidecar(path: Path) -> dict[str, Any]:
@@ -230,7 +262,12 @@ def _checked_sidecar(path: Path) -> dict[str, Any]:
         # All of it, at every start: it takes no longer than reading the text, whose own hash names the cache.
         if hash_file(path / _TOKENS) != sidecar["sha256"]:
             raise ValueError(f"the checksum of {_TOKENS} differs")
-        return {name: sidecar[name] for name in ("key", "label", "tokens", "dtype")}
+        prefix = tuple(sidecar["identity"].get("prefix", ()))
+        return {
+            **{name: sidecar[name] for name in ("key", "label", "tokens", "dtype")},
+            "prefix": prefix,
+            "largest": max([sidecar["largest"], *prefix]),
+        }
     except OSError as error:
         raise InputError(
             f"{path} is no token cache: {error.filename}: {error.strerror}; build it again from its text"
@@ -245,15 +282,14 @@ def _store(
     path: Path, texts: list[Text], encoder: Encoder, identity: dict[str, Any], workers: int, *, replace: bool
 ) -> None:
     with atomic_directory(path, replace=replace, keep_existing=not replace) as temporary:
-        tokens, digest = _write(temporary / _TOKENS, texts, encoder, workers, identity["max_tokens"])
+        written = _write(temporary / _TOKENS, texts, encoder, workers, identity["max_tokens"])
         if any(text.changed() for text in texts):
             raise TensorfoldError(f"text {_label(texts)!r} changed while it was tokenised; run the command again")
         sidecar = {
             "key": _key(identity),
             "label": _label(texts),
-            "tokens": tokens,
             "dtype": encoder.dtype,
-            "sha256": digest,
+            **written,
             "files": [
                 {"path": str(file), "bytes": file.stat().st_size}
                 for text in texts
@@ -265,9 +301,11 @@ def _store(
         (temporary / _SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
 
 
-def _write(path: Path, texts: list[Text], encoder: Encoder, workers: int, max_tokens: int | None) -> tuple[int, str]:
-    """Tokenise everything into ``path``; the number of tokens, and the SHA-256 of their bytes."""
-    tokens, digest = 0, hashlib.sha256()
+def _write(
+    path: Path, texts: list[Text], encoder: Encoder, workers: int, max_tokens: int | None
+) -> dict[str, int | str]:
+    """Tokenise everything into ``path``; the number of tokens, the largest of them, and the SHA-256 of their bytes."""
+    tokens, largest, digest = 0, 0, hashlib.sha256()
     console = Console(stderr=True)
     columns = (
         TextColumn("tokenising {task.description}: {task.completed:,.0f} tokens", markup=False),
@@ -286,12 +324,13 @@ def _write(path: Path, texts: list[Text], encoder: Encoder, workers: int, max_to
             file.write(array.data)
             digest.update(array.data)
             tokens += len(array)
+            largest = max(largest, int(array.max(initial=0)))
             progress.update(task, completed=tokens)
             if tokens == max_tokens:
                 break
     if not tokens:
         raise InputError(f"text {_label(texts)!r} is empty; give another text")
-    return tokens, digest.hexdigest()
+    return {"tokens": tokens, "largest": largest, "sha256": digest.hexdigest()}
 
 
 def _key(identity: dict[str, Any]) -> str:
@@ -320,9 +359,12 @@ def _without_revisions(identity: dict[str, Any]) -> dict[str, Any]:
     return identity | {"texts": texts}
 
 
-def _check_blocks(block_size: int, validation_fraction: float) -> None:
-    if block_size < 2:
-        raise InputError(f"got block_size={block_size}; a block needs at least 2 tokens to predict one from the other")
+def _check_blocks(block_size: int, validation_fraction: float, prefix: int) -> None:
+    if block_size < max(2, prefix + 1):
+        raise InputError(
+            f"got block_size={block_size}; a block needs at least {max(2, prefix + 1)} tokens to predict one from the "
+            f"other{f', {prefix} of them from before every document' if prefix else ''}"
+        )
     if not 0 <= validation_fraction < 1:
         raise InputError(f"got validation_fraction={validation_fraction}; needed at least 0 and less than 1")
 

@@ -233,7 +233,7 @@ class HealTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, parts = self.heal_loss(model, self._teach, inputs["input_ids"])
+        loss, parts = self.heal_loss(model, self._teach, inputs["input_ids"], inputs.get("labels"))
         for name, part in parts.items():
             self._parts[name] = self._parts.get(name, 0) + part / self.current_gradient_accumulation_steps
         return (loss, None) if return_outputs else loss
@@ -246,11 +246,13 @@ class HealTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        ids = self._prepare_inputs(inputs)["input_ids"]
+        given = self._prepare_inputs(inputs)
+        labels = given["labels"]
+        first = max(1, int((labels[0] < 0).sum()))  # to be predicted
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(input_ids=ids, use_cache=False).logits
-            self._right.append((logits[:, :-1].argmax(-1) == ids[:, 1:]).float().mean(-1))
-            return cross_entropy(logits, ids), None, None
+            logits = model(input_ids=given["input_ids"], use_cache=False).logits
+            self._right.append((logits[:, first - 1 : -1].argmax(-1) == labels[:, first:]).float().mean(-1))
+            return cross_entropy(logits, labels), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss's terms to a step's entry and the accuracy to an evaluation's.

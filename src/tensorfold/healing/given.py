@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from tensorfold.healing.data import TokenCache
 from tensorfold.healing.documents import Memory, Source
 from tensorfold.settings import HealSettings
 from tensorfold.strict import check_keys, check_types
+from tensorfold.tokens import check_ids
 
 
 def check_reporters(report_to: str | list[str]) -> None:
@@ -61,21 +63,20 @@ def source_of(text: Any) -> Source:
 
 
 def tokens_of(
-    source: Source, tokenizer: Any, model: PreTrainedModel, settings: HealSettings, state: PartialState
+    source: Source,
+    tokenizer: Any,
+    models: Sequence[PreTrainedModel],
+    settings: HealSettings,
+    state: PartialState,
 ) -> TokenCache:
-    """The text as tokens on disk.
+    """The text as tokens on disk, which the models, the student first, have rows for.
 
     Raises:
         InputError: No such text, one too short, or blocks or tokens that the model has no place for.
     """
-    limit = context_length(model.config)
+    limit = context_length(models[0].config)
     if limit is not None and settings.block > limit:
         raise InputError(f"heal: block={settings.block}; needed at most the {limit} positions of the model.")
-    vocabulary = model.config.get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
-        raise InputError(
-            f"heal: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}; give the model's own tokenizer."
-        )
     names = [source] if isinstance(source, str | os.PathLike) else [] if isinstance(source, Memory) else source
     hub = [texts.locate(os.fspath(name), "train").dataset for name in names]
     most = None
@@ -84,7 +85,7 @@ def tokens_of(
         used = settings.steps * settings.batch * settings.block + settings.blockwise_tokens
         most = 1 << (int(used / (1 - settings.validation_fraction)) + 2 * settings.block).bit_length()
     with state.main_process_first():
-        return TokenCache.build(
+        cache = TokenCache.build(
             source,
             tokenizer,
             settings.block,
@@ -92,3 +93,6 @@ def tokens_of(
             workers=max(1, settings.workers),
             max_tokens=most,
         )
+    for model, whose in zip(models, ("heal", "heal, teacher"), strict=False):
+        check_ids(model, torch.tensor(cache.largest), whose, tokenizer)
+    return cache

@@ -19,9 +19,12 @@ from tensorfold.settings import HealSettings
 Forward = Callable[..., Any]
 
 
-def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
-    """Mean of −log p(next token), in nats; logits (batch, length, vocabulary), ids (batch, length)."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean of −log p(next token), in nats; logits (batch, length, vocabulary), labels (batch, length).
+
+    Labels are the token ids, or -100 where a token is not to be predicted.
+    """
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
 
 def logit_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -185,19 +188,23 @@ class HealLoss:
                 "term needs equal ones. Set attention=0."
             )
 
-    def __call__(self, forward: Forward, teach: Forward | None, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, forward: Forward, teach: Forward | None, ids: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one batch and its unweighted terms, detached.
 
         Args:
             forward: The student's call, perhaps wrapped for several devices.
             teach: The teacher's call; without gradients, in the precision of the student's.
             ids: Token indices, shape (batch, length).
+            labels: See :func:`cross_entropy`; the ids if None.
         """
+        labels = ids if labels is None else labels
         options: dict[str, Any] = {"use_cache": False}
         terms: dict[str, Tensor] = {}
         noisy = not self._needs_teacher or self.settings.dropout > 0
         if "cross_entropy" in self.weights and noisy:
-            terms["cross_entropy"] = cross_entropy(forward(input_ids=ids, **options).logits, ids)
+            terms["cross_entropy"] = cross_entropy(forward(input_ids=ids, **options).logits, labels)
         if self._needs_teacher:
             assert teach is not None
             if "attention" in self.weights:
@@ -208,7 +215,7 @@ class HealLoss:
                     target = teach(input_ids=ids, **options)
                 given = forward(input_ids=ids, **options)
                 if "cross_entropy" in self.weights and not noisy:
-                    terms["cross_entropy"] = cross_entropy(given.logits, ids)
+                    terms["cross_entropy"] = cross_entropy(given.logits, labels)
                 terms |= self._compare(given, target, seen, wanted)
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return total, {name: term.detach() for name, term in terms.items()}

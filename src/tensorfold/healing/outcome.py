@@ -24,7 +24,8 @@ class HealReport:
     ``steps``: taken end to end, all of them unless patience ended. ``step``: the one whose weights were kept, the best
     by validation; 0 is before the first. ``tokens``: trained on in all steps. ``kept``: the weights of ``steps``, of
     ``blocks`` alone, or of the ``start``, where nothing was better than what came in. ``helped``: whether the
-    validation loss is lower than it was; None without a validation split.
+    validation loss is lower than it was; None without a validation split. ``window``: tokens in a sequence, of which
+    the first are ``prefix``, what the tokenizer puts before a document.
     """
 
     steps: int
@@ -40,10 +41,15 @@ class HealReport:
     out: str | None = None
     kept: str | None = None
     helped: bool | None = None
+    window: int | None = None
+    prefix: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefix", tuple(self.prefix))  # JSON gives a list
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "prefix": list(self.prefix)}
 
     def __str__(self) -> str:
         before, after = (
@@ -53,6 +59,8 @@ class HealReport:
         if self.helped is False:
             what = "the model is as it came in" if self.kept == "start" else "this is worse than what came in, or equal"
             lines = [f"nothing helped: {what} ({lines[0]})"]
+        if self.prefix:
+            lines += [f"every window of {self.window} tokens begins with token {' '.join(map(str, self.prefix))}"]
         if self.blockwise is not None:
             healed = sum(block["healed"] for block in self.blockwise["blocks"])
             lines += [f"{healed} of {len(self.blockwise['blocks'])} blocks, {self.blockwise['tokens']:,} tokens a pass"]

@@ -114,7 +114,7 @@ def heal(
     source = source_of(settings.text if text is None else text)
     tokenizer = tokenizer or find_model(model.name_or_path).tokenizer()
     dense = find_model(teacher).model() if isinstance(teacher, str) else teacher
-    cache = tokens_of(source, tokenizer, model, settings, state)
+    cache = tokens_of(source, tokenizer, [model] if dense is None else [model, dense], settings, state)
     identity = {
         # Neither changes a single weight.
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("text", "workers")},
@@ -239,6 +239,8 @@ class _Run:
             blockwise=blockwise,
             kept=kept,
             helped=helped,
+            window=settings.block,
+            prefix=self.cache.prefix,
         )
         return report, result
 
@@ -286,8 +288,8 @@ class _Run:
             torch.autocast(device.type, torch.bfloat16, self.settings.precision == "bf16"),
         ):
             for index in range(len(self.validation)):
-                ids = self.validation[index]["input_ids"][None].to(device)
-                losses.append(cross_entropy(self.model(input_ids=ids, use_cache=False).logits, ids).item())
+                ids, labels = (self.validation[index][key][None].to(device) for key in ("input_ids", "labels"))
+                losses.append(cross_entropy(self.model(input_ids=ids, use_cache=False).logits, labels).item())
         return sum(losses) / len(losses)
 
     def _end_to_end(self) -> tuple[PreTrainedModel, int, int, float | None, float | None]:

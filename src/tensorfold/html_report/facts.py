@@ -302,6 +302,9 @@ def _evaluated(line: Mapping[str, Any]) -> Evaluated | None:
     parameters = whole_number(line.get("parameters"))
     if perplexity is None or perplexity <= 0 or tokens is None or parameters is None or not (protocol and text):
         return None
+    prefix = line.get("prefix")
+    if isinstance(prefix, list) and prefix:  # other numbers than from windows without
+        protocol += f", windows begin with token {' '.join(map(str, prefix))}"
     where = ", ".join(value for value in (_text(line.get("dtype")), _text(line.get("device"))) if value)
     return Evaluated(perplexity, protocol, text, tokens, parameters, number(line.get("accuracy")), where)
 
