@@ -27,6 +27,9 @@ from tensorfold.strict import check_types
 
 CAUSAL_LM = "needed a decoder-only causal language model"
 
+# What says where a model's files are, for transformers and huggingface_hub.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
 
 def load(path: str | Path, *, dtype: torch.dtype | str | None = None, **options: Any) -> PreTrainedModel:
     """Load a folded or dense causal language model from a directory (or hub id), refusing anything incomplete.
@@ -37,20 +40,23 @@ def load(path: str | Path, *, dtype: torch.dtype | str | None = None, **options:
     Args:
         path: What ``save_pretrained`` wrote, or a hub id.
         dtype: Of the weights; as stored if None.
-        options: Passed to ``from_pretrained``.
+        options: Passed to ``from_pretrained``. Those that say where on the hub, or in the directory, the model lies
+            (``revision``, ``subfolder``, ``cache_dir``, ``token``, …) hold for its configuration as well.
 
     Raises:
         InputError: No such model, or a tensor is missing, unexpected, truncated or of the wrong shape.
     """
     check_types("load", path=(path, str | Path), dtype=(dtype, torch.dtype | str | None))
     options = {"use_safetensors": True, "trust_remote_code": False, **options}
-    config = load_config(path, trust_remote_code=options["trust_remote_code"])
+    place = {name: options[name] for name in HUB_OPTIONS if name in options}
+    config = load_config(path, trust_remote_code=options["trust_remote_code"], **place)
+    directory = Path(path, options.get("subfolder") or "")
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        check_files(Path(path))
+        check_files(directory)
         if not options["trust_remote_code"]:
-            _check_size(Path(path), config)
+            _check_size(directory, config)
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -154,14 +160,17 @@ def _check_sound(path: str | Path, model: PreTrainedModel) -> None:
         )
 
 
-def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration alone.
+def load_config(path: str | Path, *, trust_remote_code: bool = False, **place: Any) -> PreTrainedConfig:
+    """The configuration of a model, without its weights.
+
+    Args:
+        place: Any of ``HUB_OPTIONS``.
 
     Raises:
         InputError: There is no such model, or it is an encoder–decoder.
     """
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **place)
     # A damaged config.json fails in as many ways as there are checks in transformers.
     except Exception as error:
         if isinstance(error, TensorfoldError):

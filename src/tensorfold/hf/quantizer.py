@@ -72,9 +72,12 @@ class TensorfoldQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         # Imported here because this file is loaded from inside transformers' own import (see tensorfold/__init__.py).
+        from tensorfold.hf.naming import for_model
         from tensorfold.hf.swap import install
 
-        config = self.quantization_config
+        config = for_model(self.quantization_config, model)
+        if config is not self.quantization_config:
+            self.quantization_config = model.config.quantization_config = config
         install(model, config.specs, config.tied, config.split)
         if config.int8:
             from tensorfold.hf.int8 import install_int8
