@@ -253,10 +253,13 @@ def test_a_directory_with_weights_alone_gets_a_line_for_everything_else(models, 
     assert "Notes" not in page.text
 
 
-def test_timings_are_shown_with_ratios_first(copy, tmp_path):
+@pytest.mark.parametrize("name", ["ratio", "speedup"])
+def test_timings_are_shown_with_ratios_first(copy, tmp_path, name):
     folded = copy("folded")
-    (folded / BENCH).write_text(json.dumps({"device": "cpu", "decode": [{"seconds": 0.51234, "ratio": 1.2345}]}))
-    assert "decode › 0 › ratio 1.23 device cpu decode › 0 › seconds 0.51" in report([folded], tmp_path / "r.html").text
+    (folded / BENCH).write_text(json.dumps({"device": "cpu", "decode": [{"seconds": 0.51234, name: 1.2345}]}))
+    assert (
+        f"decode › 0 › {name} 1.23 device cpu decode › 0 › seconds 0.51" in report([folded], tmp_path / "r.html").text
+    )
 
 
 def test_a_model_that_cannot_give_a_sample_costs_a_line(copy, tmp_path):

@@ -1,7 +1,8 @@
 """Perplexity and accuracy of a causal language model by named protocols.
 
 A perplexity without its protocol is not a number: the window, the stride, what is averaged and what is thrown away
-change it by tens of per cent. Protocols are in :mod:`tensorfold.protocols`; scoring is the same for all of them.
+change it by tens of per cent. Protocols are in :mod:`tensorfold.protocols`; scoring is the same for all of them
+but ``lm-eval``, which has its own.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def evaluate(
     Raises:
         InputError: Unknown protocol, text too short, a window longer than the model's context, or an argument that is
             not for this protocol.
-        TensorfoldError: The model's logits are not finite numbers.
+        TensorfoldError: The model's logits make a loss that is NaN, or give a token of the text no probability at all.
     """
     start = time.perf_counter()
     check_types("evaluate", model=(model, nn.Module), protocol=(protocol, str), text=(text, str | Sequence | None))

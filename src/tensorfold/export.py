@@ -127,8 +127,8 @@ def export_dense(
 
     Raises:
         InputError: ``out`` cannot be written, or the model is quantised by something else.
-        TensorfoldError: What was written does not give the model's logits to 1e-4 (float32) or finite ones, the model's
-            own are not finite, or the disk is full.
+        TensorfoldError: What was written does not give finite logits, or in float32 the model's to 1e-4 (of the largest
+            where that is above 1); the model's own are not finite; or the files cannot be written.
     """
     started = time.monotonic()
     with _directory(out) as partial, evaluation_mode(model):
@@ -160,8 +160,8 @@ def export_onnx(
 
     Raises:
         InputError: A package is missing, ``out`` cannot be written, or the model is not in float32.
-        TensorfoldError: The model cannot be traced, the graph does not give its logits to 1e-3, these are not finite,
-            or the disk is full.
+        TensorfoldError: The model cannot be traced, the graph does not give its logits to 1e-3 (of the largest where
+            that is above 1), these are not finite, or the files cannot be written.
     """
     started = time.monotonic()
     check_packages()

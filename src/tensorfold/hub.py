@@ -68,7 +68,7 @@ def push_to_hub(
         directory: The model.
         repo: ``owner/name``; made if it does not exist.
         private: Make it a private one.
-        token: Of the hub; the one that ``hf auth login`` stored by default.
+        token: Access token of the hub; the one that ``hf auth login`` stored by default.
         dry_run: Upload nothing, and say what would be.
 
     Raises:

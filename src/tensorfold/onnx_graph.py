@@ -92,7 +92,7 @@ def compare(path: Path, model: PreTrainedModel) -> tuple[float, float]:
     """Run the file with onnxruntime beside the model, at several batch sizes and lengths, with and without padding.
 
     Returns:
-        Largest difference of any logit, and the largest logit.
+        Largest difference of any logit that is not at padding, and the largest magnitude of one.
 
     Raises:
         TensorfoldError: A logit is not finite.
@@ -127,7 +127,7 @@ def check_finite(logits: Tensor, to: str, whose: str) -> None:
 
 
 def probe(model: PreTrainedModel, batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """Random tokens (batch, length), shorter where the model's positions are, the same at every call; and a mask."""
+    """Random tokens (batch, length), fewer where the model has fewer positions, always the same; and a mask of ones."""
     config = model.config.get_text_config()
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
     generator = torch.Generator().manual_seed(0)

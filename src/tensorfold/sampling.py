@@ -71,6 +71,8 @@ def context_room(prompt: int, model: PreTrainedModel) -> int | None:
 def generate(model: PreTrainedModel, tokenizer: Any, ids: list[int], count: int, **options: Any) -> list[int]:
     """``ids`` and at most ``count`` tokens after them; ``options`` are those of transformers' ``generate``.
 
+    The model is in evaluation mode afterwards.
+
     Raises:
         InputError: transformers cannot generate with what ``generation_config.json`` or the configuration asks for.
     """

@@ -43,7 +43,7 @@ def _balanced_factors(n: int, count: int, smallest: int = 1) -> tuple[int, ...] 
 def balanced_modes(size: int, sites: int) -> tuple[int, ...]:
     """``sites`` ascending modes whose product is the smallest ``>= size`` with no mode over twice another.
 
-    A prime or awkward size is thereby padded; the rows or columns beyond ``size`` are zero and never counted as kept.
+    A prime or awkward size is thereby padded; what lies beyond ``size`` is cut off wherever the matrix is read.
 
     >>> balanced_modes(768, 2), balanced_modes(768, 3), balanced_modes(50257, 2)
     ((24, 32), (8, 8, 12), (163, 309))

@@ -55,7 +55,7 @@ def search_permutations(
 
     A local search from several initial orders: as given, near-parallel rows gathered into blocks, sorted by the leading
     singular vectors, then random ones from fixed seeds, so the result is the same every time.
-    Assigning n rows takes O(n³) time, about a second for 3072.
+    Assigning n rows takes O(n³) time.
 
     Args:
         weight: Shape (out_features, in_features), any floating dtype. To search in the metric of the inputs, pass
@@ -99,10 +99,12 @@ def search_row_order(
 ) -> tuple[Tensor, float, float]:
     """One row order for several matrices, such as all those that meet in an MLP's hidden layer (``down`` transposed).
 
-    Costs of an assignment add up over matrices, so the search of :func:`search_permutations` carries over as it is.
+    Costs of an assignment add up over matrices, so the steps of :func:`search_permutations` carry over as they are.
 
     Args:
         matrices: Weights with the same number of rows, each with its two-site spec, none padded.
+        starts: Number of initial orders: 1 for the one given, 2 for near-parallel rows gathered as well.
+        sweeps, tolerance: As there.
 
     Returns:
         The order, int64, and ``√Σ‖W[order] − Ŵ‖² / √Σ‖W‖²`` with it and without; the first is never the larger.

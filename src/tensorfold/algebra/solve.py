@@ -76,11 +76,12 @@ def fit(
 ) -> list[Tensor]:
     """Cores of ``spec`` that approximate ``weight``.
 
-    Without a metric: TT-SVD, nearest in the Frobenius norm. With the second moment C of the inputs: smallest
-    ``‖(W − Ŵ) C^½‖``, the mean squared error of the layer's output. With that of the loss's gradient at the outputs as
-    well, G: smallest ``‖G^½ (W − Ŵ) C^½‖``, the loss's second-order change where inputs and gradients are independent
-    (Kronecker-factored Fisher; Martens & Grosse, arXiv 1503.05671). Exact for low rank, by weighted alternating least
-    squares started from the TT-SVD for every other shape; those of groups with pivots are :mod:`.shared_basis`'s.
+    Without a metric: TT-SVD, in the Frobenius norm nearest for two sites, and within √(L−1) of that for L. With the
+    second moment C of the inputs: smallest ``‖(W − Ŵ) C^½‖``, the mean squared error of the layer's output. With that
+    of the loss's gradient at the outputs as well, G: smallest ``‖G^½ (W − Ŵ) C^½‖``, the loss's second-order change
+    where inputs and gradients are independent (Kronecker-factored Fisher; Martens & Grosse, arXiv 1503.05671). Exact
+    for low rank without ``start``; by weighted alternating least squares, started from the TT-SVD, for every other
+    shape, and so a local optimum; those of groups with pivots are :mod:`.shared_basis`'s.
 
     Args:
         weight: Shape (out_features, in_features), any floating dtype.

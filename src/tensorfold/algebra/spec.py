@@ -37,8 +37,8 @@ class Spec:
         out_modes: Output mode of each site; their product is the (padded) number of rows.
         in_modes: Input mode of each site; their product is the (padded) number of columns.
         ranks: Interior bonds only, ``len(ranks) == sites - 1``.
-        out_features: Rows of the matrix stood for; defaults to ``prod(out_modes)``. Smaller means zero padding; larger,
-            where this side is ``reordered``, that all rows but those in the stored order are zero.
+        out_features: Rows of the matrix stood for; defaults to ``prod(out_modes)``. Smaller means padding, which is cut
+            off; larger, where this side is ``reordered``, that all rows but those in the stored order are zero.
         in_features: Columns of the matrix stood for; defaults to ``prod(in_modes)``. Smaller and larger as of rows.
         scalars: One trainable number per bond index of a two-site operator: ``Σ_k s_k A_k ⊗ B_k`` (Krony-PT).
         reordered: Sides, ``"out"`` and ``"in"``, whose index order is stored beside the cores and is not the matrix's
@@ -250,7 +250,7 @@ class Spec:
 
     @property
     def macs(self) -> int:
-        """Multiply–adds a token, in the cheapest order of contracting the sites (see ``contract.cheapest_order``)."""
+        """Multiply–adds a token, in the cheapest order of contracting the sites (see ``paths.cheapest_order``)."""
         from tensorfold.algebra.contraction.paths import cheapest_order
 
         if self.has_pivot_rows:

@@ -62,9 +62,10 @@ def check_prunable(spec: Spec) -> None:
 
 
 def random_cores(weight: Tensor, spec: Spec, seed: int = 0) -> list[Tensor]:
-    """Normal cores whose product has the root mean square of ``weight``; equal seeds and weights give equal cores.
+    """Normal cores whose product is expected to have the mean square of ``weight``.
 
-    The seed is mixed with the weight, so that equally shaped layers do not start equal.
+    Equal seeds and weights give equal cores. The seed is mixed with the weight's first row, so that equally shaped
+    layers do not start equal.
     """
     check_weight(weight, spec)
     mixed = zlib.crc32(weight[0].float().cpu().numpy().tobytes(), seed)

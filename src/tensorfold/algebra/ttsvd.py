@@ -207,10 +207,11 @@ def _fix_signs(vectors: Tensor) -> Tensor:
 
 
 def balance(cores: Sequence[Tensor]) -> list[Tensor]:
-    """The same operator with the norm spread evenly: both sides of every bond index get the same Frobenius norm.
+    """The same operator with its norm spread evenly over bonds and cores.
 
-    Two sites get √σ on each factor (Krony-PT). Training is then equally fast in every core, and half precision
-    neither overflows in one core nor underflows in another.
+    Both sides of a bond index get the same Frobenius norm, bond by bond from the left, so that two sites have √σ on
+    each factor (Krony-PT); in longer chains all cores then get the same norm. Training is equally fast in every core,
+    and half precision neither overflows in one core nor underflows in another.
     """
     out = [core.clone() for core in cores]
     for k in range(len(out) - 1):

@@ -15,7 +15,8 @@ import torch
 
 Clock = Callable[[], float]
 
-# A sample of a short call is a loop of at least this many seconds, so that reading the clock does not matter.
+# A sample of a short call is a loop of about this many seconds, of at most _MOST_REPEATS calls, so that reading the
+# clock does not matter.
 _SAMPLE = 5e-3
 _MOST_REPEATS = 500
 

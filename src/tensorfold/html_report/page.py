@@ -49,7 +49,8 @@ def write_report(
     """Write one HTML page, without anything from a network, about one or several model directories.
 
     Args:
-        directories: Folded, healed or dense models; a dense one is what the others' perplexities are compared with.
+        directories: Folded, healed or dense models; the only dense one that was judged
+            by a text is what the others' perplexities on it are compared with.
         out: The file, written whole or not at all; one that is there is replaced.
         prompt: What every model goes on from, greedily, side by side; None leaves the samples out.
         tokens: New tokens in a sample, at most.

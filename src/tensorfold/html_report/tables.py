@@ -117,9 +117,9 @@ def healing_rows(models: Sequence[ModelFacts]) -> list[Row]:
 
 
 def bench_rows(bench: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Every number and word of a timing record by its path, ratios first."""
+    """Numbers and words of a timing record by their paths, ratios first; the last row counts what is left out."""
     found = list(_leaves(bench, ""))
-    found.sort(key=lambda row: "ratio" not in row[0])
+    found.sort(key=lambda row: not any(word in row[0] for word in ("speedup", "ratio")))
     more = len(found) - _MOST_BENCH_ROWS
     return found[:_MOST_BENCH_ROWS] + ([("…", f"{more} more")] if more > 0 else [])
 

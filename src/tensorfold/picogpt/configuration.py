@@ -20,7 +20,7 @@ class PicoGPTConfig(PreTrainedConfig):
         num_attention_heads: Heads in a block.
         intermediate_size: Hidden units of a block's MLP.
         max_position_embeddings: Longest context, in characters. Positions are computed, so none is a parameter.
-        initializer_range: Standard deviation of new linear weights; biases start at 0.
+        initializer_range: Standard deviation of new linear weights; biases start at 0, norms as the identity.
         embedding_std: Standard deviation of new token rows.
         layer_norm_eps: Added to the variance in layer norms.
 

@@ -2,7 +2,8 @@
 
     h = E[token] + P[position];  h += Attention(LN(h));  h += W2 ReLU(W1 LN(h) + b1) + b2;  logits = W LN(h)
 
-Query, key and value have no bias, the other matrices in a block have one; the output head has none and is not tied.
+Query, key and value have no bias, the other matrices in a block have one; the output head has none, and is not tied
+unless the configuration says so.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def eager_attention(
 def _attention_precision(query: Tensor) -> Iterator[torch.dtype]:
     """The type attention computes in: fp32 where autocast would choose bf16 on a CPU, else the states' own.
 
-    The CPU's fused attention takes 1.7 times as long backwards in bf16 as in fp32 at 32 numbers a head (torch 2.13).
+    The CPU's fused attention is slower backwards in bf16 than in fp32 at 32 numbers a head (torch 2.13).
     """
     if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
@@ -141,7 +142,7 @@ class PicoGPTLayer(GradientCheckpointingLayer):
 
 
 class PicoGPTForCausalLM(PreTrainedModel, GenerationMixin):
-    """The whole model, 808,448 parameters by default: 25 matrices, their 2,816 biases, 65 token rows and 9 norms."""
+    """The whole model, 808,448 parameters by default: 25 matrices, 3,072 biases, 65 token rows and 9 norms."""
 
     config_class = PicoGPTConfig
     supports_gradient_checkpointing = True

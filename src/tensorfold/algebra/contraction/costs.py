@@ -112,8 +112,8 @@ def merging(spec: Spec, p: int, q: int, machine: Machine) -> Merging:
 def blocking(left: tuple[int, ...], right: tuple[int, ...]) -> int:
     """Inputs of the left core taken together when it is multiplied by a small right one: 4 where that helps, else 1.
 
-    A product with four summands and nine columns runs at a tenth of the speed of a large one. As ``G ⊗ I₄`` the right
-    core makes four times the multiply–adds and takes half the time.
+    A product with few summands and few columns is far from the speed of a large one. As ``G ⊗ I₄`` the right core makes
+    four times the multiply–adds and takes less time.
     """
     (r, m1, n1, _), (_, m2, n2, t) = left, right
     return 4 if n1 % 4 == 0 and m2 * n2 * t <= 16 and r * m1 * n1 * m2 * n2 * t >= 2**16 else 1
