@@ -46,7 +46,7 @@ def balanced_modes(size: int, sites: int) -> tuple[int, ...]:
     A prime or awkward size is thereby padded; what lies beyond ``size`` is cut off wherever the matrix is read.
 
     >>> balanced_modes(768, 2), balanced_modes(768, 3), balanced_modes(50257, 2)
-    ((24, 32), (8, 8, 12), (163, 309))
+    ((24, 32), (8, 8, 12), (206, 244))
     """
     if size < 1 or sites < 1:
         raise SpecError(f"balanced_modes: size={size}, sites={sites}; both must be at least 1.")
