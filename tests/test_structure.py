@@ -10,7 +10,7 @@ PACKAGE = Path(tensorfold.__file__).parent
 # Lowest first. A module may import from its own layer and from those before it.
 LAYERS = [
     ["errors"],
-    ["strict", "cache", "fingerprints", "memory", "ranks", "evaluation_mode"],
+    ["strict", "cache", "fingerprints", "memory", "ranks", "evaluation_mode", "finite"],
     ["block_checkpoints", "records"],
     ["settings"],
     ["algebra"],

@@ -143,7 +143,7 @@ def _of_tables(
         for window in windows.to(table.parameter.device).split(1):
             model(window, use_cache=False)
 
-    states = inputs_of(forward, model.get_submodule(table.tied_head))
+    states = inputs_of(forward, model.get_submodule(table.tied_head), model)
     scale = _scale_of_logits(model, table, windows, states)
     states = states if scale is None else states * scale
     inputs = states.T @ states / len(states)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tensorfold.anatomy import blocks
 from tensorfold.errors import InputError
+from tensorfold.finite import why_not_finite
 from tensorfold.tokens import Encoder, begin, check_ids
 
 WINDOW = 1024
@@ -117,7 +118,7 @@ class BlockStream:
 
         def leave(block: nn.Module, _: Any, output: Any) -> None:
             left.append(_hidden_of(output))
-            _check_finite(left[-1], f"{self.name}.{len(left) - 1}")
+            _check_finite(left[-1], f"{self.name}.{len(left) - 1}", self.model)
             if block is self.blocks[-1]:
                 raise _StopForward
 
@@ -171,7 +172,7 @@ class BlockStream:
             for hidden in self.hidden.split(1):
                 self.run(index, hidden)
 
-        return second_moments(forward, modules)
+        return second_moments(forward, modules, model=self.model)
 
     def advance(self, index: int) -> None:
         """Replace the hidden states by the output of block ``index`` as it now is.
@@ -181,7 +182,7 @@ class BlockStream:
         """
         for hidden in self.hidden.split(1):
             hidden.copy_(self.run(index, hidden))
-            _check_finite(hidden, f"{self.name}.{index}")
+            _check_finite(hidden, f"{self.name}.{index}", self.model)
         self.position = index + 1
 
     def advance_to(self, index: int) -> None:
@@ -220,11 +221,14 @@ class BlockStream:
             for window in self.windows.split(1):
                 self.model(window, use_cache=False)
 
-        return second_moments(forward, modules)
+        return second_moments(forward, modules, model=self.model)
 
 
 def second_moments(
-    forward: Callable[[], None], modules: Mapping[str, nn.Module], all_called: bool = True
+    forward: Callable[[], None],
+    modules: Mapping[str, nn.Module],
+    all_called: bool = True,
+    model: nn.Module | None = None,
 ) -> dict[str, Tensor]:
     """Run ``forward`` and return, for each module, ``C = Xᵀ X / tokens`` of the inputs X it saw, in fp32.
 
@@ -233,6 +237,7 @@ def second_moments(
 
     Args:
         all_called: Whether a module that is never called is an error; otherwise it has none.
+        model: What the modules are part of, to say why their inputs are not finite.
 
     Raises:
         InputError: A module saw NaN or infinity, or was never called; the message names it.
@@ -280,12 +285,17 @@ def second_moments(
             total = sums[keys[0]] if len(keys) == 1 else torch.stack([sums[key] for key in keys]).sum(0)
             averages[keys] = total / sum(tokens[key] for key in keys)
             if not torch.isfinite(averages[keys]).all():
-                raise InputError(f"{name}: its inputs on the calibration text hold NaN or infinity; check the model.")
+                raise not_finite_inputs(name, model or modules[name])
         found[name] = averages[keys]
     return found
 
 
-def inputs_of(forward: Callable[[], None], module: nn.Module) -> Tensor:
+def not_finite_inputs(name: str, model: nn.Module) -> InputError:
+    """What to raise for a module whose inputs are not finite."""
+    return InputError(f"{name}: its inputs on the calibration text hold NaN or infinity; {why_not_finite(model)}.")
+
+
+def inputs_of(forward: Callable[[], None], module: nn.Module, model: nn.Module) -> Tensor:
     """Run ``forward`` and return the vectors that ``module`` was applied to, fp32, shape (vectors, in_features).
 
     Raises:
@@ -301,13 +311,13 @@ def inputs_of(forward: Callable[[], None], module: nn.Module) -> Tensor:
     if not seen:
         raise InputError(f"{type(module).__name__}: not called on the calibration text; exclude the table tied to it.")
     if not all(bool(part.isfinite().all()) for part in seen):
-        raise InputError(f"{type(module).__name__}: its inputs on the calibration text hold NaN or infinity.")
+        raise not_finite_inputs(type(module).__name__, model)
     return torch.cat(seen)
 
 
-def _check_finite(hidden: Tensor, block: str) -> None:
+def _check_finite(hidden: Tensor, block: str, model: nn.Module) -> None:
     if not torch.isfinite(hidden).all():
-        raise InputError(f"{block}: its output on the calibration text holds NaN or infinity; repair the checkpoint.")
+        raise InputError(f"{block}: its output on the text holds NaN or infinity; {why_not_finite(model)}.")
 
 
 class _StopForward(Exception):  # noqa: N818  (a signal, not an error)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import tensorfold
-from tensorfold.cli_bench import bench
+from tensorfold.cli_bench import DtypeChoice, bench
 from tensorfold.cli_errors import can_be_put_right, check_encoding, explain, line
 from tensorfold.cli_export import export
 from tensorfold.cli_heal import heal
@@ -65,6 +65,9 @@ EffortOption = Annotated[
     typer.Option(
         "--effort", help="With --keep: low, medium or high, how long calibration text is looked at. Default: medium."
     ),
+]
+DtypeOption = Annotated[
+    DtypeChoice | None, typer.Option("--dtype", help="Load the weights in this type. Default: as stored.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 
@@ -126,6 +129,7 @@ def fold(
         str | None, typer.Option("--calibrate", help=f"{TEXT_HELP} Default: the recipe's; 'none' folds data-free.")
     ] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="How many tokens of it.")] = None,
+    dtype: DtypeOption = None,
     as_json: Json = False,
 ) -> None:
     """Fold a model and write the smaller one. Under torchrun, its processes divide the matrices among themselves.
@@ -149,8 +153,8 @@ def fold(
     with ranks.together():
         documents = load_text(text, split="validation") if text else None
         source = _source(model, chosen)
-        stream = None if text else _stream(source, chosen)
-        loaded = source.model() if stream is None else None
+        stream = None if text or dtype else _stream(source, chosen)
+        loaded = source.model(None if dtype is None else dtype.value) if stream is None else None
         tokenizer = source.tokenizer()
         bar = sys.stderr.isatty()
 
@@ -190,6 +194,7 @@ def evaluate(
         Path | None, typer.Option("--include-path", help="Of lm-eval: a directory with YAML files of further tasks.")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Of lm-eval: documents of each task, at most.")] = None,
+    dtype: DtypeOption = None,
     record: Annotated[
         bool, typer.Option("--record", help="Note the result in the model's directory, for tensorfold report.")
     ] = False,
@@ -215,7 +220,8 @@ def evaluate(
 
         judge = {"text": load_text(text or ""), "text_name": describe(text or ""), "max_tokens": max_tokens}
     source = find_model(model)
-    result = measure(source.model(), source.tokenizer(), protocol=protocol, **judge)
+    loaded = source.model(None if dtype is None else dtype.value)
+    result = measure(loaded, source.tokenizer(), protocol=protocol, **judge)
     if record:
         record_evaluation(model, result.to_dict())
     _emit(as_json, result.to_dict(), lambda: str(result))

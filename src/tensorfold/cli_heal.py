@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
+from tensorfold.cli_bench import DtypeChoice
 from tensorfold.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ def heal(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, as in a recipe.")
     ] = None,
     report_to: Annotated[str, typer.Option("--report-to", help="none, tensorboard, wandb, …")] = "none",
+    dtype: Annotated[
+        DtypeChoice | None, typer.Option("--dtype", help="Load model and teacher in this type. Default: as stored.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
     ] = False,
@@ -72,13 +76,13 @@ def heal(
     source = find_model(model)
     beside = source.path.rstrip("/") if Path(source.path).is_dir() else source.name.rpartition("/")[2]
     target = Path(f"{beside}-healed") if out is None else out
-    started_from = None
+    started_from, kind = None, None if dtype is None else dtype.value
     for number, (settings, text) in enumerate(stages, start=1):
         stage = target if number == len(stages) else Path(f"{target}.stage-{number}")
         report = heal_model(
-            source.model() if started_from is None else load(started_from),
+            source.model(kind) if started_from is None else load(started_from),
             [Path(name) for name in train or [text or ""]],
-            teacher,
+            teacher if kind is None or teacher is None else find_model(teacher).model(kind),
             tokenizer=source.tokenizer(),
             settings=settings,
             out=stage,

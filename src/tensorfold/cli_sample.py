@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tensorfold.cli_bench import DtypeChoice
+
 
 def sample(
     model: Annotated[
@@ -27,6 +29,9 @@ def sample(
     top_k: Annotated[
         int | None, typer.Option("--top-k", min=1, help="Draw from this many likeliest tokens. Default: from all.")
     ] = None,
+    dtype: Annotated[
+        DtypeChoice | None, typer.Option("--dtype", help="Load the weights in this type. Default: as stored.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Equal seeds give equal text.")] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
@@ -40,7 +45,7 @@ def sample(
     from tensorfold.sampling import continuation, generate, new_tokens, prompt_ids
 
     source = find_model(model)
-    loaded, tokenizer = source.model(), source.tokenizer()
+    loaded, tokenizer = source.model(None if dtype is None else dtype.value), source.tokenizer()
     ids = prompt_ids(tokenizer, prompt, loaded)
     count = new_tokens(tokens, len(ids), loaded)
     drawn: dict[str, Any] = {"do_sample": False}

@@ -21,6 +21,7 @@ from torch.nn import functional
 from tensorfold.anatomy import context_length
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.evaluation_mode import evaluation_mode
+from tensorfold.finite import why_not_finite
 from tensorfold.protocols import HARNESS, Score, Window, get_protocol
 from tensorfold.protocols import PROTOCOLS as PROTOCOLS  # of old a name of this module
 from tensorfold.strict import check_types
@@ -159,14 +160,19 @@ def evaluate(
     scores: list[Score] = []
     with evaluation_mode(model), torch.inference_mode():
         for first in range(0, len(windows), batch_size):
-            scores += _score(model, windows[first : first + batch_size], device)
+            try:
+                scores += _score(model, windows[first : first + batch_size], device)
+            except _NotFinite:
+                raise TensorfoldError(
+                    f"the model's logits are not numbers (NaN or infinite); {why_not_finite(model)}"
+                ) from None
             if progress is not None:
                 progress(len(scores), len(windows))
     nll, accuracy = rule.summarise(scores)
     if not nll < math.log(torch.finfo(torch.float64).max):
         raise TensorfoldError(
             f"mean negative log-likelihood of {nll} nats: the model gives a token of the text no probability at all; "
-            f"check the model's weights, or use a wider dtype"
+            f"{why_not_finite(model)}"
         )
     return Evaluation(
         perplexity=math.exp(nll),
@@ -181,6 +187,10 @@ def evaluate(
         window=rule.context,
         prefix=encoder.prefix,
     )
+
+
+class _NotFinite(Exception):  # noqa: N818  (a signal, told as an error where the model is known)
+    """Logits with NaN among them."""
 
 
 def _check_arguments(documents: Sequence[str], max_tokens: int | None, batch_size: int) -> None:
@@ -210,10 +220,7 @@ def _score_window(logits: Tensor, window: Window) -> Score:
     for chunk, target in zip(predictions.split(_CHUNK), targets.split(_CHUNK), strict=True):
         losses = functional.cross_entropy(chunk.float(), target, reduction="none").cpu().double()
         if losses.isnan().any():
-            raise TensorfoldError(
-                "the model's logits are not numbers (NaN or infinite): its weights are broken or its dtype is too "
-                "narrow; check the weights, or load the model in float32 or bfloat16"
-            )
+            raise _NotFinite
         nll += losses.sum().item()
         correct += int((chunk.argmax(-1) == target).sum())
     return Score(nll, correct, len(targets))

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from tensorfold.algebra.statistics import Means, Statistics
 from tensorfold.anatomy import Matrix, dense_weight
-from tensorfold.calibrate import BlockStream
+from tensorfold.calibrate import BlockStream, not_finite_inputs
 from tensorfold.errors import InputError
 from tensorfold.memory import release_file_pages
 
@@ -151,7 +151,7 @@ class _Sums:
             raise InputError(f"{name}: not called on the calibration text, so it has no statistics; exclude it.")
         c, a, d = (total.double() / self.tokens for total in (self.inputs, self.cross, self.lacks))
         if not torch.isfinite(c).all():
-            raise InputError(f"{name}: its inputs on the calibration text hold NaN or infinity; check the model.")
+            raise not_finite_inputs(name, self.matrix.module)
         given, wanted, lack = (mean.about(self.tokens) for mean in (self.given, self.wanted, self.lack))
         if not self.paired:
             about = self.given.origin

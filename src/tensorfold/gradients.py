@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from tensorfold.algebra.packed import Packed
 from tensorfold.anatomy import blocks
 from tensorfold.errors import InputError
+from tensorfold.finite import why_not_finite
 from tensorfold.tokens import begin, check_ids
 
 # Tokens in a backward pass: their logits are held, and the activations of one block at a time.
@@ -78,9 +79,7 @@ def gradient_moments(
             logits.backward(_gradient_at(logits, piece, prefix))
     for name, moment in sums.items():
         if not torch.isfinite(moment.values).all():
-            raise InputError(
-                f"{name}: the loss's gradients there hold NaN or infinity; load the model in bf16 or fp32."
-            )
+            raise InputError(f"{name}: the loss's gradients there hold NaN or infinity; {why_not_finite(model)}.")
         moment.divide(sum(len(piece) for piece in pieces))
     return sums
 

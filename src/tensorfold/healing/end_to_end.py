@@ -266,7 +266,7 @@ class HealTrainer(Trainer):
             if not math.isfinite(logs["loss"]):
                 raise TensorfoldError(
                     f"heal: the loss is {logs['loss']} at step {self.state.global_step}; the earlier checkpoints are "
-                    f"intact. Start again with a lower lr than {self.settings.lr}, or with more warmup."
+                    f"intact. {self.heal_loss.remedy()}"
                 )
             for name, part in self._parts.items():
                 logs[name] = self.accelerator.reduce(part, "mean").item()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from tensorfold.anatomy import blocks, matrices
 from tensorfold.errors import InputError
+from tensorfold.finite import why_not_finite
 from tensorfold.healing.noise import Noise
 from tensorfold.settings import HealSettings
 
@@ -235,6 +236,12 @@ class HealLoss:
             errors = [_mse(seen[name], wanted[name]) for name in wanted if name != "embedding"]
             terms["ffn"] = torch.stack(errors).mean()
         return terms
+
+    def remedy(self) -> str:
+        """What to do about a loss that is no number: the student trains in float32, the teacher runs as it came."""
+        if self.teacher is not None and any(each.dtype is torch.float16 for each in self.teacher.parameters()):
+            return f"If it is the teacher's: {why_not_finite(self.teacher)}."
+        return f"Start again with a lower lr than {self.settings.lr}, or with more warmup."
 
     def close(self) -> None:
         """Give the models back as they came: without hooks, with their attention, dropout, modes and gradients."""
