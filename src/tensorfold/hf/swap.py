@@ -122,3 +122,5 @@ def set_module(model: PreTrainedModel, name: str, module: nn.Module) -> None:
     """Put a module in the place of another, as one that needs no initialisation."""
     model.set_submodule(name, module)
     mark_initialised(model, name)
+    # A device map may not part what is computed at once.
+    model._no_split_modules = {*(model._no_split_modules or ()), type(module).__name__}

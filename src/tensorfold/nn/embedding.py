@@ -56,6 +56,9 @@ class MPOEmbedding(MPOModule):
 
     def forward(self, index: Tensor) -> Tensor:
         """Integers of shape ``(...)`` → ``(..., width)``."""
+        return self.cores(self._rows, index)
+
+    def _rows(self, index: Tensor) -> Tensor:
         dtype = self.cores[0].dtype
         with as_given(index.device.type):
             out = rows(index if self.out_position is None else self.out_position[index], self.factors(), self.spec)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tensorfold.algebra.solve import Factors
 from tensorfold.errors import SpecError
+from tensorfold.nn.owners import Cores
 
 
 class FoldedModule(nn.Module, ABC):
@@ -19,7 +20,7 @@ class FoldedModule(nn.Module, ABC):
         scalars: One number per bond index, where the structure has them.
     """
 
-    cores: nn.ParameterList
+    cores: Cores
     scalars: nn.Parameter | None
 
     @abstractmethod

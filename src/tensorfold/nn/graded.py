@@ -13,6 +13,7 @@ from tensorfold.algebra.graded import GradedSpec, graded_low_rank
 from tensorfold.algebra.precision import as_given, product_dtype
 from tensorfold.algebra.solve import Factors
 from tensorfold.nn.folded import FoldedModule, store
+from tensorfold.nn.owners import Cores
 from tensorfold.strict import check_types
 
 
@@ -30,9 +31,7 @@ class GradedModule(FoldedModule):
         super().__init__()
         check_types(type(self).__name__, spec=(spec, GradedSpec))
         self.spec = spec
-        self.cores = nn.ParameterList(
-            nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in spec.core_shapes
-        )
+        self.cores = Cores(nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in spec.core_shapes)
         self.scalars = None
         self.register_buffer("position", torch.arange(spec.vocabulary, device=device))
 
@@ -103,6 +102,9 @@ class GradedEmbedding(GradedModule):
 
     def forward(self, index: Tensor) -> Tensor:
         """Integers of shape ``(...)`` → ``(..., width)``."""
+        return self.cores(self._rows, index)
+
+    def _rows(self, index: Tensor) -> Tensor:
         place = self.position[index.reshape(-1)]
         rows: Tensor | None = None
         coefficients: Tensor | None = None
@@ -130,7 +132,8 @@ class GradedEmbedding(GradedModule):
         The order is copied: transformers ties parameters only, so a checkpoint holds it for both.
         """
         head = GradedHead(self.spec, bias is not None, device="meta")
-        head.cores = self.cores
+        for k, core in enumerate(self.cores):
+            head.cores[k] = core
         head.position = self.position.clone()
         if bias is not None:
             head.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
@@ -157,6 +160,9 @@ class GradedHead(GradedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states of shape ``(..., width)`` → logits ``(..., vocabulary)``."""
+        return self.cores(self._outputs, x)
+
+    def _outputs(self, x: Tensor) -> Tensor:
         if product_dtype(x) is torch.float16:
             with as_given(x.device.type):
                 logits = self._logits(x.float(), [core.float() for core in self.cores]).half()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tensorfold.algebra.precision import as_given, product_dtype
 from tensorfold.nn.folded import FoldedModule
 from tensorfold.nn.linear import MPOLinear, MPOModule
+from tensorfold.nn.owners import Codes
 from tensorfold.nn.token_mps import TokenMPSEmbedding
 
 _LARGEST = 127
@@ -143,8 +144,7 @@ class Int8Folded(nn.Module):
     def __init__(self, folded: FoldedModule, shared: Int8Folded | None = None) -> None:
         super().__init__()
         lead = 2 if isinstance(folded, MPOModule) else 1
-        self.codes, self.scales = nn.ParameterDict(), nn.ParameterDict()
-        self.others = nn.ParameterDict()
+        self.codes, self.scales, self.others = Codes(), Codes(), Codes()
         for name, tensor in folded.named_parameters():
             key = name.replace(".", "_")
             if shared is not None and key in shared.codes:
@@ -166,6 +166,11 @@ class Int8Folded(nn.Module):
     def spec(self) -> Any:
         return self._folded[0].spec
 
+    def _replicate_for_data_parallel(self) -> Self:
+        replica = super()._replicate_for_data_parallel()
+        replica._folded = copy.deepcopy(self._folded)  # replicas compute at the same time, in threads
+        return replica
+
     def tensors(self, dtype: torch.dtype | None = None) -> Mapping[str, Tensor]:
         """Parameters and buffers of the folded module, in floating point."""
         found: dict[str, Tensor] = dict(self.named_buffers(recurse=False))
@@ -178,6 +183,9 @@ class Int8Folded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the folded module's."""
+        return self.codes(lambda: self.scales(lambda: self.others(self._outputs, x)))
+
+    def _outputs(self, x: Tensor) -> Tensor:
         folded = self._folded[0]
         if isinstance(folded, TokenMPSEmbedding):
             flat = x.reshape(-1)

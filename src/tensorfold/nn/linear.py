@@ -20,6 +20,7 @@ from tensorfold.algebra.starts import core_std
 from tensorfold.errors import SpecError
 from tensorfold.nn.folded import store
 from tensorfold.nn.machine import path_for
+from tensorfold.nn.owners import Cores
 from tensorfold.strict import check_types
 
 _FEW, _TILE = 64, 512  # tokens
@@ -35,9 +36,7 @@ class MPOModule(nn.Module):
         super().__init__()
         check_types(type(self).__name__, spec=(spec, Spec))
         self.spec = spec
-        self.cores = nn.ParameterList(
-            nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in spec.stored_shapes
-        )
+        self.cores = Cores(nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in spec.stored_shapes)
         self.scalars: nn.Parameter | None = None
         if spec.scalars:
             self.scalars = nn.Parameter(torch.empty(spec.ranks[0], device=device, dtype=dtype))
@@ -74,7 +73,7 @@ class MPOModule(nn.Module):
 
         Shapes ``spec.core_shapes``. A core in float16 times scalars is in float32, where the product fits.
         """
-        cores = self._stored()
+        cores = self.cores.tensors()
         if self.spec.pivoted:
             return with_identity(cores, self.spec)
         if not self.spec.scalars:
@@ -84,9 +83,6 @@ class MPOModule(nn.Module):
         if cores[0].numel() <= cores[1].numel():
             return [cores[0] * scalars, cores[1]]
         return [cores[0], scalars.reshape(-1, 1, 1, 1) * cores[1]]
-
-    def _stored(self) -> list[Tensor]:
-        return list(self.cores._parameters.values())  # type: ignore[arg-type]  # ten times as fast as its iterator
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix, shape (out_features, in_features), multiplied out in ``dtype`` (the cores' own if None)."""
@@ -193,15 +189,19 @@ class MPOLinear(MPOModule):
         Raises:
             InputError: ``way`` is none of those that there are.
         """
-        training = torch.is_grad_enabled() and (x.requires_grad or any(core.requires_grad for core in self._stored()))
+        return self.cores(self._outputs, x)
+
+    def _outputs(self, x: Tensor) -> Tensor:
+        cores = self.cores.tensors()
+        training = torch.is_grad_enabled() and (x.requires_grad or any(core.requires_grad for core in cores))
         if self.spec.has_pivot_rows and not self.holds_matrix:  # there is one way only
-            return self._from_pivots(x, self._stored(), training)
+            return self._from_pivots(x, cores, training)
         path = path_for(self.spec, math.prod(x.shape[:-1]), training, x.device, x.dtype, self.way)
         holds = self.holds_matrix and self.way is None and not training and not torch.compiler.is_compiling()
         if holds and path.dense < path.seconds:
             return F.linear(x, self._held_matrix(), self.bias)
         if self.spec.has_pivot_rows:
-            return self._from_pivots(x, self._stored(), training)
+            return self._from_pivots(x, cores, training)
         factors = self.factors()
         if not self.spec.reordered:  # looked up faster than a buffer that may be None
             return apply(x, factors, self.spec, self.bias, path)

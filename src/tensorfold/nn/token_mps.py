@@ -15,6 +15,7 @@ from tensorfold.algebra.solve import Factors
 from tensorfold.algebra.token_mps import TokenMPSSpec, rows, token_mps_svd
 from tensorfold.errors import SpecError
 from tensorfold.nn.folded import FoldedModule, store
+from tensorfold.nn.owners import Cores
 from tensorfold.strict import check_types
 
 # Bytes of the table that a head holds at a time.
@@ -28,9 +29,7 @@ class TokenMPSModule(FoldedModule):
         super().__init__()
         check_types(type(self).__name__, spec=(spec, TokenMPSSpec))
         self._shape = spec
-        self.cores = nn.ParameterList(
-            nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in spec.core_shapes
-        )
+        self.cores = Cores(nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in spec.core_shapes)
         self.scalars = None
         self._split = spec.split
 
@@ -107,6 +106,9 @@ class TokenMPSEmbedding(TokenMPSModule):
 
     def forward(self, index: Tensor) -> Tensor:
         """Integers of shape ``(...)`` → ``(..., width)``."""
+        return self.cores(self._rows, index)
+
+    def _rows(self, index: Tensor) -> Tensor:
         flat = index.reshape(-1)
         out = self.rows([core.index_select(0, flat) for core in self.cores])
         out = out.reshape(*index.shape, self.embedding_dim)
@@ -181,6 +183,9 @@ class TokenMPSHead(TokenMPSModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states of shape ``(..., width)`` → logits ``(..., vocabulary)``."""
+        return self.cores(self._outputs, x)
+
+    def _outputs(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
         if torch.compiler.is_compiling():
             logits = torch.cat([self._logits(flat, a, b) for a, b in self.chunks(self.chunk_bytes)], dim=-1)
