@@ -98,6 +98,24 @@ def test_the_readme_of_a_folded_model_opens_with_code_that_loads_it(command, den
     assert card["recipe"] == "--keep 0.5 --targets mlp"
 
 
+@pytest.mark.parametrize("from_disk", [True, False])
+def test_a_fold_without_text_needs_no_tokenizer(command, refused, dense_directory, text_file, tmp_path, from_disk):
+    bare = tmp_path / "bare"
+    model = tensorfold.load(dense_directory)
+    model.save_pretrained(bare)
+    keep = ("--keep", "0.5", *(() if from_disk else ("--dtype", "float32")))
+    outcome = command("fold", bare, *keep, "--out", tmp_path / "out", "--json")
+    assert "written without a tokenizer" in outcome.err
+    folded = tensorfold.load(tmp_path / "out")
+    assert tensorfold.fold(model, tensorfold.Recipe.keep(0.5)).parameters_after == folded.num_parameters()
+    for name, tensor in model.state_dict().items():
+        assert folded.state_dict()[name].equal(tensor)
+    command("plan", bare, "--keep", "0.5")
+    command("export", tmp_path / "out", "--to", "int8", "--out", tmp_path / "int8")
+    command("report", tmp_path / "out", "--no-samples", "--out", tmp_path / "report.html")
+    refused("fold", bare, *keep, "--calibrate", text_file, "--out", tmp_path / "two", says=["bare", "tokenizer"])
+
+
 def test_calibrate_option_wins_over_the_recipe_and_none_folds_without(
     command, dense_directory, recipe_file, text_file, tmp_path
 ):

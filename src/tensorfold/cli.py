@@ -153,9 +153,9 @@ def fold(
     with ranks.together():
         documents = load_text(text, split="validation") if text else None
         source = _source(model, chosen)
+        tokenizer, absent = (source.tokenizer(), None) if text else source.tokenizer_beside()
         stream = None if text or dtype else _stream(source, chosen)
         loaded = source.model(None if dtype is None else dtype.value) if stream is None else None
-        tokenizer = source.tokenizer()
         bar = sys.stderr.isatty()
 
         def card(report: FoldReport) -> dict[str, Any]:
@@ -175,6 +175,8 @@ def fold(
                     if partial is not None:
                         shutil.rmtree(partial, ignore_errors=True)
     if ranks.is_first:
+        if absent is not None:
+            typer.echo(f"written without a tokenizer: {absent}", err=True)
         result = {**report.to_dict(), "out": str(out)}
         _emit(as_json, result, lambda: f"{report}\nwritten to {out} in {report.seconds:.0f} s")
 

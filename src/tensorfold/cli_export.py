@@ -9,8 +9,6 @@ from typing import Annotated
 
 import typer
 
-from tensorfold.errors import InputError
-
 
 class Target(StrEnum):
     """What a model can be exported to."""
@@ -53,12 +51,7 @@ def export(
         check_packages()
     source = find_model(model)
     loaded = source.model("float32" if to is Target.onnx else None)
-    tokenizer, absent = None, None
-    try:
-        tokenizer = source.tokenizer()
-    except InputError as error:
-        # A model without one is still a model; other tools may bring their own.
-        absent = error
+    tokenizer, absent = source.tokenizer_beside()
 
     from tensorfold.export import export_dense, export_int8, export_onnx
 

@@ -99,10 +99,7 @@ def fold_directory(
         raise InputError(
             f"fold_directory: {error} Load the model and use tensorfold.fold and save_pretrained instead."
         ) from error
-    try:
-        tokenizer = found.tokenizer()
-    except InputError:
-        tokenizer = None  # a model without one is still a model
+    tokenizer, _ = found.tokenizer_beside()
 
     def card(report: FoldReport) -> dict[str, Any]:
         return model_facts(found, recipe.name or repr(recipe.fold), report)

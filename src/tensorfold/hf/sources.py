@@ -61,6 +61,13 @@ class Source:
                 f"tokenizer.save_pretrained. ({reason(error)})"
             ) from error
 
+    def tokenizer_beside(self) -> tuple[Any, str | None]:
+        """The tokenizer to be written beside a result, or None and why; a model without one is still a model."""
+        try:
+            return self.tokenizer(), None
+        except InputError as error:
+            return None, str(error)
+
 
 def find_model(name: str) -> Source:
     """Find ``MODEL``; a GGUF file is converted once into the user's cache, keyed by the file's hash.
