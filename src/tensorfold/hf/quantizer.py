@@ -6,6 +6,7 @@ transformers calls any method that changes modules before loading a quantizer; i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -83,6 +84,7 @@ class TensorfoldQuantizer(HfQuantizer):
             from tensorfold.hf.int8 import install_int8
 
             install_int8(model, config.int8)
+        _own_resizing(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -117,3 +119,12 @@ def mark(model: PreTrainedModel, config: TensorfoldConfig) -> None:
     model.hf_quantizer = TensorfoldQuantizer(config, pre_quantized=True)
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = NAME  # type: ignore[assignment]
+    _own_resizing(model)
+
+
+def _own_resizing(model: PreTrainedModel) -> None:
+    """Let the model's ``resize_token_embeddings`` know of folded tables and heads; transformers' own reads weights."""
+    from tensorfold.hf.vocabulary import resize_token_embeddings
+
+    # Not a bound method, which would come out of a pickle as transformers' own.
+    model.resize_token_embeddings = partial(resize_token_embeddings, model)  # type: ignore[method-assign]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from types import MethodType
 
 import torch
 from torch import nn
@@ -17,7 +16,6 @@ from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.token_mps import TokenMPSSpec
 from tensorfold.anatomy import Matrix, embedding_scale, matrices
 from tensorfold.errors import InputError
-from tensorfold.hf.vocabulary import resize_token_embeddings
 from tensorfold.nn import GradedEmbedding, MPOEmbedding, MPOLinear, TokenMPSEmbedding
 from tensorfold.surgery import mark_initialised, split_linear
 
@@ -68,9 +66,6 @@ def scale_of(matrix: Matrix) -> float:
 
 def swap(model: PreTrainedModel, matrix: Matrix, module: Folded) -> None:
     """Replace the matrix's module; a tied output head is replaced by the head over the same cores, and tied again."""
-    if matrix.module is model.get_input_embeddings():
-        # transformers' own method looks for a dense weight.
-        model.resize_token_embeddings = MethodType(resize_token_embeddings, model)  # type: ignore[method-assign]
     set_module(model, matrix.name, module)
     if matrix.tied_head is None:
         return

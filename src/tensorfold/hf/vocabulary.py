@@ -56,9 +56,13 @@ def _growing(model: PreTrainedModel) -> TokenMPSEmbedding:
     """The input embedding, if tokens can be added to it."""
     table = model.get_input_embeddings()
     if not isinstance(table, TokenMPSEmbedding):
+        dense = isinstance(table, nn.Embedding)
+        which = f"output head is a {type(model.get_output_embeddings()).__name__}" if dense else (
+            f"input embedding is a {type(table).__name__}"
+        )  # fmt: skip
         raise InputError(
-            f"new tokens: the input embedding is a {type(table).__name__}; needed a TokenMPSEmbedding, whose tokens "
-            "share nothing. Call resize_token_embeddings of the dense model, and fold it again."
+            f"new tokens: the {which}; needed a TokenMPSEmbedding, whose tokens share nothing, or table and head "
+            "dense. Call resize_token_embeddings of the dense model, and fold it again."
         )
     return table
 
@@ -82,22 +86,27 @@ def resize_token_embeddings(
     pad_to_multiple_of: int | None = None,
     mean_resizing: bool = True,
 ) -> nn.Module:
-    """transformers' method of this name for a folded embedding: new tokens start as the mean of all rows.
+    """transformers' method of this name for a folded model.
 
-    To start them as anything else, call :func:`append_tokens`.
+    A dense table with a dense head, or none, is resized by transformers itself. To a folded table whose tokens share
+    nothing, new tokens are added as the mean of all rows; to start them as anything else, call :func:`append_tokens`.
 
     Args:
         new_num_tokens: Tokens after the call; None for as many as there are.
         pad_to_multiple_of: Round that number up.
-        mean_resizing: Has to be true.
+        mean_resizing: Has to be true for a folded table.
 
     Returns:
         The input embedding.
 
     Raises:
-        InputError: There would be fewer tokens than before, or the embedding cannot grow (see :func:`append_tokens`).
+        InputError: There would be fewer tokens than before, or table or head cannot grow (see :func:`append_tokens`).
+            The model is then as it was.
     """
-    table = model.get_input_embeddings()
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(table, nn.Embedding) and (head is None or isinstance(head, nn.Linear)):
+        own = type(model).resize_token_embeddings
+        return own(model, new_num_tokens, pad_to_multiple_of, mean_resizing)
     before = table.num_embeddings
     after = before if new_num_tokens is None else new_num_tokens
     if pad_to_multiple_of is not None:

@@ -171,6 +171,16 @@ class Int8Folded(nn.Module):
         replica._folded = copy.deepcopy(self._folded)  # replicas compute at the same time, in threads
         return replica
 
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of a table."""
+        return int(self.spec.out_features)
+
+    @property
+    def embedding_dim(self) -> int:
+        """Columns of a table."""
+        return int(self.spec.in_features)
+
     def tensors(self, dtype: torch.dtype | None = None) -> Mapping[str, Tensor]:
         """Parameters and buffers of the folded module, in floating point."""
         found: dict[str, Tensor] = dict(self.named_buffers(recurse=False))
