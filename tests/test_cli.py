@@ -187,7 +187,7 @@ def test_a_recipe_is_copied_once_and_never_over_a_file(command, refused, tmp_pat
 
 def test_unknown_recipe_names_the_nearest(refused):
     refused("recipes", "low-rank-08", says=["low-rank-08", "did you mean 'low-rank-80'"])
-    refused("recipes", "--copy", "x", says=["--copy without a name"])
+    refused("recipes", "--copy", "x", says=["--copy has no effect", "needs the name of a shipped recipe"])
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,10 @@ def test_unknown_recipe_names_the_nearest(refused):
         (["eval", "m", "--text", "python-docs", "--protocol", "hf-1204"], ["hf-1204", "did you mean hf-1024"]),
         (["plan", "m"], ["neither of --recipe and --keep"]),
         (["plan", "m", "--keep", "0.5", "--recipe", "demo"], ["both of --recipe and --keep"]),
-        (["plan", "m", "--recipe", "demo", "--targets", "mlp"], ["--targets with --recipe"]),
+        (
+            ["plan", "m", "--recipe", "demo", "--targets", "mlp"],
+            ["--targets has no effect", "needs --keep"],
+        ),
         (["plan", "--keep", "0.5"], ["no MODEL given"]),
     ],
 )

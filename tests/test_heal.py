@@ -124,7 +124,7 @@ def test_patience_ends_the_run(folded_directory, tokenizer, text_file, tmp_path)
     report = heal(tensorfold.load(folded_directory), text_file, tokenizer=tokenizer, out=tmp_path / "out", **settings)
     assert report.steps == report.step + 6 < 40
     assert max(r["step"] for r in log_of(tmp_path / "out")) == report.steps
-    with pytest.raises(InputError, match="patience needs a validation split"):
+    with pytest.raises(InputError, match="patience has no effect here; it needs validation_fraction above 0"):
         heal(
             tensorfold.load(folded_directory), text_file, tokenizer=tokenizer, **{**FAST, "validation_fraction": 0},
             patience=1,
@@ -185,8 +185,8 @@ def test_training_leaves_precision_mode_and_configuration(student, tokenizer, te
 
 def test_blocks_come_first(student, teacher, tokenizer, text_file, tmp_path):
     report = heal(
-        student, text_file, teacher, tokenizer=tokenizer, out=tmp_path / "out", **{**FAST, "steps": 0},
-        blockwise_tokens=400, blockwise_epochs=8,
+        student, text_file, teacher, tokenizer=tokenizer, out=tmp_path / "out", steps=0, block=16,
+        validation_fraction=0.1, blockwise_tokens=400, blockwise_epochs=8,
     )  # fmt: skip
     assert report.step == report.steps == 0
     assert {r["block"] for r in log_of(tmp_path / "out")} == {0, 1}

@@ -131,12 +131,6 @@ def test_healing_trains_without_the_dropout_of_the_configuration(folded, tiny, t
     assert card["heal"]["settings"]["dropout"] == 0
 
 
-@pytest.mark.parametrize("useless", [{"steps": 0, "blockwise_tokens": 99}, {"cross_entropy": 0, "kl": 1}])
-def test_dropout_that_would_reach_nothing_is_refused(useless):
-    with pytest.raises(InputError, match=r"dropout=0\.1 reaches only the cross_entropy term"):
-        HealSettings(dropout=0.1, **useless)
-
-
 def test_recomputed_passes_and_dropout_exclude_each_other():
     with pytest.raises(InputError, match="gradient_checkpointing"):
         HealSettings(dropout=0.1, kl=1, gradient_checkpointing=True)

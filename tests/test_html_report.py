@@ -308,7 +308,7 @@ def test_eval_records_what_the_report_shows(command, copy, text_file, tmp_path):
         (["cut"], ["cut", "its weights cannot be read"]),
         (["other"], ["other", "lacks the tensor", "cores.0"]),
         (["folded", "./folded"], ["folded", "twice"]),
-        (["folded", "--prompt", "x", "--no-samples"], ["--prompt and --no-samples"]),
+        (["folded", "--prompt", "x", "--no-samples"], ["--prompt has no effect", "leave out --no-samples"]),
         (["folded", "--out", "empty"], ["empty", "is a directory"]),
         (["folded", "--out", "file/r.html"], ["cannot be"]),
         ([], ["DIR"]),

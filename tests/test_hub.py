@@ -34,7 +34,7 @@ def directory(folded_directory, tmp_path):
 @pytest.fixture
 def hub(monkeypatch):
     """What reached the hub: repositories made, and the files of each commit."""
-    reached = SimpleNamespace(repos=[], files={})
+    reached = SimpleNamespace(repos=[], files={}, private=True)
 
     def create_repo(self, repo, *, private, exist_ok):
         reached.repos.append((repo, private, exist_ok))
@@ -46,6 +46,7 @@ def hub(monkeypatch):
         return SimpleNamespace(commit_url=f"https://hub/{repo}/commit/1")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_: SimpleNamespace(private=reached.private))
     monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
     return reached
 
@@ -71,6 +72,12 @@ def test_what_is_uploaded_loads_again(command, hub, directory, tmp_path):
         (copy / name).write_bytes(content)
     before = tensorfold.load(directory).state_dict()
     assert all(before[name].equal(tensor) for name, tensor in tensorfold.load(copy).state_dict().items())
+
+
+def test_nothing_private_goes_to_a_repository_that_is_public_already(refused, hub, directory):
+    hub.private = False
+    refused("push", directory, "somebody/folded", "--private", says=["somebody/folded", "is public", "--private"])
+    assert not hub.files
 
 
 def test_the_card_has_metadata_sizes_and_numbers(directory):

@@ -307,7 +307,8 @@ def test_a_budget_that_cannot_hold_the_floors_is_refused_before_the_text_is_read
     report = tensorfold.fold(tiny(architecture), recipe(enough), **options)
     assert report.choices
     without = {key: value for key, value in options.items() if key == "tokenizer"}
-    assert tensorfold.fold(tiny(architecture), recipe(0.08), **without).choices == {}
+    with pytest.raises(InputError, match="budget has no effect here; it needs calibration text"):
+        tensorfold.fold(tiny(architecture), recipe(0.08), **without)
 
 
 def test_high_effort_finds_columns_that_share_a_basis(tiny, tokenizer, prose, tmp_path):

@@ -10,7 +10,7 @@ PACKAGE = Path(tensorfold.__file__).parent
 # Lowest first. A module may import from its own layer and from those before it.
 LAYERS = [
     ["errors"],
-    ["strict", "cache", "fingerprints", "memory", "ranks", "evaluation_mode", "finite"],
+    ["strict", "cache", "effects", "fingerprints", "memory", "ranks", "evaluation_mode", "finite"],
     ["block_checkpoints", "records"],
     ["settings"],
     ["algebra"],
@@ -37,7 +37,7 @@ LAYERS = [
     ["export"],
     ["healing", "benchmark"],
     ["demo", "html_report"],
-    ["cli_errors", "cli_bench", "cli_export", "cli_heal", "cli_push", "cli_report", "cli_sample"],
+    ["cli_errors", "cli_options", "cli_bench", "cli_export", "cli_heal", "cli_push", "cli_report", "cli_sample"],
     ["cli"],
     ["__main__"],
 ]

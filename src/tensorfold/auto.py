@@ -8,7 +8,8 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Le
 
 from tensorfold.algebra.spec import Spec
-from tensorfold.method import Keep, Method
+from tensorfold.effects import Needs
+from tensorfold.method import LINEAR, TEXT, Keep, Method
 from tensorfold.methods import Graded, LowRank
 from tensorfold.strict import strict
 
@@ -64,6 +65,7 @@ class Auto(Method):
     """
 
     name: ClassVar[str] = "auto"
+    needs_of_use: ClassVar[Needs] = dict.fromkeys(("effort", "floor", "budget"), (TEXT, LINEAR))
 
     keep: Keep
     effort: Literal["low", "medium", "high"] = "medium"

@@ -22,6 +22,7 @@ from tensorfold.cli_bench import DtypeChoice, bench
 from tensorfold.cli_errors import can_be_put_right, check_encoding, explain, line
 from tensorfold.cli_export import export
 from tensorfold.cli_heal import heal
+from tensorfold.cli_options import Command
 from tensorfold.cli_push import push
 from tensorfold.cli_report import report
 from tensorfold.cli_sample import sample
@@ -86,7 +87,7 @@ def _options(
     """Options before the command."""
 
 
-@app.command()
+@app.command(cls=Command)
 def plan(
     model: Model = None,
     recipe: RecipeOption = None,
@@ -116,7 +117,7 @@ def plan(
     )
 
 
-@app.command()
+@app.command(cls=Command)
 def fold(
     out: Annotated[Path, typer.Option("--out", help="Directory to write; must not exist, or be empty.")],
     model: Model = None,
@@ -147,7 +148,7 @@ def fold(
     check_target(out)
     chosen = _recipe(recipe, keep, targets, untie, effort)
     if calibrate == "none":
-        chosen, calibrate = dataclasses.replace(chosen, calibrate=None), None
+        chosen, calibrate = chosen.without_text(), None
     text = calibrate or (chosen.calibrate.text if chosen.calibrate else None)
     ranks = Ranks.find(cpu=True)
     with ranks.together():
@@ -181,7 +182,7 @@ def fold(
         _emit(as_json, result, lambda: f"{report}\nwritten to {out} in {report.seconds:.0f} s")
 
 
-@app.command("eval")
+@app.command("eval", cls=Command)
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     text: Annotated[str | None, typer.Option("--text", help=TEXT_HELP)] = None,
@@ -229,15 +230,15 @@ def evaluate(
     _emit(as_json, result.to_dict(), lambda: str(result))
 
 
-app.command()(heal)
-app.command()(bench)
-app.command()(export)
-app.command()(sample)
-app.command()(report)
-app.command()(push)
+app.command(cls=Command)(heal)
+app.command(cls=Command)(bench)
+app.command(cls=Command)(export)
+app.command(cls=Command)(sample)
+app.command(cls=Command)(report)
+app.command(cls=Command)(push)
 
 
-@app.command()
+@app.command(cls=Command)
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Show this recipe's file.")] = None,
     copy: Annotated[Path | None, typer.Option("--copy", help="Write it to this file, to be edited.")] = None,
@@ -247,8 +248,6 @@ def recipes(
     from tensorfold.recipe import recipe_source, shipped_recipes
 
     if name is None:
-        if copy is not None:
-            raise InputError("recipes: --copy without a name; needed the name of a shipped recipe.")
         for shipped in shipped_recipes():
             headline = recipe_source(shipped).partition("\n")[0].lstrip("# ")
             typer.echo(f"{shipped:<24} {headline}")
@@ -264,7 +263,7 @@ def recipes(
     typer.echo(f"written to {copy}", err=True)
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Directory to write.")] = Path("tensorfold-demo"),
 ) -> None:
@@ -301,10 +300,6 @@ def _recipe(
     if (recipe is None) == (keep is None):
         raise InputError(f"got {'both' if recipe else 'neither'} of --recipe and --keep; needed one of the two.")
     if recipe is not None:
-        if targets is not None:
-            raise InputError("got --targets with --recipe; the recipe names its own targets. Use --keep, or edit it.")
-        if effort is not None:
-            raise InputError("got --effort with --recipe; set effort in its entries of method: auto instead.")
         chosen = Recipe.load(recipe)
     else:
         assert keep is not None

@@ -60,9 +60,13 @@ def heal(
         "block": block,
         "blockwise_tokens": blockwise_tokens,
     }
-    stages = _stages(recipe, set_ or [], {key: value for key, value in given.items() if value is not None})
-    if not train and any(text is None for _, text in stages):
+    chosen = _chosen(set_ or [], {key: value for key, value in given.items() if value is not None})
+    named = chosen.pop("text", None)
+    if train and named is not None:
+        raise InputError("heal: got --train and --set text; needed one of the two.")
+    if recipe is None and not train and named is None:
         raise InputError("heal: no text to train on; give --train TEXT, or a recipe with a text under heal.")
+    stages = _stages(recipe, chosen, teacher is not None)
 
     if teacher is None and any(settings.needs_teacher for settings, _ in stages):
         raise InputError("heal: the settings compare with a teacher, and none was given; give --teacher MODEL.")
@@ -77,33 +81,30 @@ def heal(
     beside = source.path.rstrip("/") if Path(source.path).is_dir() else source.name.rpartition("/")[2]
     target = Path(f"{beside}-healed") if out is None else out
     started_from, kind = None, None if dtype is None else dtype.value
-    for number, (settings, text) in enumerate(stages, start=1):
+    for number, (settings, overrides) in enumerate(stages, start=1):
         stage = target if number == len(stages) else Path(f"{target}.stage-{number}")
         report = heal_model(
             source.model(kind) if started_from is None else load(started_from),
-            [Path(name) for name in train or [text or ""]],
+            [Path(name) for name in train or [named or settings.text]],
             teacher if kind is None or teacher is None else find_model(teacher).model(kind),
             tokenizer=source.tokenizer(),
             settings=settings,
             out=stage,
             progress=sys.stderr.isatty(),
             report_to=report_to,
+            **overrides,
         )
         started_from = stage
     if PartialState().is_main_process:
         typer.echo(json.dumps(report.to_dict()) if as_json else str(report))
 
 
-def _stages(recipe: str | None, pairs: list[str], given: dict[str, Any]) -> list[tuple[HealSettings, str | None]]:
-    """For each stage the recipe's settings, then ``--set``, then options of their own; and the text these name."""
-    from tensorfold.recipe import Recipe
+def _chosen(pairs: list[str], given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that options of their own and ``--set`` choose, each once."""
     from tensorfold.settings import HealSettings
     from tensorfold.strict import check_keys
 
-    found = Recipe.load(recipe).heal if recipe is not None else None
-    if recipe is not None and not found:
-        raise InputError(f"heal: the recipe {recipe} has no settings under 'heal'; give options instead.")
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(given)
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
@@ -112,13 +113,33 @@ def _stages(recipe: str | None, pairs: list[str], given: dict[str, Any]) -> list
             parsed = yaml.safe_load(value)
         except (yaml.YAMLError, RecursionError, ValueError):
             raise InputError(f"heal: --set {pair!r}; the value is not valid YAML.") from None
-        values[key.strip().replace("-", "_")] = tuple(parsed) if isinstance(parsed, list) else parsed
+        name = key.strip().replace("-", "_")
+        if name in values:
+            raise InputError(f"heal: --set {pair!r}, and {name}={values[name]!r} besides; needed one of the two.")
+        values[name] = tuple(parsed) if isinstance(parsed, list) else parsed
     check_keys("heal", values, [field.name for field in dataclasses.fields(HealSettings)])
-    stages = [None] if found is None else [found] if isinstance(found, HealSettings) else list(found)
+    return values
+
+
+def _stages(recipe: str | None, chosen: dict[str, Any], teacher: bool) -> list[tuple[HealSettings, dict[str, Any]]]:
+    """The settings of each stage of a recipe, or the defaults, and those of the ``chosen`` ones that change it.
+
+    Raises:
+        InputError: The recipe has none, or one that is chosen cannot be had, or does nothing in any stage.
+    """
+    from tensorfold.effects import check_effects, has_effect
+    from tensorfold.recipe import Recipe
+    from tensorfold.settings import HEAL_NEEDS, HealSettings
+
+    stages = (HealSettings(),) if recipe is None else Recipe.load(recipe).heal
+    if not stages:
+        raise InputError(f"heal: the recipe {recipe} has no settings under 'heal'; give options instead.")
+    whole = [dataclasses.replace(stage, **chosen) for stage in stages]
+    whole = [settings.compared if teacher else settings for settings in whole]
+    for name in chosen:
+        if not any(has_effect(name, settings, HEAL_NEEDS) for settings in whole):
+            check_effects("heal", [name], whole[0], HEAL_NEEDS)
     return [
-        (
-            dataclasses.replace(stage or HealSettings(), **{**values, **given}),
-            values.get("text", stage.text if stage else None),
-        )
-        for stage in stages
+        (stage, {name: value for name, value in chosen.items() if has_effect(name, settings, HEAL_NEEDS)})
+        for stage, settings in zip(stages, whole, strict=True)
     ]

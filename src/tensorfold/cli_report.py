@@ -9,8 +9,6 @@ from typing import Annotated
 
 import typer
 
-from tensorfold.errors import InputError
-
 
 def report(
     directories: Annotated[
@@ -32,9 +30,6 @@ def report(
 
     Perplexities are those that `tensorfold eval DIR --text TEXT --record` noted in the directories.
     """
-    if prompt is not None and not samples:
-        raise InputError("report: got both --prompt and --no-samples; needed one of them at most.")
-
     from tensorfold.html_report.page import PROMPT, write_report
 
     used = (PROMPT if prompt is None else prompt) if samples else None

@@ -137,6 +137,8 @@ def evaluate(
     check_types("evaluate", max_tokens=(max_tokens, int | None), batch_size=(batch_size, int))
     check_judge(protocol, text, tasks, include_path, limit, max_tokens)
     if protocol == HARNESS:
+        if text_name is not None or progress is not None:
+            raise InputError("evaluate: text_name and progress have no effect here; they need a text, not lm-eval.")
         from tensorfold.harness import evaluate_tasks
 
         return evaluate_tasks(

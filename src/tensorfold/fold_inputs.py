@@ -18,12 +18,14 @@ from tensorfold.calibrate import calibration_windows, token_counts
 from tensorfold.errors import InputError
 from tensorfold.fingerprints import describe_configuration, hash_tensor, saved_tensors
 from tensorfold.hf.swap import scale_of
+from tensorfold.method import Use, check_use
 from tensorfold.methods import Method
 from tensorfold.planning import Plan, plan
 from tensorfold.ranks import Ranks
 from tensorfold.recipe import Recipe
 from tensorfold.settings import CalibrateSettings
 from tensorfold.strict import check_types
+from tensorfold.surgery import hidden_units
 from tensorfold.texts import load_text
 from tensorfold.tokens import check_ids, prefix_of
 
@@ -55,6 +57,11 @@ def text_windows(
 ) -> Tensor | None:
     """Calibration windows, shape (windows, length)."""
     if documents is None:
+        if tokens is not None:
+            raise InputError(
+                f"fold: calibration_tokens={tokens} has no effect here; it needs calibration text: calibration=[…], or "
+                "a recipe with calibrate, and the tokenizer."
+            )
         return None
     check_types("fold", calibration_tokens=(tokens, int | None))
     settings = recipe.calibrate or CalibrateSettings()
@@ -77,7 +84,9 @@ def checked_plan(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> Pl
         # Of tables, text knows the one that it goes in by, and none of positions.
         known = name not in available or available[name].kind == "linear" or available[name].group == "embedding"
         check_method(method, name, planned, calibrated and known)
+    check_uses(model, recipe, planned, calibrated or recipe.calibrate is not None)
     if calibrated:
+        check_text_used(model, recipe, planned)
         check_budgets(model, planned)
     chosen = available if recipe.changes_modules else {name: available[name] for name in planned.modules}
     for matrix in chosen.values():
@@ -88,6 +97,32 @@ def checked_plan(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> Pl
         if matrix.kind == "embedding" and matrix.name in planned.modules:
             scale_of(matrix)
     return planned
+
+
+def check_uses(model: PreTrainedModel, recipe: Recipe, planned: Plan, calibrated: bool) -> None:
+    """Raise :class:`InputError` for settings of methods, and for text, that make no difference to this fold.
+
+    Args:
+        calibrated: Whether there is text, or would be if the caller had not done without the recipe's.
+    """
+    linear = {budget.method for budget in planned.budgets}
+    units = hidden_units(model, matrices(model)) if any(rule.method.reorders_hidden for rule in recipe.fold) else []
+    hidden = {planned.methods.get(matrix.name) for each in units for matrix in (*each.ups, each.down)}
+    for rule in recipe.fold:
+        reordered = rule.method in hidden or recipe.changes_modules  # which may give the layers other names
+        check_use(Use(rule.method, calibrated, rule.method in linear, reordered))
+
+
+def check_text_used(model: PreTrainedModel, recipe: Recipe, planned: Plan) -> None:
+    """Raise :class:`InputError` if no matrix is fitted to calibration text, nor its error measured on it."""
+    tables = {name for name, matrix in matrices(model).items() if matrix.kind == "embedding"}
+    methods = {name: planned.methods[name] for name in planned.modules}
+    if not any(name not in tables or m.fits_text or m.token_order == "frequency" for name, m in methods.items()):
+        kinds = " and ".join(sorted({method.name for method in methods.values()})) or "dropping layers"
+        raise InputError(
+            f"fold: the calibration text has no effect here; {kinds} looks at no text. Fold without it: leave out "
+            "--calibrate (calibration=None), and calibrate from the recipe."
+        )
 
 
 def check_method(method: Method, name: str, planned: Plan, calibrated: bool) -> None:

@@ -21,6 +21,7 @@ from tensorfold.anatomy import Matrix, check_foldable, dense_weight, matrices
 from tensorfold.batches import Text, batches
 from tensorfold.block_checkpoints import BlockCheckpoints
 from tensorfold.budgets import Choice
+from tensorfold.errors import InputError
 from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.fold_inputs import (
     check_same,
@@ -163,6 +164,10 @@ def fold(
         windows = text_windows(model, recipe, tokenizer, text, calibration_tokens)
         prefix = text_prefix(tokenizer, text)
         counts = token_counts_of(model, checked_plan(model, recipe, windows is not None), tokenizer, text)
+        if checkpoint is not None and windows is None:
+            raise InputError(
+                "fold: checkpoint has no effect here; it needs calibration text, without which none is kept."
+            )
         store = None
         if ranks.count > 1:
             check_same(ranks, identity(model, recipe, windows, counts))

@@ -98,6 +98,11 @@ def push_to_hub(
     operations = [huggingface_hub.CommitOperationAdd(name, content) for name, content in contents.items()]
     try:
         api.create_repo(repo, private=private, exist_ok=True)
+        if private and not api.repo_info(repo).private:
+            raise InputError(
+                f"push: {repo} exists and is public, so that --private has no effect; name another repository, or make "
+                "it private on the hub first. Nothing was uploaded."
+            )
         commit = api.create_commit(repo, operations, commit_message="Upload a model folded with tensorfold")
     except (HfHubHTTPError, OSError) as error:
         raise TensorfoldError(

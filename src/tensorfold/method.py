@@ -17,6 +17,7 @@ from tensorfold.algebra.any_spec import AnySpec
 from tensorfold.algebra.solve import Factors, factorize
 from tensorfold.algebra.statistics import Statistics
 from tensorfold.algebra.token_order import TokenOrder
+from tensorfold.effects import Need, Needs, changed, check_effects
 from tensorfold.errors import InputError, SpecError
 
 METHODS: dict[str, type[Method]] = {}
@@ -29,11 +30,27 @@ NOTHING = Statistics()
 
 
 @dataclass(frozen=True)
+class Use:
+    """What a method is used for in a fold: whether with text, on linear layers, on hidden units of an MLP."""
+
+    method: Any
+    calibrated: bool
+    linear: bool
+    hidden: bool
+
+
+TEXT = Need("calibration text", lambda use: use.calibrated)
+LINEAR = Need("a linear layer among its targets", lambda use: use.linear)
+
+
+@dataclass(frozen=True)
 class Method(ABC):
     """Base of all methods. ``keep`` is the fraction of the dense parameters that stays; explicit shapes go without."""
 
     name: ClassVar[str]
     tables_only: ClassVar[bool] = False  # whether it folds embeddings and no linear layers
+    needs: ClassVar[Needs] = {}  # what a setting needs of the others to have an effect; always, if not named
+    needs_of_use: ClassVar[Needs] = {}  # what some need of the Use
 
     def __init_subclass__(cls) -> None:
         if "name" in cls.__dict__:
@@ -92,6 +109,17 @@ class Method(ABC):
         """
         inputs, outputs = known.metrics()
         return factorize(weight, spec, inputs, known.start, outputs)
+
+
+def check_settings(method: Method) -> None:
+    """Raise :class:`InputError` for a setting that another one switches off."""
+    check_effects(method.name, [name for name in changed(method) if name in method.needs], method, method.needs)
+
+
+def check_use(use: Use) -> None:
+    """Raise :class:`InputError` for a setting that does nothing in this use."""
+    needs = use.method.needs_of_use
+    check_effects(use.method.name, [name for name in changed(use.method) if name in needs], use, needs)
 
 
 def exactly_one(method: str, **given: object) -> None:

@@ -22,11 +22,27 @@ from tensorfold.algebra.statistics import COUNT_EXPONENT, Metrics, Statistics
 from tensorfold.algebra.token_mps import TokenMPSSpec, powers_of_two, token_mps_svd
 from tensorfold.algebra.token_order import TokenOrder, token_order
 from tensorfold.algebra.ttsvd import tt_svd
+from tensorfold.effects import Need, Needs
 from tensorfold.errors import InputError, SpecError
-from tensorfold.method import METHODS, NOTHING, Keep, Method, Positive, Seed, exactly_one, largest_bond
+from tensorfold.method import (
+    METHODS,
+    NOTHING,
+    Keep,
+    Method,
+    Positive,
+    Seed,
+    check_settings,
+    exactly_one,
+    largest_bond,
+)
 from tensorfold.strict import strict
 
 __all__ = ["METHODS", "MPO", "Graded", "Kronecker", "LowRank", "Method", "TokenMPS"]
+
+_RANDOM = Need("init: random", lambda method: method.init == "random")
+_PRUNE = Need("init: prune", lambda method: method.init == "prune")
+_NOT_REFINED = Need("another init than data-aware, which refines by itself", lambda method: method.init != "data-aware")
+_UNITS = Need("an MLP among its targets, or permute: all", lambda use: use.hidden or use.method.permute == "all")
 
 
 @strict
@@ -94,6 +110,8 @@ class Kronecker(Method):
     """
 
     name: ClassVar[str] = "kronecker"
+    needs: ClassVar[Needs] = {"refine": (_NOT_REFINED,), "epsilon": (_PRUNE,), "seed": (_RANDOM,)}
+    needs_of_use: ClassVar[Needs] = {"permute": (_UNITS,)}
 
     factor: tuple[Positive, Positive] | None = None
     terms: Positive | None = None
@@ -112,13 +130,12 @@ class Kronecker(Method):
             raise InputError(f"kronecker: got keep={self.keep} and terms={self.terms}; needed one of the two.")
         if self.keep is None and self.factor is None:
             raise InputError("kronecker: got neither factor nor keep; needed factor=(m1, n1) or keep.")
-        if self.epsilon and self.init != "prune":
-            raise InputError(f"kronecker: epsilon={self.epsilon} is for init: prune, got init: {self.init}.")
         if self.pad and self.factor is None:
             raise InputError("kronecker: pad=True without factor; keep alone chooses factors that divide. Drop pad.")
         if self.permute != "none" and (self.pad or self.order != "own"):
             other = "pad=True" if self.pad else f"order: {self.order}"
             raise InputError(f"kronecker: got permute: {self.permute} and {other}; needed one of the two.")
+        check_settings(self)
 
     @property
     def reorders_hidden(self) -> bool:
@@ -232,6 +249,7 @@ class MPO(Method):
     """
 
     name: ClassVar[str] = "mpo"
+    needs: ClassVar[Needs] = {"seed": (_RANDOM,)}
 
     bond: Positive | None = None
     keep: Keep | None = None
@@ -253,6 +271,7 @@ class MPO(Method):
             )
         if self.out_modes is not None and self.sites is not None:
             raise InputError("mpo: got both sites and modes; needed one of the two.")
+        check_settings(self)
 
     @property
     def token_order(self) -> TokenOrder:

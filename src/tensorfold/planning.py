@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tensorfold.anatomy import (
 from tensorfold.auto import Auto
 from tensorfold.errors import InputError, SpecError
 from tensorfold.methods import Method
-from tensorfold.recipe import Recipe
+from tensorfold.recipe import Recipe, Rule
 from tensorfold.report import module_table
 from tensorfold.surgery import keep_layers, split_linear, untie_head
 
@@ -125,8 +125,6 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[Plan, dict[str, Mat
         keep_layers(model, recipe.layers)
     methods, split, budgets = _assign(model, recipe)
     chosen = {name: matrix for name, matrix in matrices(model).items() if name in methods}
-    if not chosen and recipe.fold:
-        raise InputError("the recipe excludes every matrix it targets; nothing is left to fold.")
     check_unshared(model, chosen.values())
     specs = {name: _spec(matrix, methods[name]) for name, matrix in chosen.items()}
     targeted = sum(matrix.parameter.numel() for matrix in chosen.values())
@@ -143,10 +141,12 @@ def _assign(
     split: dict[str, list[int]] = {}
     budgets = []
     available = matrices(model)
-    for rule in recipe.fold:
+    for place, rule in enumerate(recipe.fold):
         before = set(methods)
+        targets = match(rule.targets, available)
         excluded = match(rule.exclude, available) if rule.exclude is not None else []
-        for name in match(rule.targets, available):
+        _check_rule(place, rule, targets, excluded, methods.keys() | split.keys())
+        for name in targets:
             if name in excluded or name in methods or name in split:
                 continue
             if rule.split is None:
@@ -162,6 +162,19 @@ def _assign(
             linear = tuple(name for name, matrix in new.items() if matrix.kind == "linear")
             budgets += [Budget(rule.method, linear)] if linear else []
     return methods, split, tuple(budgets)
+
+
+def _check_rule(
+    place: int, rule: Rule, targets: Collection[str], excluded: Collection[str], taken: Collection[str]
+) -> None:
+    """Raise :class:`InputError` for an entry of a recipe, or an ``exclude`` in it, that changes nothing."""
+    where, left = f"recipe: fold[{place}] (targets: {rule.targets})", set(targets) - set(excluded)
+    if not left:
+        raise InputError(f"{where} excludes every matrix it targets; nothing is left to fold.")
+    if rule.exclude is not None and len(left) == len(targets):
+        raise InputError(f"{where}: exclude: {rule.exclude} has no effect here; it needs to name some of the targets.")
+    if left <= set(taken):
+        raise InputError(f"{where} has no effect: entries before it fold all it targets. Put it first, or drop it.")
 
 
 def _untying(untied: Matrix | None, added: int, growth: int) -> Iterator[str]:

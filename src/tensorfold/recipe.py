@@ -15,9 +15,11 @@ import yaml
 
 from tensorfold.auto import Auto
 from tensorfold.cache import check_path
+from tensorfold.effects import check_effects
 from tensorfold.errors import InputError
+from tensorfold.method import TEXT
 from tensorfold.methods import METHODS, Method
-from tensorfold.settings import CalibrateSettings, EvalSettings, HealSettings
+from tensorfold.settings import HEAL_NEEDS, CalibrateSettings, EvalSettings, HealSettings
 from tensorfold.strict import check_keys, check_types, nearest
 
 if TYPE_CHECKING:
@@ -81,6 +83,10 @@ class Recipe:
         """Whether planning unties the head, drops layers or splits matrices, and so has to look at a copy."""
         return self.untie or self.layers is not None or any(rule.split is not None for rule in self.fold)
 
+    def without_text(self) -> Recipe:
+        """The same fold without calibration: what only text would make a difference to is as by default."""
+        return dataclasses.replace(self, fold=tuple(_without_text(rule) for rule in self.fold), calibrate=None)
+
     @classmethod
     def keep(cls, keep: float, targets: Targets = "mlp", effort: str = "medium") -> Recipe:
         """The recipe of ``--keep F --targets T --effort E``: what is best for a fraction of the parameters."""
@@ -143,6 +149,12 @@ class Recipe:
         )
 
 
+def _without_text(rule: Rule) -> Rule:
+    ours = [name for name, needs in rule.method.needs_of_use.items() if TEXT in needs]
+    default = {field.name: field.default for field in dataclasses.fields(rule.method) if field.name in ours}
+    return dataclasses.replace(rule, method=dataclasses.replace(rule.method, **default))
+
+
 def _settings(key: str, kind: Any, data: Mapping[str, Any]) -> Any:
     if data.get(key) is None:
         return None
@@ -154,7 +166,10 @@ def _stages(data: Any) -> tuple[HealSettings, ...]:
     stages = data if isinstance(data, list) else [] if data is None else [data]
     if None in stages:
         raise InputError("recipe: heal has an empty stage; needed a mapping of settings for each.")
-    return tuple(_settings("heal", HealSettings, {"heal": stage}) for stage in stages)
+    settings = tuple(_settings("heal", HealSettings, {"heal": stage}) for stage in stages)
+    for stage, found in zip(stages, settings, strict=True):
+        check_effects("recipe: heal", stage, found.compared, HEAL_NEEDS)
+    return settings
 
 
 def _rule(index: int, entry: Any) -> Rule:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
+from tensorfold.effects import ALWAYS, Need, Needs
 from tensorfold.errors import InputError
 from tensorfold.strict import strict
 
@@ -136,11 +138,6 @@ class HealSettings:
             raise InputError(f"heal: batch={self.batch} is not a multiple of micro_batch={self.micro_batch}.")
         if self.min_lr > self.lr:
             raise InputError(f"heal: min_lr={self.min_lr} is above lr={self.lr}; needed at most lr.")
-        if self.dropout and not (self.steps and self.cross_entropy):
-            raise InputError(
-                f"heal: dropout={self.dropout} reaches only the cross_entropy term of steps end to end, and "
-                f"steps={self.steps}, cross_entropy={self.cross_entropy}; set both above 0, or dropout: 0."
-            )
         if self.dropout and self.gradient_checkpointing and self.needs_teacher:
             raise InputError(
                 f"heal: dropout={self.dropout} with gradient_checkpointing and a teacher; the pass that is compared "
@@ -150,3 +147,64 @@ class HealSettings:
     @property
     def needs_teacher(self) -> bool:
         return bool(self.kl or self.embedding or self.attention or self.ffn or self.blockwise_tokens)
+
+    @property
+    def compared(self) -> HealSettings:
+        """The settings as they are where a teacher was given: without a term that compares with it, ``kl`` is 1."""
+        return self if self.needs_teacher else dataclasses.replace(self, kl=1.0)
+
+
+_TRAINING = Need("steps above 0", lambda heal: heal.steps)
+_VALIDATION = Need("validation_fraction above 0", lambda heal: heal.validation_fraction)
+_BLOCKWISE = Need("blockwise_tokens above 0", lambda heal: heal.blockwise_tokens)
+_COSINE = Need("schedule: cosine", lambda heal: heal.schedule == "cosine")
+_CROSS_ENTROPY = Need("cross_entropy above 0", lambda heal: heal.cross_entropy)
+_KL = Need("kl above 0", lambda heal: heal.kl)
+
+HEAL_NEEDS: Needs = {
+    "text": ALWAYS,
+    "steps": ALWAYS,
+    "batch": (_TRAINING,),
+    "micro_batch": (_TRAINING,),
+    "block": ALWAYS,
+    "windows": (_TRAINING,),
+    "lr": (_TRAINING,),
+    "min_lr": (_TRAINING, _COSINE),
+    "schedule": (_TRAINING,),
+    "warmup": (_TRAINING,),
+    "weight_decay": ALWAYS,
+    "betas": ALWAYS,
+    "clip": (_TRAINING,),
+    "seed": ALWAYS,
+    "precision": ALWAYS,
+    "train": (_TRAINING,),
+    "dropout": (_TRAINING, _CROSS_ENTROPY),
+    "freeze_scalars": ALWAYS,
+    "gradient_checkpointing": (_TRAINING,),
+    "compile": (_TRAINING,),
+    "cross_entropy": (_TRAINING,),
+    "kl": (_TRAINING,),
+    "temperature": (_TRAINING, _KL),
+    "embedding": (_TRAINING,),
+    "attention": (_TRAINING,),
+    "ffn": (_TRAINING,),
+    "validation_fraction": ALWAYS,
+    "evaluate_every": (_TRAINING, _VALIDATION),
+    "save_every": (_TRAINING,),
+    "select": (_TRAINING, _VALIDATION),
+    "patience": (_TRAINING, _VALIDATION),
+    "blockwise_tokens": ALWAYS,
+    "blockwise_epochs": (_BLOCKWISE,),
+    "blockwise_batch": (_BLOCKWISE,),
+    "blockwise_lr": (_BLOCKWISE,),
+    "activations_mb": (_BLOCKWISE,),
+    "workers": ALWAYS,
+}
+
+_LAYERS = Need("folded layers, and this model has none", lambda found: found)
+
+BENCH_NEEDS: Needs = {  # of the folded layers that were found
+    **dict.fromkeys(("prefill", "decode", "rounds", "threads", "dtype", "memory"), ALWAYS),
+    "tokens": (_LAYERS,),
+    "way": (_LAYERS,),
+}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tensorfold.anatomy import Matrix, check_foldable, dense_weight
 from tensorfold.cache import check_target
 from tensorfold.errors import InputError
-from tensorfold.fold_inputs import check_method, check_same, identity_of
+from tensorfold.fold_inputs import check_method, check_same, check_uses, identity_of
 from tensorfold.folding import FoldReport
 from tensorfold.hf.loading import new_directory, save_beside
 from tensorfold.hf.quantizer import mark_folded
@@ -135,6 +135,7 @@ def plan_stream(source: Source, recipe: Recipe) -> Stream:
     stored = find_stored(source.path)
     check_foldable(stored.model)
     planned, chosen = prepare(stored.model, recipe)
+    check_uses(stored.model, recipe, planned, recipe.calibrate is not None)
     for name, matrix in chosen.items():
         check_method(planned.methods[name], name, planned, calibrated=False)
         if matrix.kind == "embedding":

@@ -210,7 +210,9 @@ def one_run(run: Run, work: Path, text: Path, steps: int, healing_steps: int, ch
     report = None
     if run.system != "dense":
         texts = [training_text(whole[:characters])] if run.calibrated else None
-        report = tensorfold.fold(model, recipe_of(run, model), tokenizer, texts, calibration_tokens=CALIBRATION)
+        report = tensorfold.fold(
+            model, recipe_of(run, model), tokenizer, texts, calibration_tokens=CALIBRATION if texts else None
+        )
     before = scores(model, text, tokenizer)
     dense_errors = errors(model, teacher) if teacher is not None and run.system != "layers" else {}
     few = trained_dense and not run.long

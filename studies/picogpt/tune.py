@@ -64,7 +64,7 @@ def trial(name: str, text: Path, work: Path) -> dict[str, Any]:
         model, teacher = tensorfold.load(work / "best"), tensorfold.load(work / "best")
         lr, calibrated = HEALING_CANDIDATES[name]
         texts = [part.read_text("utf-8")] if calibrated else None
-        tensorfold.fold(model, recipe(16), tokenizer, texts, calibration_tokens=CALIBRATION)
+        tensorfold.fold(model, recipe(16), tokenizer, texts, calibration_tokens=CALIBRATION if texts else None)
         out, configuration = None, CANDIDATES[BEST][2]
         settings = {**COMMON, **HEALING, "lr": lr, "steps": HEALING_STEPS}
     else:

@@ -52,8 +52,8 @@ COMMON = (
 RECIPES = {
     "low-rank": Recipe((Rule("mlp", LowRank(keep=0.5)),)),
     "kronecker": Recipe((Rule("mlp", Kronecker(keep=0.5)),)),
-    "auto": Recipe((Rule("mlp", Auto(keep=0.5, effort="low")),)),
-    "auto, everything": Recipe((Rule("all-linear", Auto(keep=0.6, effort="low")), Rule("embedding", Graded(keep=0.7)))),
+    "auto": Recipe((Rule("mlp", Auto(keep=0.5)),)),
+    "auto, everything": Recipe((Rule("all-linear", Auto(keep=0.6)), Rule("embedding", Graded(keep=0.7)))),
     "auto, calibrated": Recipe((Rule("all-linear", Auto(keep=0.6, effort="low")),)),
 }
 

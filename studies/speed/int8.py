@@ -46,7 +46,7 @@ def main() -> None:
     folded = copy.deepcopy(dense)
     calibration = None if given.quick else load_text(given.text, split="validation")
     recipe = Recipe((Rule("mlp", LowRank(keep=given.keep)),))
-    tensorfold.fold(folded, recipe, tokenizer, calibration, calibration_tokens=24_000)
+    tensorfold.fold(folded, recipe, tokenizer, calibration, calibration_tokens=24_000 if calibration else None)
     forms = {"dense fp32": dense, "folded fp32": folded}
     for name, model in list(forms.items()):
         eight = copy.deepcopy(model)

@@ -37,11 +37,13 @@ SIZES = {"2x": 1 / 2, "3.31x": 1 / 3.31, "10x": 1 / 10, "38.4x": 1 / 38.4}
 CALIBRATION_TOKENS = {"text": 8192, "text-16k": 16_384, "text-24k": 24_000}
 LONG_CALIBRATION_TOKENS, REPEATED = 16_384, 10
 COMMON: dict[str, Any] = {
-    "batch": 2, "block": 512, "windows": "random", "validation_fraction": 0.05, "select": "last", "kl": 1.0,
-    "precision": "bf16", "evaluate_every": 1000,
+    "batch": 2, "block": 512, "windows": "random", "kl": 1.0, "precision": "bf16",
 }  # fmt: skip
 SHORT = {**COMMON, "steps": 8, "lr": 1e-3, "warmup": 2, "train": "cores", "validation_fraction": 0.0}
-LONG = {**COMMON, "steps": 60, "lr": 1.5e-4, "warmup": 10, "train": "all"}
+LONG = {
+    **COMMON, "steps": 60, "lr": 1.5e-4, "warmup": 10, "train": "all", "validation_fraction": 0.05, "select": "last",
+    "evaluate_every": 1000,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,7 @@ def folded(run: Run, calibration_tokens: int) -> tuple[Any, Any, dict[str, Any]]
         documents = load_text("wikitext-2", split="validation") * REPEATED + load_text(str(DATA / "train"))
     started = time.process_time()
     recipe = Recipe(fold=(Rule("embedding", run.method),))
-    report = tensorfold.fold(model, recipe, tokenizer, documents, calibration_tokens=calibration_tokens)
+    report = tensorfold.fold(model, recipe, tokenizer, documents, calibration_tokens=calibration_tokens or None)
     spec = next(iter(report.modules.values()))
     return model, tokenizer, {
         "spec": str(spec),

@@ -20,12 +20,13 @@ from tensorfold.benchmark.report import BenchReport, processor
 from tensorfold.benchmark.rivals import installed
 from tensorfold.benchmark.timing import Clock
 from tensorfold.benchmark.whole import bench_models, is_folded, prompt_length, size, ways_kept
+from tensorfold.effects import changed, check_effects
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.hf.plain import plain_model
 from tensorfold.hf.sources import Source, find_model
 from tensorfold.nn import MPOLinear
 from tensorfold.report import progress_bar
-from tensorfold.settings import BenchSettings
+from tensorfold.settings import BENCH_NEEDS, BenchSettings
 from tensorfold.strict import check_keys
 
 
@@ -99,6 +100,7 @@ def _bench(
     prefill = prompt_length(list(models.values()), settings.prefill, settings.decode)
     rivals, notes = installed() if ways else ([], [])
     found = groups(model, against)
+    check_effects("bench", changed(settings), found, BENCH_NEEDS)
     bar = progress_bar("bench", progress)
     steps = len(found) * len(settings.tokens) + settings.rounds * len(models)
     task = bar.add_task("", total=steps + (len(models) if settings.memory else 0))

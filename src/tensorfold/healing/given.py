@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from tensorfold import texts
 from tensorfold.anatomy import context_length
+from tensorfold.effects import changed, check_effects
 from tensorfold.errors import InputError
 from tensorfold.healing.data import TokenCache
 from tensorfold.healing.documents import Memory, Source
-from tensorfold.settings import HealSettings
+from tensorfold.settings import HEAL_NEEDS, HealSettings
 from tensorfold.strict import check_keys, check_types
 from tensorfold.tokens import check_ids
 
@@ -42,11 +43,13 @@ def checked_settings(settings: HealSettings | None, overrides: Mapping[str, Any]
         InputError: Unknown keys, or nothing to do.
     """
     check_keys("heal", dict(overrides), [field.name for field in dataclasses.fields(HealSettings)])
+    if settings is not None:
+        check_effects("heal", changed(settings), settings.compared if teacher else settings, HEAL_NEEDS)
     settings = dataclasses.replace(settings or HealSettings(), **overrides)
     if not (settings.steps or settings.blockwise_tokens):
         raise InputError("heal: steps=0 and blockwise_tokens=0 leave nothing to do; set one of them.")
-    if teacher and not settings.needs_teacher:
-        settings = dataclasses.replace(settings, kl=1.0)
+    settings = settings.compared if teacher else settings
+    check_effects("heal", overrides, settings, HEAL_NEEDS)
     return settings
 
 

@@ -91,6 +91,8 @@ def heal(
         TensorfoldError: The disk is full, or the loss became NaN; checkpoints are intact.
     """
     started = time.monotonic()
+    if card is not None and out is None:
+        raise InputError("heal: card has no effect here; it needs out, whose README reports it.")
     settings = checked_settings(settings, overrides, teacher is not None)
     if teacher is model:
         raise InputError("heal: the teacher is the model itself; needed the dense model, loaded separately.")
