@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tensorfold.direct_reads import is_read_directly
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, pass_on_memory
 from tensorfold.nn import FoldedModule
 from tensorfold.strict import nearest
 
@@ -100,6 +100,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     # Every architecture fails in its own way, and all of them mean that the configuration is at fault.
     except Exception as error:
+        pass_on_memory(error)
         reason = (str(error).strip().splitlines() or [""])[0][:300]
         raise InputError(
             f"{kind}: no causal language model can be built from this configuration ({type(error).__name__}: "

@@ -15,7 +15,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from tensorfold.cache import atomic_directory, make_directories
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, pass_on_memory
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class BlockCheckpoints:
                 raise ValueError("a block before it has changed")
             tensors = load_tensors(content)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            pass_on_memory(error)
             log.warning("checkpoint %s cannot be used (%s); the block is computed again", path, error)
             return None
         if key != self._key:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 
 try:
     import fcntl
@@ -162,6 +162,7 @@ def make_directories(directory: Path, *, remedy: str) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        pass_on_memory(error)
         for folder in made:  # those of its parents that could be made
             with suppress(OSError):
                 folder.rmdir()
@@ -191,6 +192,7 @@ def check_path(path: str | os.PathLike[str]) -> None:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:
+        pass_on_memory(error)
         shown = str(path)[:200].encode(errors="backslashreplace").decode()
         raise InputError(f"{shown}: no usable path ({_cause(error)}); choose another name.") from error
 
@@ -203,6 +205,7 @@ def check_place(target: Path) -> None:
         place = target.resolve()
         above = next(folder for folder in (*place.parents, place) if folder.exists())
     except (OSError, RuntimeError) as error:  # a path that is too long, or links in a circle
+        pass_on_memory(error)
         raise InputError(f"{shown} cannot be written ({_cause(error)}); choose another name.") from error
     longest = len(os.fsencode(place.name))
     if longest > _LONGEST_NAME or len(place.parts) > _DEEPEST:
@@ -227,6 +230,7 @@ def _make_temporary(target: Path, make: Callable[[Path], None]) -> tuple[Path, i
         except FileExistsError:
             continue
         except OSError as error:
+            pass_on_memory(error)
             if is_disk_full(error):
                 raise TensorfoldError(f"The disk is full: {target} was not written. Free some space.") from error
             raise InputError(
@@ -324,6 +328,7 @@ def _move_into_place(temporary: Path, target: Path, replace: bool, keep_existing
                 target.rmdir()  # POSIX renames over an empty directory, Windows does not
             temporary.rename(target)
         except OSError as error:
+            pass_on_memory(error)
             if not _is_occupied(target):
                 raise
             if not keep_existing:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tensorfold.anatomy import blocks
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, pass_on_memory
 from tensorfold.finite import why_not_finite
 from tensorfold.tokens import Encoder, begin, check_ids
 
@@ -151,10 +151,9 @@ class BlockStream:
         try:
             with suppress(_StopForward):
                 self.model(window, use_cache=False)
-        except torch.OutOfMemoryError:
-            raise
         # Positions are counted in many ways, and some architectures have fewer than their configuration says.
         except (IndexError, RuntimeError) as error:
+            pass_on_memory(error)
             raise InputError(
                 f"calibration: {type(self.model).__name__} does not run on {window.shape[-1]} tokens at a time "
                 f"({' '.join(str(error).split())[:200]}); give fewer with --tokens, or fold it without text."

@@ -339,7 +339,7 @@ def _emit(as_json: bool, data: dict[str, Any], text: Callable[[], str]) -> None:
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Entry point: exit status 0 done, 1 failed, 2 bad usage, bad input or a full disk.
+    """Entry point: exit status 0 done, 1 failed or out of memory, 2 bad usage, bad input or a full disk.
 
     One clear line on standard error instead of a traceback.
     """
@@ -353,7 +353,8 @@ def run(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        print(f"tensorfold: {line(explain(error))}", file=sys.stderr)
+        command = next((argument for argument in arguments or given if not argument.startswith("-")), "")
+        print(f"tensorfold: {line(explain(error, command))}", file=sys.stderr)
         raise SystemExit(2 if can_be_put_right(error) else 1) from None
     raise SystemExit(status or 0)
 

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from tensorfold.cache import is_disk_full
-from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.errors import InputError, TensorfoldError, is_out_of_memory
 
 _LONGEST = 1200  # characters of a message
+
+# By command: what takes less memory.
+_LESS_MEMORY = {
+    "fold": "fold with fewer --tokens, a lower --effort or without --calibrate, or fold fewer --targets",
+    "heal": "lower --micro-batch or --block, or set precision=bf16 or gradient_checkpointing=true with --set",
+    "eval": "take a protocol with shorter windows, such as disjoint-256",
+    "bench": "lower --prefill or --tokens, give a narrower --dtype, or leave --against out",
+    "export": "export --to dense, which needs least, or a smaller model",
+    "sample": "lower --tokens, give a shorter --prompt, or fold the model further",
+    "report": "give --no-samples, or fewer directories",
+}
 
 
 def can_be_put_right(error: Exception) -> bool:
     """Whether the caller must change something first: the input, the command line, or the room on the disk."""
+    if is_out_of_memory(error):
+        return False
     return isinstance(error, InputError) or _usage_message(error) is not None or is_disk_full(error)
 
 
@@ -19,12 +32,15 @@ def _usage_message(error: Exception) -> str | None:
     return message() if message else None
 
 
-def explain(error: Exception) -> str:
-    """What went wrong, and what to do about it."""
+def explain(error: Exception, command: str = "") -> str:
+    """What went wrong in ``command``, and what to do about it."""
     usage = _usage_message(error)
     if usage is not None:
         context = getattr(error, "ctx", None)
         return f"{usage.rstrip('.')}; see {context.command_path if context else 'tensorfold'} --help"
+    if is_out_of_memory(error):
+        lower = _LESS_MEMORY.get(command, "take a smaller model")
+        return f"out of memory ({type(error).__name__}: {error}); {lower}, or run it where there is more memory"
     if isinstance(error, TensorfoldError):
         return str(error)
     if is_disk_full(error):

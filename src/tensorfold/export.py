@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from tensorfold.anatomy import count_parameters
 from tensorfold.cache import atomic_directory, check_target
-from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.hf.int8 import quantize
 from tensorfold.hf.loading import load, reason
@@ -224,6 +224,7 @@ def _directory(out: str | Path) -> Iterator[Path]:
         with atomic_directory(out) as partial:
             yield partial
     except (SafetensorError, OSError) as error:
+        pass_on_memory(error)
         raise TensorfoldError(f"{out}: could not be written: {reason(error)}; nothing was left of it.") from error
 
 

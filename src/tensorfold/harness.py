@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.evaluation import Evaluation
 from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.hf.loading import reason
@@ -114,6 +114,7 @@ def evaluate_tasks(
         except TensorfoldError:
             raise
         except Exception as error:
+            pass_on_memory(error)
             raise TensorfoldError(
                 f"lm-eval failed on {', '.join(names)}: {type(error).__name__}: {reason(error)}; run the tasks on the "
                 "dense model to see whose fault it is."
@@ -150,6 +151,7 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
                 return super().load(task_list)
             # Whatever is wrong with a file, its functions or its data set comes out here, as any kind of exception.
             except Exception as error:
+                pass_on_memory(error)
                 raise InputError(
                     f"lm-eval {', '.join(names)}: cannot be loaded ({reason(_origin(error))}); offline, a task needs "
                     "local data: put a YAML whose data_files are on this machine in a directory and give it as"

@@ -10,7 +10,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from tensorfold.cache import check_path
-from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.hf.loading import load, reason
 from tensorfold.records import CARD, EVALUATIONS, read_lines, read_object
 from tensorfold.report import model_card
@@ -105,6 +105,7 @@ def push_to_hub(
             )
         commit = api.create_commit(repo, operations, commit_message="Upload a model folded with tensorfold")
     except (HfHubHTTPError, OSError) as error:
+        pass_on_memory(error)
         raise TensorfoldError(
             f"push: {path} could not be uploaded to {repo}: {reason(error)}; log in with `hf auth login`, and check "
             "the name and the network."

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.tokens import table_rows
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def trace(model: PreTrainedModel) -> ONNXProgram:
             optimizer.optimize(program.model, input_size_limit=_LARGEST_CONSTANT, output_size_limit=_LARGEST_CONSTANT)
     # The tracer fails in as many ways as models can be written.
     except Exception as error:
+        pass_on_memory(error)
         first = (str(error).strip().splitlines() or [""])[0][:300]
         raise TensorfoldError(
             f"{type(model).__name__}: torch.onnx cannot trace it ({type(error).__name__}: {first}); "

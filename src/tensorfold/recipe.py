@@ -16,7 +16,7 @@ import yaml
 from tensorfold.auto import Auto
 from tensorfold.cache import check_path
 from tensorfold.effects import check_effects
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, pass_on_memory
 from tensorfold.method import TEXT
 from tensorfold.methods import METHODS, Method
 from tensorfold.settings import HEAL_NEEDS, CalibrateSettings, EvalSettings, HealSettings
@@ -229,4 +229,5 @@ def recipe_source(name_or_path: str | Path) -> str:
     except UnicodeDecodeError:
         raise InputError(f"recipe {path}: not UTF-8 text; save it as UTF-8.") from None
     except OSError as error:
+        pass_on_memory(error)
         raise InputError(f"recipe {path}: cannot be read: {error.strerror}.") from None

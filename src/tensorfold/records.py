@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorfold.cache import check_path, is_disk_full
-from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 
 CARD = "tensorfold.json"
 EVALUATIONS = "tensorfold-evaluations.jsonl"
@@ -61,6 +61,7 @@ def record_evaluation(directory: str | Path, result: Mapping[str, Any]) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
+        pass_on_memory(error)
         if is_disk_full(error):
             raise TensorfoldError(f"The disk is full: nothing was recorded in {file}. Free some space.") from error
         raise InputError(f"{file} cannot be written ({error.strerror}).") from error
@@ -115,4 +116,5 @@ def _read(file: Path) -> str | None:
     try:
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
+        pass_on_memory(error)
         raise InputError(f"{file.name} cannot be read ({error.strerror})") from None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tensorfold.anatomy import context_length
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, pass_on_memory
 from tensorfold.hf.loading import reason
 from tensorfold.tokens import Encoder, check_ids
 
@@ -35,6 +35,7 @@ def prompt_ids(tokenizer: Any, prompt: str | None, model: PreTrainedModel) -> li
         try:
             ids = encode(text)
         except Exception as error:  # the tokenizers library raises plain ones
+            pass_on_memory(error)
             unknown = "".join(sorted(set(text) - tokenizer.get_vocab().keys()))
             raise InputError(
                 f"sample: the tokenizer has no token for {unknown!r} ({error}); give a --prompt of characters it knows."
@@ -83,6 +84,7 @@ def generate(model: PreTrainedModel, tokenizer: Any, ids: list[int], count: int,
         found = model.eval().generate(max_new_tokens=count, return_dict_in_generate=False, **given)
     # Prompt and options are ours and have been checked; what is left are the checkpoint's own settings, of any type.
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+        pass_on_memory(error)
         raise InputError(
             f"sample: transformers cannot generate with this model ({reason(error)}); see generation_config.json and "
             "config.json beside it."

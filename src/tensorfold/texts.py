@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, pass_on_memory
 
 DATA_VARIABLE = "TENSORFOLD_DATA"
 
@@ -253,6 +253,7 @@ def _parts(path: Path) -> Iterator[str]:
                     return
                 read += len(chunk)
     except OSError as error:
+        pass_on_memory(error)
         raise InputError(f"{path} cannot be read: {error.strerror}; give a readable UTF-8 file") from error
 
 
@@ -271,6 +272,7 @@ def _jsonl_documents(path: Path) -> Iterator[str]:
                 if text.strip():
                     yield _json_document(text, f"{path}, line {number}")
     except OSError as error:
+        pass_on_memory(error)
         raise InputError(f"{path} cannot be read: {error.strerror}; give a readable UTF-8 file") from error
 
 
@@ -339,6 +341,7 @@ def _read_hub(name: str, dataset: HubDataset, split: str) -> list[str]:
         texts = [row["text"] for row in itertools.islice(rows, dataset.first)]
     # The hub fails with exceptions of half a dozen libraries, and all of them mean the same to the user.
     except Exception as error:
+        pass_on_memory(error)
         reason = (str(error).strip().splitlines() or [""])[0]
         raise InputError(
             f"data set {name} ({dataset.path}, split {split}) could not be fetched: {type(error).__name__}: {reason}; "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tensorfold.benchmark.report import BenchReport, short_label
 from tensorfold.cache import check_file_target
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, pass_on_memory
 
 _FORMATS = (".svg", ".png", ".pdf")
 
@@ -71,6 +71,7 @@ def draw(report: BenchReport, path: Path) -> None:
         figure.savefig(partial)
         partial.replace(path)
     except OSError as error:
+        pass_on_memory(error)
         raise InputError(f"--plot {path}: cannot be written: {error.strerror}; name another file.") from None
     finally:
         partial.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from tensorfold.cache import atomic_directory, make_directories
-from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.fingerprints import hash_file, hash_model
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ def sealed(target: Path) -> Iterator[Path]:
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     # torch and safetensors report a failed write in exceptions of their own.
     except (OSError, RuntimeError, SafetensorError) as error:
+        pass_on_memory(error)
         free = shutil.disk_usage(target.parent).free / 1e6
         raise TensorfoldError(
             f"{target}: could not be written ({' '.join(str(error).split())[:200]}; {free:.0f} MB are free); earlier "
@@ -60,6 +61,7 @@ def damage(directory: Path) -> str | None:
             if hash_file(directory / name) != digest:
                 return f"the checksum of {name} differs"
     except (OSError, ValueError, AttributeError) as error:
+        pass_on_memory(error)
         return " ".join(str(error).split())
     return None
 
@@ -110,6 +112,7 @@ def begin(work: Path, identity: Mapping[str, Any], write: bool) -> None:
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
+            pass_on_memory(error)
             raise InputError(f"{path} cannot be read ({error}); remove {work} to begin anew.") from error
         changes = _changes(before, json.loads(json.dumps(identity)))
         if changes:

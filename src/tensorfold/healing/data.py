@@ -24,7 +24,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from torch.utils.data import Dataset
 
 from tensorfold.cache import atomic_directory, cache_directory
-from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.fingerprints import hash_file
 from tensorfold.healing.documents import Files, Hub, Source, Text, find_texts, iter_pieces
 from tensorfold.healing.encode import Encoder, encode_all, tokenizer_fingerprint
@@ -269,6 +269,7 @@ def _checked_sidecar(path: Path) -> dict[str, Any]:
             "largest": max([sidecar["largest"], *prefix]),
         }
     except OSError as error:
+        pass_on_memory(error)
         raise InputError(
             f"{path} is no token cache: {error.filename}: {error.strerror}; build it again from its text"
         ) from error
@@ -347,7 +348,8 @@ def _latest_known(directory: Path, identity: dict[str, Any]) -> dict[str, Any] |
     for sidecar in directory.glob(f"*/{_SIDECAR}"):
         try:
             found = json.loads(sidecar.read_text(encoding="utf-8"))["identity"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            pass_on_memory(error)
             continue
         if _without_revisions(found) == _without_revisions(identity):
             known.append((sidecar.stat().st_mtime_ns, found))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from tensorfold import texts
-from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.fingerprints import hash_file
 
 _CHUNK = 1 << 16  # characters; small enough that a batch has work for every thread of a fast tokenizer
@@ -101,6 +101,7 @@ class Hub:
                 yield row["text"]
         # The hub fails with exceptions of half a dozen libraries, and all of them mean the same to the user.
         except Exception as error:
+            pass_on_memory(error)
             raise TensorfoldError(
                 f"data set {self.label} could not be read to its end: {type(error).__name__}: {error}; needed a "
                 f"network that reaches the Hugging Face hub; run the command again, or give files"
@@ -201,7 +202,8 @@ def _revision(repository: str) -> str | None:
 
     try:
         return HfApi().dataset_info(repository).sha
-    except Exception:  # whatever keeps the hub from answering, a cache made earlier may still serve
+    except Exception as error:  # whatever keeps the hub from answering, a cache made earlier may still serve
+        pass_on_memory(error)
         return None
 
 
@@ -209,4 +211,5 @@ def _digest(path: Path) -> str:
     try:
         return hash_file(path)
     except OSError as error:
+        pass_on_memory(error)
         raise InputError(f"{path} cannot be read: {error.strerror}; give a readable UTF-8 file") from error

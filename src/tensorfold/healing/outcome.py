@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tensorfold.cache import atomic_directory, check_target
+from tensorfold.errors import pass_on_memory
 from tensorfold.healing.checkpoints import digest
 from tensorfold.healing.log import StepLog, loss_plot
 from tensorfold.hf.loading import load, save
@@ -75,7 +76,8 @@ def card_of(directory: Path) -> dict[str, Any]:
     """The ``tensorfold.json`` of a directory, empty where there is none to read; without a ``heal`` that is none."""
     try:
         card = json.loads((directory / "tensorfold.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError) as error:
+        pass_on_memory(error)
         return {}
     if not isinstance(card, dict):
         return {}

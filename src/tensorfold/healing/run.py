@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 import tensorfold
 from tensorfold.anatomy import count_parameters
 from tensorfold.cache import check_place, check_target, claimed, is_disk_full
-from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.healing.blockwise import heal_blocks
 from tensorfold.healing.checkpoints import begin, clear, damage, digest, fingerprint, holds_work, newest, sealed
@@ -325,6 +325,7 @@ class _Run:
                 text = self.cache.train if settings.windows == "packed" else self.cache.train_anywhere
                 trainer = HealTrainer(self.model, plan, settings, loss, text, self.validation, reporters)
             except (ImportError, RuntimeError, ValueError) as error:
+                pass_on_memory(error)
                 raise InputError(f"heal: the Trainer refuses these settings: {error}") from error
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, pass_on_memory
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -75,6 +75,7 @@ def read_gguf_header(path: str | Path) -> GGUFHeader:
         with path.open("rb") as stream:
             return GGUFHeader(path.name, path.stat().st_size, *_parse(stream))
     except (struct.error, ValueError, KeyError, OSError) as error:
+        pass_on_memory(error)
         raise InputError(
             f"{path}: cannot be read as a GGUF model ({error}); copy the file again, or give another."
         ) from error

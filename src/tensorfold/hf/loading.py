@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from tensorfold.anatomy import count_parameters, empty_model
 from tensorfold.cache import atomic_directory
-from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.hf.int8 import install_int8
 from tensorfold.hf.quantizer import NAME, TensorfoldConfig
 from tensorfold.hf.swap import install
@@ -61,12 +61,16 @@ def load(path: str | Path, *, dtype: torch.dtype | str | None = None, **options:
             path, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except TensorfoldError as error:
+        pass_on_memory(error)
         raise InputError(f"{path}: {error}") from error
     except (SafetensorError, json.JSONDecodeError, EOFError) as error:
+        pass_on_memory(error)
         raise InputError(f"{path}: its weights cannot be read ({reason(error)}); copy the checkpoint again.") from error
     except (OSError, KeyError) as error:
+        pass_on_memory(error)
         raise InputError(f"{path}: cannot be loaded: {reason(error)}") from error
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        pass_on_memory(error)
         raise InputError(f"{path}: not a loadable causal language model: {reason(error)}; {CAUSAL_LM}.") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -173,6 +177,7 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False, **place: A
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **place)
     # A damaged config.json fails in as many ways as there are checks in transformers.
     except Exception as error:
+        pass_on_memory(error)
         if isinstance(error, TensorfoldError):
             raise
         if "trust_remote_code" in str(error):
@@ -215,6 +220,7 @@ def new_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         with atomic_directory(Path(path), replace=replace) as partial:
             yield partial
     except (SafetensorError, OSError) as error:
+        pass_on_memory(error)
         raise TensorfoldError(f"{path}: could not be written: {reason(error)}; nothing was left of it.") from error
 
 

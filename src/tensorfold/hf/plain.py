@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tensorfold.anatomy import dense_weight, empty_model
-from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.hf.loading import reason
 from tensorfold.hf.quantizer import TensorfoldQuantizer
 from tensorfold.nn import FoldedModule, GradedEmbedding, MPOEmbedding, StackedLinear, TokenMPSEmbedding
@@ -43,6 +43,7 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
     try:
         plain.load_state_dict(_plain_state(model, plain), strict=True, assign=True)
     except RuntimeError as error:
+        pass_on_memory(error)
         raise TensorfoldError(
             f"{type(model).__name__}: its weights do not fit the plain {type(plain).__name__} of its configuration "
             f"({reason(error)}); save it with save_pretrained and export what was saved."

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from transformers.utils import logging as transformers_logging
 
 from tensorfold.cache import atomic_directory, cache_directory, check_path
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, pass_on_memory
 from tensorfold.fingerprints import hash_file
 from tensorfold.hf.gguf_header import read_gguf_header
 from tensorfold.hf.loading import load, load_config, reason
@@ -56,6 +56,7 @@ class Source:
             tokenizer("a")  # what is wrong with its settings shows at the first word
             return tokenizer
         except Exception as error:  # the tokenizers library raises plain ones
+            pass_on_memory(error)
             raise InputError(
                 f"model {self.name!r} has no tokenizer that transformers can read; save one beside the model with "
                 f"tokenizer.save_pretrained. ({reason(error)})"
@@ -128,6 +129,7 @@ def converted(gguf: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     # A damaged file fails wherever the reader happens to be: in numpy, struct, gguf or transformers.
     except Exception as error:
+        pass_on_memory(error)
         why = "its tensors have other shapes than it says" if "ignore_mismatched" in str(error) else reason(error)
         raise InputError(
             f"{gguf}: cannot be read as a GGUF model ({why}); copy the file again, or give another."

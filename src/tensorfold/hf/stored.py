@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from tensorfold.anatomy import empty_model
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, pass_on_memory
 from tensorfold.hf.loading import load_config, reason
 from tensorfold.hf.untrusted import check_files, shards
 
@@ -44,6 +44,7 @@ class Stored:
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor(key)
         except (SafetensorError, OSError) as error:
+            pass_on_memory(error)
             raise InputError(f"{path}: {key} cannot be read ({reason(error)}); copy the checkpoint again.") from error
 
     def signature(self) -> dict[str, object]:
@@ -111,6 +112,7 @@ def _directory(path: str) -> Path:
     try:
         return Path(cached_file(path, "config.json")).parent
     except OSError as error:
+        pass_on_memory(error)
         raise NotStoredError(f"{path}: no snapshot of it on this machine.") from error
 
 
@@ -129,6 +131,7 @@ def _tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], torch.dt
                     part = tensors.get_tensor(name)
                     found[name] = file, tuple(part.shape), part.dtype
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        pass_on_memory(error)
         raise NotStoredError(f"{directory}: no safetensors that can be read ({reason(error)}).") from error
     return found
 
@@ -169,7 +172,8 @@ def _describe_generation(directory: Path, model: PreTrainedModel) -> None:
     try:
         try:
             model.generation_config = GenerationConfig.from_pretrained(directory)
-        except OSError:
+        except OSError as error:
+            pass_on_memory(error)
             model.generation_config = GenerationConfig.from_pretrained(
                 directory, config_file_name="config.json", _from_model_config=True
             )

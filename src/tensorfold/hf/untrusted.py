@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, pass_on_memory
 
 _INDEX = ".safetensors.index.json"
 _PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
@@ -37,7 +37,8 @@ def shards(index: Path) -> list[Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        pass_on_memory(error)
         raise InputError(
             f"{index}: cannot be read as an index of shards, an object with a weight_map of names to files; copy the "
             "checkpoint again."

@@ -20,7 +20,7 @@ from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.spectrum import bond_spectra
 from tensorfold.anatomy import count_parameters, empty_model
 from tensorfold.cache import check_path
-from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.hf.loading import folded_skeleton, folding_of, load_config, reason
 from tensorfold.records import BENCH, CARD, EVALUATIONS, HEAL_LOG, read_lines, read_object
 from tensorfold.report import source_line
@@ -120,8 +120,10 @@ def read_directory(path: Path, label: str, step: Callable[[str], None] = lambda 
     except TensorfoldError as error:
         raise InputError(f"{path}: {error}") from error
     except (SafetensorError, OSError) as error:
+        pass_on_memory(error)
         raise InputError(f"{path}: its weights cannot be read ({reason(error)}); copy the checkpoint again.") from error
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        pass_on_memory(error)
         raise InputError(f"{path}: its configuration cannot be used ({reason(error)}).") from error
     card = _optional(lambda: read_object(path / CARD), notes) or {}
     known = card.get("modules")
