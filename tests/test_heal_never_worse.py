@@ -124,7 +124,8 @@ def test_blocks_that_harm_are_undone_after_steps_too(call, came_in, hostile):
 
 
 def test_blocks_are_kept_where_the_steps_after_them_harm(call, came_in, judge, teacher, tmp_path):
-    only, alone = call(teacher, **{**FAST, "steps": 0}, **BLOCKS, kl=1)
+    shared = {key: FAST[key] for key in ("block", "validation_fraction") if key in FAST}
+    only, alone = call(teacher, **shared, steps=0, **BLOCKS)
     assert (alone.helped, alone.kept) == (True, "blocks")
     model, report = call(teacher, **RUINOUS, **BLOCKS, kl=1, out=tmp_path / "out")
     assert (report.helped, report.kept, report.step) == (True, "blocks", 0)

@@ -22,7 +22,11 @@ REFUSALS = {
     "blocks": ({"num_hidden_layers": 3}, BLOCKS, "the teacher 3 of width 32"),
     "loss after blocks": ({"vocab_size": 310}, {"kl": 1, **BLOCKS}, "310; the kl term"),
     "windows": ({}, {"blockwise_tokens": 16}, "needed at least 2 windows"),
-    "patience": ({}, {"kl": 1, "patience": 2, "validation_fraction": 0}, "patience needs a validation split"),
+    "patience": (
+        {},
+        {"kl": 1, "patience": 2, "validation_fraction": 0},
+        "patience has no effect here; it needs validation_fraction above 0",
+    ),
     "no term": ({}, {"cross_entropy": 0, **BLOCKS}, "every term of the loss has weight 0"),
 }
 

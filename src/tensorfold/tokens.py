@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, pass_on_memory
 
 # Tokens beyond the wanted ones that a prefix of the text must give before its tokenisation is trusted.
 _MARGIN = 64
@@ -44,7 +44,8 @@ def prefix_of(tokenizer: Any) -> tuple[int, ...]:
         try:
             bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
             whole = list(tokenizer(probe)["input_ids"])
-        except Exception:  # the tokenizers library raises plain ones for characters that it does not know
+        except Exception as error:  # the tokenizers library raises plain ones for characters that it does not know
+            pass_on_memory(error)
             continue
         for start in range(len(whole) - len(bare) + 1):
             if bare and whole[start : start + len(bare)] == bare:
@@ -75,7 +76,8 @@ def check_ids(model: nn.Module | int, ids: Tensor, what: str, tokenizer: Any = N
         return
     try:
         shown = f" ({tokenizer.convert_ids_to_tokens(largest)!r})" if tokenizer is not None else ""
-    except Exception:  # a name is a help, not what is wrong
+    except Exception as error:  # a name is a help, not what is wrong
+        pass_on_memory(error)
         shown = ""
     raise InputError(
         f"{what}: the tokenizer gives token id {largest}{shown}, but the table has {rows} rows (the model has {rows} "
