@@ -83,6 +83,26 @@ def embedding_scale(module: nn.Module) -> float | None:
     return float(scale) if isinstance(scale, int | float) else None
 
 
+def check_not_quantised(config: PreTrainedConfig, what: str) -> None:
+    """Raise :class:`InputError` for the configuration of weights that another library packed: GPTQ, AWQ, fp8, …
+
+    Seen before anything is loaded, since loading needs that library, and what it gives is not to be folded or measured.
+    """
+    for part in (config, config.get_text_config()):
+        for key in ("quantization_config", "compression_config"):
+            stored = getattr(part, key, None)
+            if stored is None:
+                continue
+            settings = stored if isinstance(stored, dict) else getattr(stored, "__dict__", {})
+            method = settings.get("quant_method") or "an unnamed method"
+            method = getattr(method, "value", method)
+            if method != "tensorfold":
+                raise InputError(
+                    f"{what}: its weights are quantised ({method}); needed floating-point weights: give the original "
+                    "model that was quantised, or dequantise this one with transformers and save it."
+                )
+
+
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The causal language model that ``config`` describes, on the meta device: shapes without weights.
 

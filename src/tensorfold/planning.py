@@ -14,6 +14,7 @@ from tensorfold.anatomy import (
     ALREADY_FOLDED,
     Matrix,
     check_foldable,
+    check_not_quantised,
     check_unshared,
     count_parameters,
     empty_model,
@@ -108,6 +109,7 @@ def skeleton(model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrainedM
     stored = getattr(model_or_config, "quantization_config", None)
     if isinstance(stored, dict) and stored.get("quant_method") == "tensorfold":
         raise InputError(ALREADY_FOLDED)
+    check_not_quantised(model_or_config, type(model_or_config).__name__)
     return empty_model(model_or_config)
 
 

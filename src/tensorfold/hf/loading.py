@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from tensorfold.anatomy import count_parameters, empty_model
+from tensorfold.anatomy import check_not_quantised, count_parameters, empty_model
 from tensorfold.cache import atomic_directory
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.hf.int8 import install_int8
@@ -87,10 +87,7 @@ def _check_size(path: Path, config: PreTrainedConfig) -> None:
         SafetensorError: A file is truncated or damaged.
     """
     files = sorted(path.glob("*.safetensors"))
-    stored_as = getattr(config, "quantization_config", None)
-    ours = isinstance(stored_as, dict) and stored_as.get("quant_method") == NAME
-    # Other quantisers pack several parameters into one number.
-    if not files or (stored_as is not None and not ours):
+    if not files:
         return
     model = folded_skeleton(config)
     stored = sum(_stored_parameters(file) for file in files)
@@ -192,6 +189,7 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False, **place: A
         ) from error
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"model {str(path)!r} is an encoder–decoder model; {CAUSAL_LM}.")
+    check_not_quantised(config, f"model {str(path)!r}")
     return config
 
 
