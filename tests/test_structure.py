@@ -12,6 +12,7 @@ LAYERS = [
     ["errors"],
     ["strict", "cache", "effects", "fingerprints", "memory", "ranks", "evaluation_mode", "finite"],
     ["block_checkpoints", "records"],
+    ["seen_text"],
     ["settings"],
     ["algebra"],
     ["nn"],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.finite import why_not_finite
 from tensorfold.protocols import HARNESS, Score, Window, get_protocol
 from tensorfold.protocols import PROTOCOLS as PROTOCOLS  # of old a name of this module
+from tensorfold.seen_text import overlaps, sentence
 from tensorfold.strict import check_types
 from tensorfold.tokens import Encoder, check_ids
 
@@ -51,6 +52,8 @@ class Evaluation:
         dtype: Type of the model's floating-point parameters.
         window: Tokens of text in a full window, as the protocol has it; None where it has no fixed length.
         prefix: Token ids that the tokenizer puts before a document, with which every window begins.
+        seen: Texts that had a say in the model and are in this one: ``purpose`` (``calibration``, ``training``, or
+            ``selection`` of a checkpoint), ``text``, and the ``share`` in common. Empty where none is known.
     """
 
     perplexity: float
@@ -64,6 +67,7 @@ class Evaluation:
     dtype: str
     window: int | None = None
     prefix: tuple[int, ...] = ()
+    seen: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prefix", tuple(self.prefix))  # JSON gives a list
@@ -75,10 +79,11 @@ class Evaluation:
     def __str__(self) -> str:
         perplexity = f"{self.perplexity:.2f}" if self.perplexity < 1e5 else f"{self.perplexity:.2e}"
         start = f", windows begin with token {' '.join(map(str, self.prefix))}" if self.prefix else ""
-        return (
+        line = (
             f"perplexity {perplexity}, accuracy {self.accuracy:.2%} "
             f"({self.protocol}{start}, {self.text}, {self.tokens:,} tokens, {self.parameters:,} parameters)"
         )
+        return "\n".join([line, *map(sentence, self.seen)])
 
 
 def check_judge(
@@ -188,6 +193,7 @@ def evaluate(
         dtype=next((str(p.dtype) for p in parameters if p.is_floating_point()), "unknown").removeprefix("torch."),
         window=rule.context,
         prefix=encoder.prefix,
+        seen=overlaps(model, (window.ids[len(encoder.prefix) :].numpy() for window in windows)),
     )
 
 

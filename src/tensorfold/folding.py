@@ -43,6 +43,7 @@ from tensorfold.ranks import Ranks
 from tensorfold.recipe import Recipe
 from tensorfold.report import module_table, progress_bar
 from tensorfold.search import Search, search
+from tensorfold.seen_text import CALIBRATION, Seen, note
 from tensorfold.solving import ERROR, cost_of, solve_matrix, solve_rows, unsolved_state
 from tensorfold.strict import check_types
 from tensorfold.surgery import HiddenUnits, hidden_units, reorder_hidden
@@ -182,6 +183,9 @@ def fold(
         if chosen:
             tied = {matrix.name: matrix.tied_head for matrix in chosen.values() if matrix.tied_head is not None}
             mark_folded(model, planned.modules, tied, planned.split)
+    if windows is not None:
+        named = recipe.calibrate.text if calibration is None and recipe.calibrate is not None else "the text given"
+        note(model, [Seen.of(CALIBRATION, named, windows.numpy())])
 
     def metric(matrix: Matrix) -> str:
         if windows is None or (matrix.kind == "embedding" and (counts is None or matrix.group != "embedding")):

@@ -156,6 +156,8 @@ def _measured(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
                 tasks += [_row(f"{protocol} {version}".strip(), task, name, _number(value)) for name, value in values]
         elif _number(found.get("perplexity")):
             accuracy, parameters = _number(found.get("accuracy")), _number(found.get("parameters"))
+            if found.get("seen"):
+                text += " (not held out)"
             perplexities.append(_row(protocol, text, tokens, _number(found["perplexity"]), accuracy, parameters))
     lines: list[str] = ["", "## What was measured"] if perplexities or tasks else []
     if perplexities:

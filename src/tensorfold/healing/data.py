@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from tensorfold.healing.encode import Encoder, encode_all, tokenizer_fingerprint
 from tensorfold.tokens import begin, prefix_of
 
 _FORMAT = 2
+_STRETCH = 1 << 20
 _TOKENS, _SIDECAR = "tokens.bin", "cache.json"
 _UNCOUNTED = -100  # the label that losses of transformers and torch leave out
 
@@ -81,6 +83,20 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
         labels = block.clone()
         labels[: len(self.prefix)] = _UNCOUNTED
         return {"input_ids": block, "labels": labels}
+
+    def stretches(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
+        """The text of some blocks, that of neighbours in one piece of at most a million tokens; shape (length,)."""
+        if self._stream is None:
+            self._stream = np.memmap(self.path, dtype=self.dtype, mode="r")
+        first = end = 0
+        for start in sorted({self.first + index * self.stride for index in indices}):
+            if start > end or start - first >= _STRETCH:
+                if end:
+                    yield self._stream[first:end]
+                first = start
+            end = start + self.block_size - len(self.prefix)
+        if end:
+            yield self._stream[first:end]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stream": None}

@@ -16,6 +16,7 @@ from tensorfold.errors import pass_on_memory
 from tensorfold.healing.checkpoints import digest
 from tensorfold.healing.log import StepLog, loss_plot
 from tensorfold.hf.loading import load, save
+from tensorfold.seen_text import note, noted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,9 @@ def finished(target: Path, identity: Mapping[str, Any], model: PreTrainedModel) 
     done = card_of(target)["heal"]
     if done.get("identity") != digest(identity):
         check_target(target)
-    model.load_state_dict(load(target).state_dict())
+    result = load(target)
+    model.load_state_dict(result.state_dict())
+    note(model, noted(result))
     shutil.rmtree(f"{target}.heal", ignore_errors=True)
     return HealReport(
         **{field.name: done[field.name] for field in dataclasses.fields(HealReport) if field.name in done}

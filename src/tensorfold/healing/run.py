@@ -30,7 +30,6 @@ from tensorfold.healing.checkpoints import begin, clear, damage, digest, fingerp
 from tensorfold.healing.data import TokenCache
 from tensorfold.healing.end_to_end import (
     HealTrainer,
-    RunOrder,
     arguments,
     choose_trained,
     micro_batch,
@@ -44,10 +43,12 @@ from tensorfold.healing.given import check_reporters, checked_settings, source_o
 from tensorfold.healing.log import Reporter, StepLog
 from tensorfold.healing.losses import HealLoss, cross_entropy
 from tensorfold.healing.outcome import HealReport, card_of, finished, write
+from tensorfold.healing.seen import blockwise_order, seen_by_healing, selected_on
 from tensorfold.healing.start import Start, as_before, round_to
 from tensorfold.hf.plain import check_floating
 from tensorfold.hf.sources import find_model
 from tensorfold.ranks import PATIENCE
+from tensorfold.seen_text import note
 from tensorfold.settings import HealSettings
 from tensorfold.strict import check_types
 from tensorfold.tokens import check_tokenizer
@@ -147,6 +148,7 @@ def heal(
                     **report.to_dict(),
                     "settings": identity["settings"],
                     "identity": digest(identity),
+                    "selected_on": selected_on(cache, settings, run.validation),
                     "previous": before.get("heal"),
                 }
                 write(target, work, result, tokenizer, {**before, "heal": done, "tensorfold": tensorfold.__version__})
@@ -197,6 +199,10 @@ class _Run:
             log.warning("heal: %s", said)
             if self.log is not None:
                 self.log.write_once({"step": report.step, "kept": report.kept, "helped": False})
+        seen = seen_by_healing(self.cache, self.settings, self.validation, report.kept, report.steps)
+        note(self.model, seen)
+        if result is not self.model:
+            note(result, seen)
         return report, result
 
     def undo(self) -> None:
@@ -254,11 +260,11 @@ class _Run:
             assert self.teacher is not None
             for model in (self.model, self.teacher):
                 model.to(self.state.device)  # type: ignore[arg-type]
-            before = self._validate()
+            before, blocks = self._validate(), self.cache.train
             report = heal_blocks(
                 self.model,
                 self.teacher,
-                self._windows(),
+                torch.stack([blocks[index]["input_ids"] for index in blockwise_order(self.cache, self.settings)]),
                 self.settings,
                 checkpoint=self.work / "blockwise",
                 on_step=lambda step: self.log.write({"stage": "blockwise", **step}),  # type: ignore[union-attr]
@@ -272,11 +278,6 @@ class _Run:
         self.model.load_state_dict(load_file(done / "model.safetensors"), strict=False)
         summary = json.loads((done / "report.json").read_text(encoding="utf-8"))
         return summary["report"], summary["before"]
-
-    def _windows(self) -> torch.Tensor:
-        blocks = self.cache.train
-        count = min(len(blocks), max(1, self.settings.blockwise_tokens // self.settings.block))
-        return torch.stack([blocks[index]["input_ids"] for index in RunOrder(len(blocks), count, self.settings.seed)])
 
     @torch.no_grad()
     def _validate(self) -> float | None:

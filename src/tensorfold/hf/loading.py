@@ -23,6 +23,7 @@ from tensorfold.hf.swap import install
 from tensorfold.hf.untrusted import check_files
 from tensorfold.nn import FoldedModule
 from tensorfold.report import model_card
+from tensorfold.seen_text import with_notes
 from tensorfold.strict import check_types
 
 CAUSAL_LM = "needed a decoder-only causal language model"
@@ -208,7 +209,7 @@ def save(
     """
     with new_directory(path, replace=replace) as partial:
         model.save_pretrained(partial)
-        save_beside(partial, tokenizer, card)
+        save_beside(partial, tokenizer, with_notes(card, model))
 
 
 @contextmanager

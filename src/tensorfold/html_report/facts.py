@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One recorded evaluation; ``parameters`` are those the model had then."""
+    """One recorded evaluation; ``parameters`` are those the model had then, ``held_out`` unless it knew the text."""
 
     perplexity: float
     protocol: str
@@ -39,6 +39,7 @@ class Evaluated:
     parameters: int
     accuracy: float | None
     where: str
+    held_out: bool
 
     @property
     def judge(self) -> tuple[str, str, int]:
@@ -308,7 +309,8 @@ def _evaluated(line: Mapping[str, Any]) -> Evaluated | None:
     if isinstance(prefix, list) and prefix:  # other numbers than from windows without
         protocol += f", windows begin with token {' '.join(map(str, prefix))}"
     where = ", ".join(value for value in (_text(line.get("dtype")), _text(line.get("device"))) if value)
-    return Evaluated(perplexity, protocol, text, tokens, parameters, number(line.get("accuracy")), where)
+    accuracy = number(line.get("accuracy"))
+    return Evaluated(perplexity, protocol, text, tokens, parameters, accuracy, where, not line.get("seen"))
 
 
 def _log(file: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:

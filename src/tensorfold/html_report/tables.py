@@ -58,13 +58,14 @@ def judgements(models: Sequence[ModelFacts]) -> list[Judgement]:
 
 
 def _judged(model: ModelFacts, each: Evaluated, reference: float | None) -> Row:
+    where = each.where or "unknown"
     return {
         "model": model.label,
         "parameters": f"{each.parameters:,}",
         "perplexity": f"{each.perplexity:,.2f}" if each.perplexity < 1e5 else f"{each.perplexity:.2e}",
         **({} if reference is None else {"× dense": _significant(each.perplexity / reference)}),
         "accuracy": "unknown" if each.accuracy is None else f"{each.accuracy:.1%}",
-        "computed in": each.where or "unknown",
+        "computed in": where if each.held_out else f"{where}; on text that is not held out",
     }
 
 
