@@ -31,7 +31,7 @@ def test_scaled_and_capped_logits_are_told_apart(name, tokenizer, prose):
     table = next(matrix for matrix in matrices(model).values() if matrix.group == "embedding")
     windows = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        states = inputs_of(lambda: [model(window[None], use_cache=False) for window in windows], model.lm_head)
+        states = inputs_of(lambda: [model(window[None], use_cache=False) for window in windows], model.lm_head, model)
         scale = _scale_of_logits(model, table, windows, states)
     assert scale == (None if expected is None else pytest.approx(expected, rel=1e-4))
     tensorfold.fold(model, Graded(keep=0.4), tokenizer, [prose], calibration_tokens=256)

@@ -95,7 +95,7 @@ def test_tables_are_fitted_to_the_text(make, tiny, tokenizer, prose):
     assert torch.equal(token_counts(tokenizer, [prose], 300), counts)
     assert torch.equal(token_counts(tokenizer, [prose, prose], 300), 2 * counts)
     windows = calibration_windows(tokenizer, [prose], 500, 128)
-    states = inputs_of(lambda: dense(windows), dense.lm_head)
+    states = inputs_of(lambda: dense(windows), dense.lm_head, dense)
     gradients = gradient_moments(dense, windows, {"table": dense.model.embed_tokens})["table"].full()
     known = Statistics(states.T @ states / len(states), gradients, counts, states)
     expected = GradedEmbedding(method.spec(300, 32))

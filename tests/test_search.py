@@ -14,6 +14,7 @@ from tensorfold.algebra.low_rank import error_curve, whitened_low_rank
 from tensorfold.algebra.packed import numbers
 from tensorfold.algebra.solve import relative_error
 from tensorfold.anatomy import matrices
+from tensorfold.block_calls import output_of
 from tensorfold.planning import plan
 
 
@@ -151,7 +152,7 @@ def test_biases_take_up_what_means_lack(tiny, tokenizer, prose):
         """Behind each block, (blocks, tokens, width)."""
         seen = [[] for _ in model.transformer.h]
         hooks = [
-            block.register_forward_hook(lambda _, __, out, k=k: seen[k].append(calibrate._hidden_of(out)[0]))
+            block.register_forward_hook(lambda _, __, out, k=k: seen[k].append(output_of(out)[0]))
             for k, block in enumerate(model.transformer.h)
         ]
         for window in windows:

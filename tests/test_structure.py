@@ -27,6 +27,7 @@ LAYERS = [
     ["texts", "tokens"],
     ["protocols"],
     ["hf"],
+    ["block_calls"],
     ["calibrate", "evaluation", "gradients", "harness", "hub", "sampling"],
     ["value_heads"],
     ["budgets"],

@@ -205,7 +205,10 @@ def test_values_that_a_later_block_reads_are_not_free(tiny, tokenizer, prose):
     later.mlp.register_forward_hook(lambda _, args, output: output + shared(args[0]).repeat(1, 1, 2))
     with torch.no_grad():
         stream = BlockStream(model, ids)
-        pairs = [value_heads(stream, index, batch) for index, batch in by_block(matrices(model), stream.name).items()]
+        pairs = []
+        for index, batch in by_block(matrices(model), stream.name).items():
+            stream.advance_to(index)
+            pairs.append(value_heads(stream, index, batch))
     assert free(model, ids[:1], pairs) == pairs[1:]
     assert free(tiny("llama", num_hidden_layers=3), ids[:1], []) == []
 

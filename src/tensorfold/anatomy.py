@@ -1,7 +1,7 @@
 """What a decoder-only transformer is made of: its blocks, its foldable matrices, and which targets name them.
 
-No architecture is known by name. Blocks are the longest list of equal modules; a linear layer below something called
-attention is attention, any other linear layer in a block is MLP.
+No architecture is known by name. Blocks are the list of modules beside the table that text enters by; a linear layer
+below something called attention is attention, any other linear layer in a block is MLP.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -135,11 +134,14 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def context_length(config: Any) -> int | None:
-    """Positions that a model has, by its configuration or that of its text part; None where it names no limit."""
+    """Positions that a model has, by its configuration or that of its text part; None where it names no limit.
+
+    XLNet's −1 is none.
+    """
     if hasattr(config, "get_text_config"):  # a model of text and images nests the sizes
         config = config.get_text_config()
     named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # the latter is MPT's
-    return next((each for each in named if each is not None), None)
+    return next((each for each in named if each is not None and each > 0), None)
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -152,27 +154,56 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of the transformer blocks.
+    """Name and list of the transformer blocks that text goes through.
+
+    Models of text and images, or of text and sound, have several such lists, and those of an encoder may be longer.
+    Text enters by the input table: its blocks are the list that shares most of its path with the table; among equals
+    the one with fewest steps from there, and then the longest.
 
     Raises:
-        InputError: There is no list of modules with linear layers in it.
+        InputError: There is no list of modules with linear layers in them.
     """
-    found: tuple[str, nn.ModuleList] | None = None
+    found: list[str] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
-            continue
-        if found is not None and name.startswith(f"{found[0]}."):
-            continue
-        classes = Counter(type(child) for child in module)
-        has_linear = any(is_plain_linear(m) or isinstance(m, FoldedModule) for m in module[0].modules())
-        if has_linear and len(classes) == 1 and (found is None or len(module) > len(found[1])):
-            found = (name, module)
-    if found is None:
+        if (
+            isinstance(module, nn.ModuleList)
+            and _are_blocks(module)
+            and not name.startswith(tuple(f"{n}." for n in found))
+        ):
+            found.append(name)
+    if not found:
         raise InputError(
-            f"{type(model).__name__} has no list of equal blocks with linear layers in it; needed a decoder-only "
+            f"{type(model).__name__} has no list of blocks with linear layers in them; needed a decoder-only "
             "transformer. Name its matrices yourself with targets: [suffixes] or {regex: ...}."
         )
-    return found
+    table = _path_of_table(model)
+
+    def nearness(name: str) -> tuple[int, int, int]:
+        path = name.split(".")
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(path, table, strict=False)))
+        return shared, shared - len(path), len(model.get_submodule(name))  # type: ignore[arg-type]
+
+    best = max(found, key=nearness)
+    return best, model.get_submodule(best)  # type: ignore[return-value]
+
+
+def _are_blocks(chain: nn.ModuleList) -> bool:
+    """Whether all of the modules are made of others, and linear layers are below the first one that has any.
+
+    Hybrids alternate between classes of blocks, and not each of them has to have a plain linear layer.
+    """
+    if not all(any(True for _ in block.children()) for block in chain):
+        return False
+    below = (module for block in chain for module in block.modules() if module is not block)
+    return any(is_plain_linear(module) or isinstance(module, FoldedModule) for module in below)
+
+
+def _path_of_table(model: PreTrainedModel) -> list[str]:
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a model without one
+        return []
+    return next((name.split(".") for name, module in model.named_modules() if module is table), [])
 
 
 def check_foldable(model: PreTrainedModel) -> None:

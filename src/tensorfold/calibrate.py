@@ -6,8 +6,8 @@ of the blocks already folded before it, and no activation of any other block is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tensorfold.anatomy import blocks
-from tensorfold.errors import InputError, pass_on_memory
+from tensorfold.block_calls import BlockChain, Passed, check_finite, input_of
+from tensorfold.errors import InputError
 from tensorfold.finite import why_not_finite
 from tensorfold.tokens import Encoder, begin, check_ids
 
@@ -76,100 +77,68 @@ def token_counts(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], v
 
 
 class BlockStream:
-    """Hidden states of the calibration windows at the entrance of the next transformer block.
+    """What the blocks so far hand on of every calibration window, at the entrance of the next transformer block.
 
-    ``hidden`` has the shape (windows, length, width) and is overwritten by every :meth:`advance`; ``position`` is the
-    index of the block whose entrance it stands at.
+    ``hidden`` are the hidden states, shape (windows, length, width) or what the architecture has in its place; they are
+    written by every :meth:`advance`, and nothing is in them before the first one. ``position`` is the index of the
+    block whose entrance the stream stands at. Everything else that a block is given is made by the model itself, for
+    the very windows that are run; see :mod:`tensorfold.block_calls`.
 
     Args:
         model: In evaluation mode, and without gradients, for as long as the stream is used.
         windows: Token indices, shape (windows, length).
         allocate: Makes the tensor for ``hidden`` from shape and dtype; on the model's device if None.
+        batch: Most windows that :meth:`run` is given at a time.
 
     Raises:
-        InputError: The architecture does not run its blocks as a plain chain.
+        InputError: Blocks run one by one do not make of the last windows what the whole model makes of them.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Tensor, allocate: Allocate | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, windows: Tensor, allocate: Allocate | None = None, batch: int = 1
+    ) -> None:
         self.model = model
         self.name, self.blocks = blocks(model)
         self.device = next(model.get_input_embeddings().parameters()).device
         check_ids(model, windows, "calibration")
         self.windows = windows.to(self.device)
         self.position = 0
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._record_calls()
-        first = self._entrance(self.windows[:1])
-        shape = (len(windows), *first.shape[1:])
-        self.hidden = allocate(shape, first.dtype) if allocate else first.new_empty(shape)
-        self.hidden[:1] = first
-        for k in range(1, len(windows)):
-            self.hidden[k : k + 1] = self._entrance(self.windows[k : k + 1])
+        with torch.no_grad():
+            self._chain = BlockChain(model, self.name, self.blocks, self.windows[:1])
+            self._chain.check(self.windows[-batch:])
+        shape, dtype = (len(windows), *self._chain.shape), self._chain.dtype
+        self.hidden = allocate(shape, dtype) if allocate else torch.empty(shape, dtype=dtype, device=self.device)
+        self._passed: list[Passed] = []  # by window, beside the hidden states
 
-    def _record_calls(self) -> None:
-        """Run one window through the model, keep what each block is called with, and check that they form a chain."""
-        entered: list[Tensor] = []
-        left: list[Tensor] = []
+    def run(self, index: int, chosen: Tensor | slice) -> Tensor:
+        """Output of block ``index``, at whose entrance the stream stands, for the windows that ``chosen`` indexes;
+        shape (windows, length, width)."""
+        return self._run(index, torch.arange(len(self.windows))[chosen]).hidden
 
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, rest, named = _split_call(args, kwargs)
-            entered.append(hidden)
-            self._calls.append((rest, named))
+    def _run(self, index: int, chosen: Tensor) -> Passed:
+        before = None
+        if index:
+            parts = [self._passed[k] for k in chosen.tolist()]
+            before = Passed.together(self.hidden[chosen.to(self.hidden.device)].to(self.device), parts)
+        return self._chain.run(index, self.windows[chosen.to(self.device)], before)
 
-        def leave(block: nn.Module, _: Any, output: Any) -> None:
-            left.append(_hidden_of(output))
-            _check_finite(left[-1], f"{self.name}.{len(left) - 1}", self.model)
-            if block is self.blocks[-1]:
-                raise _StopForward
+    def pass_on(self, index: int, k: int) -> Tensor:
+        """Put what block ``index`` makes of window ``k`` in the place of what it was given, and return its output.
 
-        with ExitStack() as hooks:
-            for block in self.blocks:
-                hooks.enter_context(_removing(block.register_forward_pre_hook(enter, with_kwargs=True)))
-                hooks.enter_context(_removing(block.register_forward_hook(leave)))
-            self._until_stop(self.windows[:1])
-        chain = len(entered) == len(self.blocks) and all(
-            torch.equal(out, into) for out, into in zip(left[:-1], entered[1:], strict=True)
-        )
-        if not chain:
-            raise InputError(
-                f"{type(self.model).__name__} does not run its blocks {self.name!r} one after another, so it cannot be "
-                "calibrated block by block; fold it without calibration text."
-            )
-
-    def _entrance(self, window: Tensor) -> Tensor:
-        caught: list[Tensor] = []
-
-        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught.append(_split_call(args, kwargs)[0])
-            raise _StopForward
-
-        with _removing(self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)):
-            self._until_stop(window)
-        return caught[0]
-
-    def _until_stop(self, window: Tensor) -> None:
-        try:
-            with suppress(_StopForward):
-                self.model(window, use_cache=False)
-        # Positions are counted in many ways, and some architectures have fewer than their configuration says.
-        except (IndexError, RuntimeError) as error:
-            pass_on_memory(error)
-            raise InputError(
-                f"calibration: {type(self.model).__name__} does not run on {window.shape[-1]} tokens at a time "
-                f"({' '.join(str(error).split())[:200]}); give fewer with --tokens, or fold it without text."
-            ) from error
-
-    def run(self, index: int, hidden: Tensor) -> Tensor:
-        """Output of block ``index`` for the hidden states of one window or several, shape (windows, length, width)."""
-        rest, named = self._calls[index]
-        return _hidden_of(self.blocks[index](hidden.to(self.device), *rest, **named))
+        ``position`` has to be set once this was done for every window.
+        """
+        passed = self._run(index, torch.tensor([k]))
+        self.hidden[k : k + 1] = passed.hidden
+        rest = Passed(passed.hidden.new_empty(0), passed.others, passed.shared)
+        self._passed[k:] = [rest] if index == 0 else [rest, *self._passed[k + 1 :]]
+        return passed.hidden
 
     def moments(self, index: int, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """Second moments of the inputs that block ``index`` gives to ``modules``; see :func:`second_moments`."""
 
         def forward() -> None:
-            for hidden in self.hidden.split(1):
-                self.run(index, hidden)
+            for k in range(len(self.windows)):
+                self.run(index, slice(k, k + 1))
 
         return second_moments(forward, modules, model=self.model)
 
@@ -179,9 +148,8 @@ class BlockStream:
         Raises:
             InputError: The block's output is not finite.
         """
-        for hidden in self.hidden.split(1):
-            hidden.copy_(self.run(index, hidden))
-            _check_finite(hidden, f"{self.name}.{index}", self.model)
+        for k in range(len(self.windows)):
+            check_finite(self.pass_on(index, k), f"{self.name}.{index}", self.model)
         self.position = index + 1
 
     def advance_to(self, index: int) -> None:
@@ -195,20 +163,21 @@ class BlockStream:
         met: list[tuple[Any, list[str]]] = []
 
         def hook(name: str) -> Callable[..., None]:
-            def record(_: nn.Module, args: tuple[Any, ...]) -> None:
+            def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                given = input_of(args, kwargs)
                 if any(name in stage for _, stage in met):
                     return
-                if met and met[-1][0] is args[0]:
+                if met and met[-1][0] is given:
                     met[-1][1].append(name)
                 else:
-                    met.append((args[0], [name]))
+                    met.append((given, [name]))
 
             return record
 
         with ExitStack() as hooks, torch.no_grad():
             for name, module in modules.items():
-                hooks.enter_context(_removing(module.register_forward_pre_hook(hook(name))))
-            self.run(index, self.hidden[:1])
+                hooks.callback(module.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
+            self.run(index, slice(0, 1))
         stages = [stage for _, stage in met] or [[]]
         stages[-1] += [name for name in modules if not any(name in stage for stage in stages)]
         return stages
@@ -246,8 +215,8 @@ def second_moments(
     given: list[tuple[Any, Tensor, set[str]]] = []  # a tensor, its vectors, and who has been given it so far
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = input_of(args, kwargs)
             if given and given[0][0] is x and name not in given[0][2]:
                 given[0][2].add(name)
                 return
@@ -269,7 +238,7 @@ def second_moments(
 
     with ExitStack() as hooks, torch.no_grad():
         for name, module in modules.items():
-            hooks.enter_context(_removing(module.register_forward_pre_hook(watch(name))))
+            hooks.callback(module.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
         forward()
         add()
     averages: dict[tuple[frozenset[str], ...], Tensor] = {}
@@ -302,42 +271,15 @@ def inputs_of(forward: Callable[[], None], module: nn.Module, model: nn.Module) 
     """
     seen: list[Tensor] = []
 
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = input_of(args, kwargs)
+        seen.append(x.detach().reshape(-1, x.shape[-1]).float())
 
-    with _removing(module.register_forward_pre_hook(hook)), torch.no_grad():
+    with ExitStack() as hooks, torch.no_grad():
+        hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         forward()
     if not seen:
         raise InputError(f"{type(module).__name__}: not called on the calibration text; exclude the table tied to it.")
     if not all(bool(part.isfinite().all()) for part in seen):
         raise not_finite_inputs(type(module).__name__, model)
     return torch.cat(seen)
-
-
-def _check_finite(hidden: Tensor, block: str, model: nn.Module) -> None:
-    if not torch.isfinite(hidden).all():
-        raise InputError(f"{block}: its output on the text holds NaN or infinity; {why_not_finite(model)}.")
-
-
-class _StopForward(Exception):  # noqa: N818  (a signal, not an error)
-    """Ends a forward pass once what was wanted of it is there."""
-
-
-@contextmanager
-def _removing(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """A block's hidden states, and the rest of its call."""
-    if args:
-        return args[0], args[1:], kwargs
-    named = dict(kwargs)
-    return named.pop("hidden_states"), (), named
-
-
-def _hidden_of(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

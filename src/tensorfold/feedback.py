@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 
 from tensorfold.algebra.statistics import Means, Statistics
 from tensorfold.anatomy import Matrix, dense_weight
+from tensorfold.block_calls import input_of
 from tensorfold.calibrate import BlockStream, not_finite_inputs
 from tensorfold.errors import InputError
 from tensorfold.memory import release_file_pages
@@ -71,6 +73,10 @@ class Reference:
             with self._dense(self.stream.position):
                 self.stream.advance(self.stream.position)
 
+    def _window(self, index: int, k: int, last: bool) -> Tensor:
+        """Output of block ``index`` for window ``k``; it takes the place of the states if it is the ``last`` look."""
+        return self.stream.pass_on(index, k) if last else self.stream.run(index, slice(k, k + 1))
+
     def statistics(
         self,
         stream: BlockStream,
@@ -87,17 +93,15 @@ class Reference:
         self.advance_to(index)
         sums = {name: _Sums(matrix) for name, matrix in stage.items()}
         direct = {name: _adds_to_output(stream, index, matrix.module) for name, matrix in stage.items()}
-        for k in range(len(stream.hidden)):
+        for k in range(len(stream.windows)):
             with self._dense(index):
-                dense, left = _watch(lambda k=k: self.stream.run(index, self.stream.hidden[k : k + 1]), stage)  # type: ignore[misc]
-            folded, leaves = _watch(lambda k=k: stream.run(index, stream.hidden[k : k + 1]), stage)  # type: ignore[misc]
+                dense, left = _watch(partial(self._window, index, k, last), stage)
+            folded, leaves = _watch(partial(stream.run, index, slice(k, k + 1)), stage)
             for name in stage:
                 lack = None
                 if direct[name] and len(dense[name]) == len(folded[name]) == 1:
                     lack = (left - dense[name][0].output) - (leaves - folded[name][0].output)
-                sums[name].add(dense[name], folded[name], lack, self.stream.hidden.shape[1])
-            if last:
-                self.stream.hidden[k : k + 1] = left
+                sums[name].add(dense[name], folded[name], lack, self.stream.windows.shape[1])
         if last:
             self.stream.position = index + 1
             self._release(index)
@@ -214,21 +218,21 @@ def _watch(forward: Callable[[], Tensor], stage: Mapping[str, Matrix]) -> tuple[
     seen: dict[str, list[_Call]] = {name: [] for name in stage}
 
     def hook(name: str) -> Callable[..., None]:
-        def record(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            seen[name].append(_Call(args[0], output))
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            seen[name].append(_Call(input_of(args, kwargs), output))
 
         return record
 
     with ExitStack() as hooks, torch.no_grad():
         for name, matrix in stage.items():
-            hooks.callback(matrix.module.register_forward_hook(hook(name)).remove)
+            hooks.callback(matrix.module.register_forward_hook(hook(name), with_kwargs=True).remove)
         out = forward()
     return seen, out
 
 
 def _adds_to_output(stream: BlockStream, index: int, module: nn.Module) -> bool:
     """Whether what the module puts out is added to the block's output as it is, with nothing behind it."""
-    hidden = stream.hidden[:1]
+    first = slice(0, 1)
     noise: list[Tensor] = []
 
     def disturb(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -240,10 +244,10 @@ def _adds_to_output(stream: BlockStream, index: int, module: nn.Module) -> bool:
         return disturbed
 
     with torch.no_grad():
-        before = stream.run(index, hidden)
+        before = stream.run(index, first)
         handle = module.register_forward_hook(disturb)
         try:
-            after = stream.run(index, hidden)
+            after = stream.run(index, first)
         finally:
             handle.remove()
     if len(noise) != 1 or noise[0].shape != before.shape:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from tensorfold.algebra.packed import Packed
 from tensorfold.anatomy import blocks
+from tensorfold.block_calls import forward_replaced
 from tensorfold.errors import InputError
 from tensorfold.finite import why_not_finite
 from tensorfold.tokens import begin, check_ids
@@ -104,14 +105,8 @@ def _recomputing(model: PreTrainedModel) -> Iterator[None]:
         chain = list(blocks(model)[1])
     except InputError:
         chain = []
-    own = [block.__dict__.get("forward") for block in chain]
-    try:
+    with ExitStack() as replaced:
         for block in chain:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            recomputed = partial(checkpoint, block.forward, use_reentrant=False)
+            replaced.enter_context(forward_replaced(block, recomputed))
         yield
-    finally:
-        for block, forward in zip(chain, own, strict=True):
-            if forward is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.forward = forward

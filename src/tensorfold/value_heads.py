@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from tensorfold.algebra.smaller_heads import HeadBasis, Known, PairCurves, shrunken_heads
 from tensorfold.algebra.statistics import Means, Statistics
 from tensorfold.anatomy import Matrix, dense_weight
+from tensorfold.block_calls import input_of
 from tensorfold.calibrate import BlockStream
 
 _EXACT, _ROUNDED = 1e-3, 0.05  # of what the change of one side alone does, in fp32 and in less
@@ -96,7 +97,7 @@ def value_heads(stream: BlockStream, index: int, matrices: Mapping[str, Matrix])
     if not isinstance(heads, int) or heads < 1:
         return None
     for pair in _candidates(attention, heads):
-        if _cancels(lambda: stream.run(index, stream.hidden[:1]), [pair]):
+        if _cancels(lambda: stream.run(index, slice(0, 1)), [pair]):
             return pair
     return None
 
@@ -140,7 +141,7 @@ def _cancels(run: Callable[[], Tensor], pairs: Sequence[ValueHeads]) -> bool:
             hooks.callback(pair.values.module.register_forward_hook(partial(_turn_output, turn)).remove)
         alone = run().float() - before
         for module, inverse in back:
-            hooks.callback(module.register_forward_pre_hook(partial(_turn_input, inverse)).remove)
+            hooks.callback(module.register_forward_pre_hook(partial(_turn_input, inverse), with_kwargs=True).remove)
         both = run().float() - before
     exact = all(pair.outputs.parameter.dtype in (torch.float32, torch.float64) for pair in pairs)
     return bool(both.norm() < (_EXACT if exact else _ROUNDED) * alone.norm())
@@ -160,8 +161,8 @@ def _turn_output(turn: Tensor, _: nn.Module, __: Any, output: Tensor) -> Tensor:
     return _by_head(output, turn)
 
 
-def _turn_input(turn: Tensor, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (_by_head(args[0], turn), *args[1:])
+def _turn_input(turn: Tensor, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    return (_by_head(input_of(args, kwargs), turn),), {}
 
 
 def _by_head(x: Tensor, turns: Tensor) -> Tensor:

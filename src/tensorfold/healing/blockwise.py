@@ -176,7 +176,7 @@ class _Pair:
         self, student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, settings: HealSettings
     ) -> None:
         allocate = ActivationStore(settings.activations_mb)
-        self.student = BlockStream(student, windows, allocate)
+        self.student = BlockStream(student, windows, allocate, settings.blockwise_batch)
         self.teacher = BlockStream(teacher, windows, allocate)
         self._dtype = torch.bfloat16 if settings.precision == "bf16" else None
         self.floor = 0.0
@@ -196,12 +196,12 @@ class _Pair:
         """Loss of the block on the windows with the indices ``chosen``."""
         device = self.student.device
         with torch.autocast(device.type, self._dtype, enabled=self._dtype is not None):
-            output = self.student.run(self.index, self.student.hidden[chosen])
+            output = self.student.run(self.index, chosen)
         return relative_loss(output, self.teacher.hidden[chosen].to(device), self.floor)
 
     def loss_over(self, first: int) -> float:
         """Mean loss over the windows from ``first`` on."""
-        indices = torch.arange(first, len(self.student.hidden)).split(1)
+        indices = torch.arange(first, len(self.student.windows)).split(1)
         return sum(self.loss(chosen).item() for chosen in indices) / len(indices)
 
 

@@ -54,9 +54,9 @@ class MPOEmbedding(MPOModule):
         table.load_factors(factors)
         return table
 
-    def forward(self, index: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Integers of shape ``(...)`` → ``(..., width)``."""
-        return self.cores(self._rows, index)
+        return self.cores(self._rows, input)
 
     def _rows(self, index: Tensor) -> Tensor:
         dtype = self.cores[0].dtype

@@ -100,9 +100,9 @@ class GradedEmbedding(GradedModule):
         table.load_factors(graded_low_rank(weight.detach(), spec, importance, metric))
         return table
 
-    def forward(self, index: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Integers of shape ``(...)`` → ``(..., width)``."""
-        return self.cores(self._rows, index)
+        return self.cores(self._rows, input)
 
     def _rows(self, index: Tensor) -> Tensor:
         place = self.position[index.reshape(-1)]
@@ -158,9 +158,9 @@ class GradedHead(GradedModule):
         self.in_features, self.out_features = spec.width, spec.vocabulary
         self.bias = nn.Parameter(torch.zeros(spec.vocabulary, device=device, dtype=dtype)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Hidden states of shape ``(..., width)`` → logits ``(..., vocabulary)``."""
-        return self.cores(self._outputs, x)
+        return self.cores(self._outputs, input)
 
     def _outputs(self, x: Tensor) -> Tensor:
         if product_dtype(x) is torch.float16:

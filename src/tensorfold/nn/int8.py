@@ -83,9 +83,9 @@ class Int8Linear(nn.Module):
         codes, scale = quantize_rows(weight)
         return cls(codes, scale[:, 0], bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Shape ``(..., in_features)`` → ``(..., out_features)``."""
-        return int8_linear(x, self.codes, self.scale, self.bias)
+        return int8_linear(input, self.codes, self.scale, self.bias)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix, shape (out_features, in_features)."""
@@ -114,9 +114,9 @@ class Int8Embedding(nn.Module):
         codes, scale = quantize_rows(weight)
         return cls(codes, scale[:, 0], constant)
 
-    def forward(self, index: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Integers of shape ``(...)`` → ``(..., width)``."""
-        return _scaled(dequantize(self.codes[index], self.scale[index][..., None]), self.constant)
+        return _scaled(dequantize(self.codes[input], self.scale[input][..., None]), self.constant)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The table, shape (vocabulary, width)."""
@@ -191,9 +191,9 @@ class Int8Folded(nn.Module):
                 found[name] = self.others[key]
         return found
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As the folded module's."""
-        return self.codes(lambda: self.scales(lambda: self.others(self._outputs, x)))
+        return self.codes(lambda: self.scales(lambda: self.others(self._outputs, input)))
 
     def _outputs(self, x: Tensor) -> Tensor:
         folded = self._folded[0]

@@ -183,13 +183,13 @@ class MPOLinear(MPOModule):
                 layer.bias.copy_(bias)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Shape ``(..., in_features)`` → ``(..., out_features)``.
 
         Raises:
             InputError: ``way`` is none of those that there are.
         """
-        return self.cores(self._outputs, x)
+        return self.cores(self._outputs, input)
 
     def _outputs(self, x: Tensor) -> Tensor:
         cores = self.cores.tensors()

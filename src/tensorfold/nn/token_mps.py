@@ -104,9 +104,9 @@ class TokenMPSEmbedding(TokenMPSModule):
         table.load_factors(Factors(token_mps_svd(weight.detach(), spec)))
         return table
 
-    def forward(self, index: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Integers of shape ``(...)`` → ``(..., width)``."""
-        return self.cores(self._rows, index)
+        return self.cores(self._rows, input)
 
     def _rows(self, index: Tensor) -> Tensor:
         flat = index.reshape(-1)
@@ -181,9 +181,9 @@ class TokenMPSHead(TokenMPSModule):
     def out_features(self) -> int:
         return self.cores[0].shape[0]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Hidden states of shape ``(..., width)`` → logits ``(..., vocabulary)``."""
-        return self.cores(self._outputs, x)
+        return self.cores(self._outputs, input)
 
     def _outputs(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
