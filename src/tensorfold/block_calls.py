@@ -265,6 +265,6 @@ def _zeros(leaf: Any) -> Any:
 
 def _entries(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[tuple[int | str, Any], Any]:
     """What the mappings among a call's arguments hold, by argument and key."""
-    arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
-    mappings = {name: value for name, value in arguments.items() if isinstance(value, MutableMapping)}
-    return {(name, key): value for name, mapping in mappings.items() for key, value in mapping.items()}
+    arguments: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    mappings = [(name, value) for name, value in arguments if isinstance(value, MutableMapping)]
+    return {(name, key): value for name, mapping in mappings for key, value in mapping.items()}
