@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -170,7 +171,15 @@ def test_recipes_are_listed_with_their_headline(command):
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_parse_and_open_with_their_launch_command(command, name):
     content = command("recipes", name).out
-    assert "tensorfold fold" in content.partition("fold:")[0]
+    opening = content[: re.search(r"^\w", content, flags=re.M).start()]
+    assert re.search(rf"^#   tensorfold fold .*--recipe {name} --out \S+$", opening, flags=re.M)
+    measured = re.search(r"^#.*\bMeasured here\b(.*)", opening, flags=re.M | re.S)
+    assert measured, "what the recipe has been measured to give"
+    studies = Path(__file__).parent.parent / "studies"
+    logs = re.findall(r"studies/(\S+\.jsonl)", measured[1])
+    assert all((studies / log).is_file() for log in logs)
+    assert re.search(r"\d", measured[1] if logs else opening), "a figure"
+    assert logs or "parameter count" in measured[1], "the log that a figure is from"
     assert tensorfold.Recipe.load(name) == tensorfold.Recipe.load(name)
     assert tensorfold.Recipe.from_dict(yaml.safe_load(content)).fold == tensorfold.Recipe.load(name).fold
 
