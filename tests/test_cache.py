@@ -10,8 +10,6 @@ from tensorfold import cache
 from tensorfold.cache import atomic_directory, cache_directory, write_file
 from tensorfold.errors import InputError, TensorfoldError
 
-needs_locks = pytest.mark.skipif(cache.fcntl is None, reason="stale temporaries are only cleared where flock exists")
-
 
 def names(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir())
@@ -170,7 +168,6 @@ def _killed(target, step):
     assert process.exitcode == -signal.SIGKILL
 
 
-@needs_locks
 def test_leftover_of_a_killed_process_is_cleared(tmp_path):
     target = tmp_path / "model"
     with atomic_directory(tmp_path / "model.v2") as other:  # alive, and of another target
@@ -186,7 +183,6 @@ def test_leftover_of_a_killed_process_is_cleared(tmp_path):
     assert names(target) == ["whole"]
 
 
-@needs_locks
 def test_only_its_own_target_restores_a_replaced_directory(tmp_path):
     write(tmp_path / "model.v2", "old")
     _killed(tmp_path / "model.v2", "swapping")
@@ -196,7 +192,6 @@ def test_only_its_own_target_restores_a_replaced_directory(tmp_path):
     assert names(tmp_path / "model.v2") == ["old"]
 
 
-@needs_locks
 @pytest.mark.parametrize(("step", "survivor"), [("swapping", "old"), ("clearing", "new")])
 def test_kill_while_replacing_loses_nothing(tmp_path, step, survivor):
     target = tmp_path / "model"
@@ -217,7 +212,6 @@ def _race(target, barrier, mark):
         barrier.wait()
 
 
-@needs_locks
 def test_racing_processes_leave_one_whole_result(tmp_path):
     target, context = tmp_path / "model", multiprocessing.get_context("fork")
     barrier = context.Barrier(4)
@@ -263,7 +257,6 @@ def test_only_a_file_is_replaced_by_a_file(tmp_path):
     assert names(tmp_path) == ["directory", "file", "pipe"]
 
 
-@needs_locks
 def test_what_a_killed_writer_of_the_same_file_left_is_cleared(tmp_path):
     (tmp_path / ".report.html.0123abcd.partial").write_text("half")
     (tmp_path / ".other.html.0123abcd.partial").write_text("half")

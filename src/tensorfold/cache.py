@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import os
 import re
@@ -13,11 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
-
-try:
-    import fcntl
-except ImportError:  # Windows: stale temporaries cannot be told from live ones, so they are left alone
-    fcntl = None  # type: ignore[assignment]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_FOR_TORCH = "unexpected pos"  # what torch.save says of a write that was cut short; nothing else makes it say so
@@ -252,8 +248,6 @@ def _try_lock(path: Path) -> int | None:
     Raises:
         BlockingIOError: Another process holds the lock.
     """
-    if fcntl is None:
-        return None
     descriptor = None
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -324,8 +318,6 @@ def _move_into_place(temporary: Path, target: Path, replace: bool, keep_existing
         _swap(temporary, target)
     else:
         try:
-            if os.name == "nt" and target.is_dir() and not _is_occupied(target):
-                target.rmdir()  # POSIX renames over an empty directory, Windows does not
             temporary.rename(target)
         except OSError as error:
             pass_on_memory(error)
@@ -371,7 +363,7 @@ def _flush(directory: Path) -> None:
 
 def _flush_entry(path: Path, required: bool = False) -> None:
     try:
-        descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

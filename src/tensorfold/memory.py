@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from contextlib import suppress
 
 from torch import Tensor
 
-_PAGE = 4096
+_PAGE = mmap.PAGESIZE
 _MADV_PAGEOUT = 21
 
 
@@ -34,8 +35,11 @@ def release_heap() -> None:
 
 
 def _is_file_mapped(address: int) -> bool:
-    """Whether an address is in the mapping of a file; lines of ``/proc/self/maps`` are ``start-end … path``."""
-    with open("/proc/self/maps") as maps:
+    """Whether an address is in the mapping of a file, as far as the system tells.
+
+    Lines of ``/proc/self/maps`` are ``start-end … path``.
+    """
+    with suppress(OSError), open("/proc/self/maps") as maps:
         for line in maps:
             fields = line.split(maxsplit=5)
             start, _, end = fields[0].partition("-")

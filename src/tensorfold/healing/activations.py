@@ -61,8 +61,7 @@ class ActivationStore:
                 ) from error
             raise
         finally:
-            if os.name != "nt":  # Windows refuses to remove a mapped file, so there it stays until it is cleared away
-                os.unlink(name)
+            os.unlink(name)  # the mapping lives on
         log.info("activations of %.0f MB are kept in a file at %s", size / 1e6, directory)
         return tensor
 
