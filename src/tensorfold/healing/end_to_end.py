@@ -222,7 +222,7 @@ class HealTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        with _tie_shown(self.model if self.is_fsdp_enabled else None):
+        with _as_accelerate_takes_it(self.model if self.is_fsdp_enabled else None):
             return super()._prepare_for_training(*args, **kwargs)
 
     def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, *rest: Any) -> tuple[int, int]:
@@ -369,20 +369,28 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _tie_shown(model: PreTrainedModel | None) -> Iterator[None]:
-    """Let accelerate see that a folded embedding and its head share their cores; it compares their ``weight``.
+def _as_accelerate_takes_it(model: PreTrainedModel | None) -> Iterator[None]:
+    """Let accelerate shard whole blocks, and see that a folded embedding and its head share their cores.
 
-    It would shard the two apart otherwise, which FSDP2 refuses.
+    It wraps what a device map may not part, which folded modules are too, and compares ``weight`` to find ties. It
+    would shard the two ends apart otherwise, which FSDP2 refuses.
     """
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()] if model is not None else []
-    shown = all(isinstance(end, FoldedModule) for end in ends) and ends and ends[0].cores[0] is ends[1].cores[0]
+    if model is None:
+        yield
+        return
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tied = all(isinstance(end, FoldedModule) for end in ends) and ends[0].cores[0] is ends[1].cores[0]
+    whole = model._no_split_modules
+    folded = {type(module).__name__ for module in model.modules() if isinstance(module, FoldedModule)}
     try:
-        if shown:
+        model._no_split_modules = set(whole or ()) - folded
+        if tied:
             for end in ends:
                 end.__dict__["weight"] = ends[0].cores[0]
         yield
     finally:
-        if shown:
+        model._no_split_modules = whole
+        if tied:
             for end in ends:
                 end.__dict__.pop("weight", None)
 
