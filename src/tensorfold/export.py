@@ -19,6 +19,7 @@ from tensorfold.anatomy import count_parameters
 from tensorfold.cache import atomic_directory, check_target
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.evaluation_mode import evaluation_mode
+from tensorfold.hf.beside import carry_over
 from tensorfold.hf.int8 import quantize
 from tensorfold.hf.loading import load, reason
 from tensorfold.hf.plain import check_floating, plain_config, plain_model
@@ -138,7 +139,7 @@ def export_dense(
         plain.save_pretrained(partial)
         del plain  # two whole models at a time are enough
         text = _DENSE_README.format(name=name, parameters=parameters, version=_version())
-        _write_beside(partial, tokenizer, text)
+        _write_beside(partial, model, tokenizer, text)
         # Products rounded to half precision differ by that rounding, for which there is no bound worth checking.
         allowed = TOLERANCE["dense"] if model.dtype == torch.float32 else math.inf
         difference = _difference("dense", load(partial), inputs, expected, allowed)
@@ -182,7 +183,7 @@ def export_onnx(
             plain_config(model).save_pretrained(partial)
             parameters = count_parameters(model)
             text = _ONNX_README.format(name=name, parameters=parameters, version=_version(), no_cache=NO_CACHE)
-            _write_beside(partial, tokenizer, text)
+            _write_beside(partial, model, tokenizer, text)
             difference, largest = compare(graph, model)
             _check("onnx", difference, TOLERANCE["onnx"] * max(1.0, largest))
             size = sum(file.stat().st_size for file in partial.glob("model.onnx*"))
@@ -210,7 +211,7 @@ def export_int8(
         with _directory(out) as partial:
             model.save_pretrained(partial)
             text = _INT8_README.format(name=name, before=bytes_before, version=_version())
-            _write_beside(partial, tokenizer, text)
+            _write_beside(partial, model, tokenizer, text)
             size = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
             difference = _difference("int8", load(partial), inputs, expected, math.inf)
     return ExportReport(
@@ -228,9 +229,10 @@ def _directory(out: str | Path) -> Iterator[Path]:
         raise TensorfoldError(f"{out}: could not be written: {reason(error)}; nothing was left of it.") from error
 
 
-def _write_beside(directory: Path, tokenizer: Any, readme: str) -> None:
+def _write_beside(directory: Path, model: PreTrainedModel, tokenizer: Any, readme: str) -> None:
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+    carry_over(model.config, directory)
     (directory / "README.md").write_text(readme, encoding="utf-8")
 
 

@@ -176,7 +176,7 @@ def fold_stream(stream: Stream, out: Path, tokenizer: Any, card: Card, progress:
             )
             if partial is not None:
                 save_configuration(model, partial)
-                save_beside(partial, tokenizer, card(report))
+                save_beside(partial, model.config, tokenizer, card(report))
     return report
 
 

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from tensorfold.anatomy import check_not_quantised, count_parameters, empty_model
 from tensorfold.cache import atomic_directory
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
+from tensorfold.hf.beside import carry_over
 from tensorfold.hf.int8 import install_int8
 from tensorfold.hf.quantizer import NAME, TensorfoldConfig
 from tensorfold.hf.swap import install
@@ -197,7 +198,7 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False, **place: A
 def save(
     model: PreTrainedModel, tokenizer: Any, path: str | Path, card: dict[str, Any], *, replace: bool = False
 ) -> None:
-    """Write model, tokenizer and a README that says how to load it; whole or not at all.
+    """Write model, tokenizer, what lay beside the weights, and a README that says how to load it; whole or not at all.
 
     Args:
         card: What the README reports; see :func:`tensorfold.report.model_card`. Also written as ``tensorfold.json``.
@@ -209,7 +210,7 @@ def save(
     """
     with new_directory(path, replace=replace) as partial:
         model.save_pretrained(partial)
-        save_beside(partial, tokenizer, with_notes(card, model))
+        save_beside(partial, model.config, tokenizer, with_notes(card, model))
 
 
 @contextmanager
@@ -223,10 +224,15 @@ def new_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         raise TensorfoldError(f"{path}: could not be written: {reason(error)}; nothing was left of it.") from error
 
 
-def save_beside(directory: Path, tokenizer: Any, card: dict[str, Any]) -> None:
-    """Write tokenizer, README and ``tensorfold.json`` to a directory with weights and configuration."""
+def save_beside(directory: Path, config: PreTrainedConfig, tokenizer: Any, card: dict[str, Any]) -> None:
+    """Write what goes with weights and configuration: tokenizer, README, ``tensorfold.json``, and what came with them.
+
+    Args:
+        config: Of the model whose weights the directory holds; see :func:`tensorfold.hf.beside.carry_over`.
+    """
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+    carry_over(config, directory)
     (directory / "README.md").write_text(model_card(card), encoding="utf-8")
     (directory / "tensorfold.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 

@@ -1,0 +1,98 @@
+"""Files beside a model's weights, which go wherever the model goes: processors, vocabularies, licences, code.
+
+transformers writes weights, configurations and tokenizer; all else would be lost with every directory that is written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedConfig
+
+log = logging.getLogger(__name__)
+
+_CARRIED = (
+    "*processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "generation_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "COPYING*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def carry_over(config: PreTrainedConfig, directory: Path) -> None:
+    """Copy what lies beside the model that ``config`` was read from into ``directory``, where it is not there yet.
+
+    Custom code that ``auto_map`` names comes along, since the new directory would not load without it; where it cannot
+    be found, the map goes, and the model loads as transformers' own class of its type.
+
+    Args:
+        config: Of a model that was loaded from a directory or the hub; nothing is copied for one that was not.
+        directory: A directory with a ``config.json``, as ``save_pretrained`` wrote it.
+    """
+    source = _source(config)
+    for file in _files(source, _CARRIED) if source is not None else ():
+        _copy(file, directory / file.relative_to(source))  # type: ignore[arg-type]
+    _carry_code(source, directory)
+
+
+def _carry_code(source: Path | None, directory: Path) -> None:
+    described = directory / "config.json"
+    data = json.loads(described.read_text(encoding="utf-8"))
+    classes = data.get("auto_map")
+    if not isinstance(classes, dict):
+        return
+    named = [name for value in classes.values() for name in (value if isinstance(value, list) else [value]) if name]
+    # "repository--module.Class" is code of another repository, which stays there.
+    modules = {name.rpartition(".")[0].replace(".", "/") + ".py" for name in named if "--" not in name}
+    if source is not None and all((source / module).is_file() for module in modules):
+        for file in _files(source, ("**/*.py",)) if modules else ():
+            _copy(file, directory / file.relative_to(source))
+        return
+    missing = sorted(module for module in modules if not (directory / module).is_file())
+    if missing:
+        log.warning("%s was not found beside the model, so auto_map is left out of config.json.", ", ".join(missing))
+        del data["auto_map"]
+        described.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _source(config: PreTrainedConfig) -> Path | None:
+    """The local directory that a configuration was read from; of a model of the hub, its files in the cache."""
+    name = config._name_or_path or ""
+    if not name or Path(name).is_dir():
+        return Path(name) if name else None
+    try:
+        revision = getattr(config, "_commit_hash", None)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*_CARRIED, "*.py"]))
+    except Exception as error:  # a name that is none, no network, no access: the weights are there all the same
+        log.warning("What lies beside %s's weights (licence, processors) is not copied: %s", name, error)
+        return None
+
+
+def _files(source: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    for pattern in patterns:
+        yield from (path for path in sorted(source.glob(pattern)) if path.is_file())
+
+
+def _copy(file: Path, target: Path) -> None:
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
