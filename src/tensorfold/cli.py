@@ -20,6 +20,7 @@ import typer
 import tensorfold
 from tensorfold.cli_bench import DtypeChoice, bench
 from tensorfold.cli_errors import can_be_put_right, check_encoding, explain, line
+from tensorfold.cli_eval import evaluate
 from tensorfold.cli_export import export
 from tensorfold.cli_heal import heal
 from tensorfold.cli_options import Command
@@ -180,56 +181,11 @@ def fold(
             typer.echo(f"written without a tokenizer: {absent}", err=True)
         result = {**report.to_dict(), "out": str(out)}
         _emit(as_json, result, lambda: f"{report}\nwritten to {out} in {report.seconds:.0f} s")
+        if recipe is not None and chosen.eval is not None:
+            typer.echo(f"how the recipe judges it: tensorfold eval {out} --recipe {recipe}", err=True)
 
 
-@app.command("eval", cls=Command)
-def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
-    text: Annotated[str | None, typer.Option("--text", help=TEXT_HELP)] = None,
-    protocol: Annotated[
-        str, typer.Option("--protocol", help="hf-1024, hf-512, krony, svd-llm, lambada, disjoint-N, or lm-eval.")
-    ] = "hf-1024",
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Use only the first this many.")] = None,
-    tasks: Annotated[
-        str | None, typer.Option("--tasks", help="Of lm-eval, comma-separated: wikitext, lambada_openai, …")
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option("--include-path", help="Of lm-eval: a directory with YAML files of further tasks.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Of lm-eval: documents of each task, at most.")] = None,
-    dtype: DtypeOption = None,
-    record: Annotated[
-        bool, typer.Option("--record", help="Note the result in the model's directory, for tensorfold report.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Measure perplexity and accuracy by a named protocol."""
-    from tensorfold.evaluation import check_judge
-    from tensorfold.evaluation import evaluate as measure
-    from tensorfold.hf.sources import find_model
-    from tensorfold.protocols import HARNESS
-    from tensorfold.records import check_recordable, record_evaluation
-
-    check_judge(protocol, text, tasks, include_path, limit, max_tokens)
-    if record:
-        check_recordable(model)
-    if protocol == HARNESS:
-        from tensorfold.harness import check_tasks
-
-        judge: dict[str, Any] = {"tasks": check_tasks((tasks or "").split(","), include_path, limit)}
-        judge.update(include_path=include_path, limit=limit)
-    else:
-        from tensorfold.texts import describe, load_text
-
-        judge = {"text": load_text(text or ""), "text_name": describe(text or ""), "max_tokens": max_tokens}
-    source = find_model(model)
-    loaded = source.model(None if dtype is None else dtype.value)
-    result = measure(loaded, source.tokenizer(), protocol=protocol, **judge)
-    if record:
-        record_evaluation(model, result.to_dict())
-    _emit(as_json, result.to_dict(), lambda: str(result))
-
-
+app.command("eval", cls=Command)(evaluate)
 app.command(cls=Command)(heal)
 app.command(cls=Command)(bench)
 app.command(cls=Command)(export)

@@ -76,6 +76,7 @@ def heal(
     from tensorfold.healing.run import heal as heal_model
     from tensorfold.hf.loading import load
     from tensorfold.hf.sources import find_model
+    from tensorfold.recipe import Recipe
 
     source = find_model(model)
     beside = source.path.rstrip("/") if Path(source.path).is_dir() else source.name.rpartition("/")[2]
@@ -97,6 +98,8 @@ def heal(
         started_from = stage
     if PartialState().is_main_process:
         typer.echo(json.dumps(report.to_dict()) if as_json else str(report))
+        if recipe is not None and Recipe.load(recipe).eval is not None:
+            typer.echo(f"how the recipe judges it: tensorfold eval {target} --recipe {recipe}", err=True)
 
 
 def _chosen(pairs: list[str], given: dict[str, Any]) -> dict[str, Any]:

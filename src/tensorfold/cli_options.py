@@ -56,6 +56,7 @@ NEEDS: Mapping[str, Needs] = {
     },
     "eval": {
         **_MODEL,
+        "recipe": ALWAYS,
         "protocol": ALWAYS,
         "record": ALWAYS,
         "dtype": ALWAYS,

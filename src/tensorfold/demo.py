@@ -19,9 +19,10 @@ from tensorfold.folding import fold
 from tensorfold.hf.loading import load, save
 from tensorfold.hf.sources import find_model
 from tensorfold.planning import plan
+from tensorfold.protocols import form_needed
 from tensorfold.recipe import Recipe
 from tensorfold.report import source_line
-from tensorfold.texts import describe, load_text
+from tensorfold.texts import describe, in_form, load_text
 
 PROMPT = "The most important thing about a good tool is"
 MAX_TOKENS = 16_384
@@ -46,10 +47,13 @@ def run_demo(out: Path) -> None:
     model = source.model()
     console.print(str(plan(model, recipe)), highlight=False, soft_wrap=True)
 
-    test, label = load_text(judge.text), describe(judge.text)
+    judged = in_form(judge.text, form_needed(judge.protocol))
+    test, label = load_text(judged), describe(judged)
 
     def measure(candidate: PreTrainedModel) -> Evaluation:
-        return evaluate(candidate, tokenizer, test, judge.protocol, max_tokens=MAX_TOKENS, text_name=label)
+        return evaluate(
+            candidate, tokenizer, test, judge.protocol, max_tokens=judge.max_tokens or MAX_TOKENS, text_name=label
+        )
 
     console.print(f"Measuring the dense model on {label} …")
     before, sentence_before = measure(model), _sentence(model, tokenizer)

@@ -26,6 +26,7 @@ from tensorfold.protocols import HARNESS, Score, Window, get_protocol
 from tensorfold.protocols import PROTOCOLS as PROTOCOLS  # of old a name of this module
 from tensorfold.seen_text import overlaps, sentence
 from tensorfold.strict import check_types
+from tensorfold.text_forms import form_of
 from tensorfold.tokens import Encoder, check_ids
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Evaluation:
         prefix: Token ids that the tokenizer puts before a document, with which every window begins.
         seen: Texts that had a say in the model and are in this one: ``purpose`` (``calibration``, ``training``, or
             ``selection`` of a checkpoint), ``text``, and the ``share`` in common. Empty where none is known.
+        form: Of a text of wikitext's kind, ``raw`` or ``non-raw``, as found in it; see :mod:`tensorfold.text_forms`.
     """
 
     perplexity: float
@@ -68,6 +70,7 @@ class Evaluation:
     window: int | None = None
     prefix: tuple[int, ...] = ()
     seen: list[dict[str, Any]] = field(default_factory=list)
+    form: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prefix", tuple(self.prefix))  # JSON gives a list
@@ -78,10 +81,11 @@ class Evaluation:
 
     def __str__(self) -> str:
         perplexity = f"{self.perplexity:.2f}" if self.perplexity < 1e5 else f"{self.perplexity:.2e}"
+        form = f", {self.form}" if self.form else ""
         start = f", windows begin with token {' '.join(map(str, self.prefix))}" if self.prefix else ""
         line = (
             f"perplexity {perplexity}, accuracy {self.accuracy:.2%} "
-            f"({self.protocol}{start}, {self.text}, {self.tokens:,} tokens, {self.parameters:,} parameters)"
+            f"({self.protocol}{start}, {self.text}{form}, {self.tokens:,} tokens, {self.parameters:,} parameters)"
         )
         return "\n".join([line, *map(sentence, self.seen)])
 
@@ -194,6 +198,7 @@ def evaluate(
         window=rule.context,
         prefix=encoder.prefix,
         seen=overlaps(model, (window.ids[len(encoder.prefix) :].numpy() for window in windows)),
+        form=form_of(documents),
     )
 
 

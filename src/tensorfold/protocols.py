@@ -75,6 +75,7 @@ class WindowProtocol:
         stride: Tokens from the start of one window to the next.
         mean_of_windows: Average the windows' means, not the tokens: a short tail then weighs as much as a full window.
         drop_tail: Leave out the last window where it is not full.
+        form: Of wikitext, the form that the protocol is defined on, ``raw`` or ``non-raw``; None for any.
     """
 
     name: str
@@ -82,6 +83,7 @@ class WindowProtocol:
     stride: int
     mean_of_windows: bool = False
     drop_tail: bool = False
+    form: str | None = None
 
     @property
     def context(self) -> int | None:
@@ -180,11 +182,16 @@ PROTOCOLS: dict[str, Protocol] = {
     for protocol in (
         WindowProtocol("hf-1024", length=1024, stride=1024),
         WindowProtocol("hf-512", length=1024, stride=512),
-        WindowProtocol("krony", length=1024, stride=1024, mean_of_windows=True),
+        WindowProtocol("krony", length=1024, stride=1024, mean_of_windows=True, form="non-raw"),
         WindowProtocol("svd-llm", length=2048, stride=2048, drop_tail=True),
         LastWordProtocol("lambada"),
     )
 }
+
+
+def form_needed(name: str) -> str | None:
+    """The form of wikitext that a protocol is defined on, None for any."""
+    return None if name == HARNESS else getattr(get_protocol(name), "form", None)
 
 
 def get_protocol(name: str) -> Protocol:

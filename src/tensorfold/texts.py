@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tensorfold.errors import InputError, pass_on_memory
+from tensorfold.text_forms import FORMS, form_of, other_names
 
 DATA_VARIABLE = "TENSORFOLD_DATA"
 
@@ -59,6 +60,10 @@ _WIKITEXT_SPLITS = ("train", "validation", "test")
 HUB_DATASETS = {
     "wikitext-2": HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", _WIKITEXT_SPLITS, rows_are_lines=True),
     "wikitext-103": HubDataset("Salesforce/wikitext", "wikitext-103-raw-v1", _WIKITEXT_SPLITS, rows_are_lines=True),
+    "wikitext-2-raw-v1": HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", _WIKITEXT_SPLITS, rows_are_lines=True),
+    "wikitext-103-raw-v1": HubDataset(
+        "Salesforce/wikitext", "wikitext-103-raw-v1", _WIKITEXT_SPLITS, rows_are_lines=True
+    ),
     # The non-raw form (``<unk>``, `` @-@ ``) that the ``krony`` protocol asks for.
     "wikitext-2-v1": HubDataset("Salesforce/wikitext", "wikitext-2-v1", _WIKITEXT_SPLITS, rows_are_lines=True),
     "wikitext-103-v1": HubDataset("Salesforce/wikitext", "wikitext-103-v1", _WIKITEXT_SPLITS, rows_are_lines=True),
@@ -109,6 +114,23 @@ def load_text(source: str, *, split: str = "test", min_characters: int = 1) -> l
             f"give another text, or lower min_characters"
         )
     return documents
+
+
+def in_form(source: str, form: str | None, split: str = "test") -> str:
+    """The name of a text in the form that is needed, where it is known by a name that leaves the form open.
+
+    A local file of another form is taken before the hub's of the right one; :func:`form_of` tells them apart.
+    """
+    if form is None or os.path.exists(source):
+        return source
+    name, split = _name_and_split(source, _CANONICAL_SPLIT.get(split, split))
+    if name not in FORMS:
+        return source
+    exact = f"{FORMS[name][form]}-{split}"
+    root = _data_directory()
+    if root is None or _find_local(exact, FORMS[name][form], split) or not _find_local(source, name, split):
+        return exact
+    return source
 
 
 def describe(source: str, split: str = "test") -> str:
@@ -167,8 +189,17 @@ def _find_local(source: str, name: str, split: str) -> Located | None:
         path = _text_file(root, stem)
         if path is not None:
             return Located(label, name, split, (path,))
+    for other, form in other_names(name, split):
+        for alias in _SPLITS[split]:
+            path = _text_file(root, f"{other}-{alias}")
+            if path is not None and (form is None or _form_of_file(path) == form):
+                return Located(f"{name}-{split} ({path.name})", name, split, (path,))
     folder = root / source
     return Located(source, name, split, _files_below(folder)) if folder.is_dir() else None
+
+
+def _form_of_file(path: Path) -> str | None:
+    return form_of([part for document in file_documents(path) for part in document])
 
 
 def _text_file(root: Path, stem: str) -> Path | None:
