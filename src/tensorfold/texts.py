@@ -1,7 +1,8 @@
 """From the name of a text to its documents: files, directories, named data sets, Python's own documentation.
 
 A named text is looked for in this order: a path on disk; ``python-docs``; ``$TENSORFOLD_DATA/NAME-SPLIT.*``, then
-``$TENSORFOLD_DATA/NAME.*`` and ``$TENSORFOLD_DATA/NAME/``; the Hugging Face hub, through ``datasets``.
+``$TENSORFOLD_DATA/NAME.*``; of wikitext, a file under another of its names, see ``text_forms``;
+``$TENSORFOLD_DATA/NAME/``; the Hugging Face hub, through ``datasets``.
 """
 
 from __future__ import annotations
