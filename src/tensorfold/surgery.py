@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tensorfold.anatomy import Matrix, blocks, dense_weight, is_plain_linear, matrices
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, pass_on_memory
 from tensorfold.nn import StackedLinear
 
 _LAYER_INDEX = re.compile(r"layer_?(idx|id|index|number)$")
@@ -54,23 +54,26 @@ def untie_head(model: PreTrainedModel) -> Matrix | None:
 
 
 def fewer_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
-    """A copy of ``config`` with only the given layers, in the given order.
+    """A copy of ``config`` with only the given layers, in the given order; of a model of text and images, text layers.
 
     Raises:
         InputError: An index is out of range or repeated.
     """
-    total = config.num_hidden_layers
+    out = copy.deepcopy(config)
+    text = out.get_text_config(decoder=True)
+    total = getattr(text, "num_hidden_layers", None)
+    if not isinstance(total, int):
+        raise InputError(f"layers: {type(text).__name__} has no num_hidden_layers; its layers cannot be dropped.")
     if not layers or len(set(layers)) != len(layers) or not all(0 <= index < total for index in layers):
         raise InputError(f"layers: got {list(layers)}; needed different indices from 0 to {total - 1}.")
-    out = copy.deepcopy(config)
-    for name, value in vars(config).items():
+    for name, value in list(vars(text).items()):
         # Per-layer settings (Gemma's layer_types, SmolLM3's no_rope_layers) follow their layers.
         per_layer = isinstance(value, list | tuple) and len(value) == total and name != "architectures"
         if per_layer and not name.endswith("token_id"):
-            setattr(out, name, type(value)(value[index] for index in layers))
-    out.num_hidden_layers = len(layers)
-    if hasattr(out, "attention_types"):
-        raise InputError(f"layers: {type(config).__name__} gives its layers' kinds in a form that cannot be cut short.")
+            setattr(text, name, type(value)(value[index] for index in layers))
+    text.num_hidden_layers = len(layers)
+    if hasattr(text, "attention_types"):
+        raise InputError(f"layers: {type(text).__name__} gives its layers' kinds in a form that cannot be cut short.")
     return out
 
 
@@ -78,18 +81,63 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     """Keep only the given blocks, in place: DistilGPT2's way of being small (0, 2, 4, 7, 9, 11 of GPT-2's twelve).
 
     Raises:
-        InputError: An index is out of range or repeated, or the model has no list of blocks.
+        InputError: An index is out of range or repeated, or the model has no list of blocks, or its configuration
+            describes another model than the one with these blocks. Nothing is changed then.
     """
     config = fewer_layers(model.config, layers)
     name, chain = blocks(model)
+    _check_described(model, config, name, len(chain), layers)
     kept = nn.ModuleList(chain[index] for index in layers)
     for position, block in enumerate(kept):
         for module in block.modules():
             for attribute in [key for key in vars(module) if _LAYER_INDEX.search(key)]:
                 setattr(module, attribute, position)
+    owners = [model, *(model.get_submodule(name[:end]) for end in range(len(name)) if name[end] == ".")]
     model.set_submodule(name, kept)
-    for key, value in vars(config).items():
-        setattr(model.config, key, value)
+    # The model around the text model has the latter's settings in a part of its own, the same object or a copy.
+    texts = {id(t): t for each in owners if isinstance(each, PreTrainedModel) for t in [_text_config(each)]}
+    for key, value in vars(config.get_text_config(decoder=True)).items():
+        for text in texts.values():
+            if getattr(text, key, None) != value:
+                setattr(text, key, value)
+
+
+def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    return model.config.get_text_config(decoder=True)
+
+
+def _check_described(
+    model: PreTrainedModel, config: PreTrainedConfig, name: str, total: int, layers: Sequence[int]
+) -> None:
+    """Raise :class:`InputError` unless ``config`` is that of the model with these blocks: names and shapes of weights.
+
+    Some settings count layers in ways of their own: where cross-attention is, or which layers share keys and values.
+    """
+    place = {f"{name}.{old}.": f"{name}.{new}." for new, old in enumerate(layers)}
+    wanted = {}
+    for key, tensor in model.state_dict().items():
+        if not key.startswith(f"{name}."):
+            wanted[key] = tensor.shape
+            continue
+        block = f"{name}.{key.removeprefix(f'{name}.').partition('.')[0]}."
+        if block in place:
+            wanted[place[block] + key.removeprefix(block)] = tensor.shape
+    try:
+        with torch.device("meta"):
+            found = {key: tensor.shape for key, tensor in type(model)(copy.deepcopy(config)).state_dict().items()}
+    # Every architecture fails in its own way.
+    except Exception as error:
+        pass_on_memory(error)
+        raise InputError(
+            f"layers: {type(model).__name__} cannot be built with layers {list(layers)} of its {total} "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); keep all layers, or others."
+        ) from error
+    wrong = next((key for key in {**wanted, **found} if wanted.get(key) != found.get(key)), None)
+    if wrong is not None:
+        raise InputError(
+            f"layers: with layers {list(layers)} of its {total}, the configuration of {type(model).__name__} describes "
+            f"another {wrong} than the one there is; keep all layers, or others."
+        )
 
 
 def split_linear(model: PreTrainedModel, name: str, parts: int | Sequence[int]) -> list[str]:
