@@ -83,12 +83,12 @@ def test_gradients_that_overflow(tiny):
         gradient_moments(model, torch.arange(3, 19)[None], {"down": layer})
 
 
-@pytest.mark.parametrize("stages", [{"steps": 1, "kl": 1.0}, {"steps": 0, "blockwise_tokens": 64}])
+@pytest.mark.parametrize("stages", [{"steps": 1, "kl": 1.0, "batch": 2}, {"steps": 0, "blockwise_tokens": 64}])
 def test_a_teacher_that_overflows(tiny, large, tokenizer, prose, stages):
     student = tiny("llama")
     fold(student, Recipe.from_dict({"fold": [METHODS["low-rank"]]}))
     with pytest.raises(TensorfoldError, match=OVERFLOW):
-        heal(student, [prose], large(), tokenizer=tokenizer, block=16, batch=2, validation_fraction=0.0, **stages)
+        heal(student, [prose], large(), tokenizer=tokenizer, block=16, validation_fraction=0.0, **stages)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -231,14 +231,12 @@ def test_the_key_of_a_cache_follows_the_prefix(text_file, tmp_path):
     assert none.key == TokenCache.build(text_file, Slow(), 16, cache_dir=tmp_path).key
 
 
-@pytest.mark.parametrize("stages", [{"steps": 2}, {"steps": 0, "blockwise_tokens": 64}])
+@pytest.mark.parametrize("stages", [{"steps": 2, "batch": 2}, {"steps": 0, "blockwise_tokens": 64}])
 def test_healing_trains_and_judges_on_windows_that_begin_with_it(tiny, tokenizers, text_file, fed, stages):
     dense, student = tiny("llama"), tiny("llama")
     fold(student, MLP)
     rows = fed(student)
-    report = heal(
-        student, text_file, dense, tokenizer=tokenizers["two"], block=16, batch=2, validation_fraction=0.1, **stages
-    )
+    report = heal(student, text_file, dense, tokenizer=tokenizers["two"], block=16, validation_fraction=0.1, **stages)
     assert rows
     assert all(row[:2] == [0, 1] and len(row) == 16 for row in rows)
     assert (report.window, report.prefix) == (16, (0, 1))

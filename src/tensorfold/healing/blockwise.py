@@ -282,7 +282,10 @@ def _train(
 
 
 def _cosine(step: int, steps: int) -> float:
-    """From 1 at step 0 to 0 at ``steps``; the first few steps are smaller, while Adam's averages are few."""
+    """Share of the peak learning rate at a step: a cosine from 1 to 0, times a rise from 0.1 to 1 over the first ten.
+
+    The rise is for Adam, whose averages are few at first.
+    """
     return min(1.0, (step + 1) / _WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 

@@ -26,7 +26,10 @@ _BATCH = 1 << 20  # characters tokenised at a time: about 250 thousand tokens
 
 @dataclass(frozen=True)
 class Encoder:
-    """From pieces of text to token ids, with a separator after every document."""
+    """From pieces of text to token ids, with a separator after every document and nothing before it.
+
+    What the tokenizer puts before a document belongs to the blocks that are cut from the stream, not to the stream.
+    """
 
     tokenizer: Any
     separator: tuple[int, ...]
@@ -60,7 +63,10 @@ class Encoder:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash of everything in a tokenizer that decides which ids a text gets."""
+    """Hash of what decides which ids a text gets: the backend's state, or for one without, its class and vocabulary.
+
+    The settings of a tokenizer in Python are not in it, but for its separator and how it splits special tokens.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         state = json.loads(backend.to_str())
