@@ -13,6 +13,9 @@ from transformers import (
     HrmTextConfig,
     JambaConfig,
     LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
     OpenAIGPTConfig,
     XLMConfig,
     XLNetConfig,
@@ -206,3 +209,35 @@ def test_folded_layers_take_their_input_by_name(tiny):
     up, table = model.model.layers[0].mlp.up_proj, model.model.embed_tokens
     assert torch.equal(up(input=x), up(x))
     assert torch.equal(table(input=ids), table(ids))
+
+
+@pytest.fixture
+def headless(tiny):
+    """A body without a head, and a classifier: neither has a loss of the text."""
+    config = tiny("llama").config
+    torch.manual_seed(0)
+    return {
+        "body": LlamaModel(config).eval(),
+        "classifier": LlamaForSequenceClassification(config).eval(),
+        "tagger": LlamaForTokenClassification(config).eval(),
+    }
+
+
+@pytest.mark.parametrize("kind", ["body", "classifier", "tagger"])
+def test_models_without_a_language_models_head_are_calibrated(headless, kind, tokenizer, prose):
+    report = tensorfold.fold(headless[kind], LowRank(keep=0.5), tokenizer, [prose], calibration_tokens=300)
+    assert set(report.metrics.values()) == {"activation"}
+
+
+@pytest.mark.parametrize("kind", ["body", "classifier", "tagger"])
+@pytest.mark.parametrize("targets", ["mlp", "embedding"])
+def test_what_needs_the_texts_loss_is_refused_before_anything_changes(headless, kind, targets, tokenizer, prose):
+    model = headless[kind]
+    names = [name for name, _ in model.named_parameters()]
+    method = {"mlp": Auto(keep=0.5, effort="low"), "embedding": Graded(keep=0.5)}[targets]
+    with pytest.raises(InputError, match="needed a causal language model"):
+        tensorfold.fold(
+            model, Recipe((Rule(targets, method),), layers=(1,)), tokenizer, [prose], calibration_tokens=300
+        )
+    assert [name for name, _ in model.named_parameters()] == names
+    assert model.config.num_hidden_layers == 2

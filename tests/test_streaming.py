@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tensorfold
 from tensorfold import Graded, InputError, Kronecker, LowRank, Recipe, Rule, TokenMPS
+from tensorfold.hf import stored
 from tensorfold.hf.loading import save
 from tensorfold.hf.shards import ShardWriter
 from tensorfold.hf.sources import find_model
@@ -285,3 +287,27 @@ def test_the_model_is_never_in_memory(checkpoint, tmp_path):
         file.write("5")  # the peak starts again from here
     fold_stream(stream, tmp_path / "out", None, lambda report: model_facts(find_model(str(path)), "own", report))
     assert resident("VmHWM") - before < table
+
+
+def test_planning_reads_headers_alone(dense_directory, monkeypatch):
+    class Headers:
+        """A file whose tensors cannot be read."""
+
+        def __init__(self, *given, **options):
+            self.file = safe_open(*given, **options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def keys(self):
+            return self.file.keys()
+
+        def get_slice(self, name):
+            return self.file.get_slice(name)
+
+    monkeypatch.setattr(stored, "safe_open", Headers)
+    found = find_stored(str(dense_directory))
+    assert found.files.keys() == {name for name in load_file(dense_directory / "model.safetensors")}

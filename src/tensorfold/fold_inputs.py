@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tensorfold.anatomy import context_length, matrices
-from tensorfold.budgets import check_budgets
+from tensorfold.anatomy import Matrix, context_length, matrices
+from tensorfold.budgets import check_budgets, searched
 from tensorfold.calibrate import calibration_windows, token_counts
 from tensorfold.errors import InputError
+from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.fingerprints import describe_configuration, hash_tensor, saved_tensors
+from tensorfold.gradients import next_token_logits
 from tensorfold.hf.swap import scale_of
 from tensorfold.method import Use, check_use
 from tensorfold.methods import Method
@@ -88,6 +90,7 @@ def checked_plan(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> Pl
     if calibrated:
         check_text_used(model, recipe, planned)
         check_budgets(model, planned)
+        _check_loss(model, planned, available)
     chosen = available if recipe.changes_modules else {name: available[name] for name in planned.modules}
     for matrix in chosen.values():
         if matrix.parameter.is_meta:
@@ -97,6 +100,14 @@ def checked_plan(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> Pl
         if matrix.kind == "embedding" and matrix.name in planned.modules:
             scale_of(matrix)
     return planned
+
+
+def _check_loss(model: PreTrainedModel, planned: Plan, available: Mapping[str, Matrix]) -> None:
+    """Raise :class:`InputError` if the plan needs gradients of the text's loss and the model has no such loss."""
+    tables = [n for n, method in planned.methods.items() if n in available and available[n].group == "embedding"]
+    if searched(model, planned) or any(planned.methods[name].fits_text for name in tables):
+        with evaluation_mode(model), torch.no_grad():
+            next_token_logits(model, torch.zeros(1, 2, dtype=torch.long, device=model.device))
 
 
 def check_uses(model: PreTrainedModel, recipe: Recipe, planned: Plan, calibrated: bool) -> None:

@@ -76,13 +76,32 @@ def gradient_moments(
             hooks.callback(module.register_forward_hook(watch(name)).remove)
         hooks.enter_context(_recomputing(model))
         for piece in pieces:
-            logits = model(piece[None], use_cache=False).logits
+            logits = next_token_logits(model, piece[None])
             logits.backward(_gradient_at(logits, piece, prefix))
     for name, moment in sums.items():
         if not torch.isfinite(moment.values).all():
             raise InputError(f"{name}: the loss's gradients there hold NaN or infinity; {why_not_finite(model)}.")
         moment.divide(sum(len(piece) for piece in pieces))
     return sums
+
+
+def next_token_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits (1, length, vocabulary) of tokens (1, length).
+
+    Raises:
+        InputError: The model has another head than a language model's, or none.
+    """
+    logits = getattr(model(ids, use_cache=False), "logits", None)
+    table = model.get_input_embeddings()
+    few = getattr(table, "num_embeddings", 0) // 2  # labels; Mllama's table has some rows more than its head
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape or logits.shape[-1] < few:
+        shown = "no logits" if not isinstance(logits, Tensor) else f"logits of shape {tuple(logits.shape)}"
+        raise InputError(
+            f"{type(model).__name__} gives {shown} for {ids.shape[-1]} tokens, so text has no loss to divide a budget "
+            "or fit a table by; needed a causal language model (AutoModelForCausalLM). Fold that one, take a method "
+            "with a rank or keep of its own such as low-rank, or fold without calibration text."
+        )
+    return logits
 
 
 @torch.no_grad()

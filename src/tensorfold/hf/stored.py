@@ -19,6 +19,11 @@ from tensorfold.hf.loading import load_config, reason
 from tensorfold.hf.untrusted import check_files, shards
 
 _HALF = (torch.float16, torch.bfloat16)
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 class NotStoredError(InputError):
@@ -128,8 +133,8 @@ def _tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], torch.dt
         for file in files:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
-                    part = tensors.get_tensor(name)
-                    found[name] = file, tuple(part.shape), part.dtype
+                    part = tensors.get_slice(name)
+                    found[name] = file, tuple(part.get_shape()), _DTYPES[part.get_dtype()]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         pass_on_memory(error)
         raise NotStoredError(f"{directory}: no safetensors that can be read ({reason(error)}).") from error
