@@ -310,4 +310,4 @@ def test_planning_reads_headers_alone(dense_directory, monkeypatch):
 
     monkeypatch.setattr(stored, "safe_open", Headers)
     found = find_stored(str(dense_directory))
-    assert found.files.keys() == {name for name in load_file(dense_directory / "model.safetensors")}
+    assert found.files.keys() == set(load_file(dense_directory / "model.safetensors"))
