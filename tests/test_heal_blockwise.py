@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+import math
 
 import pytest
 import torch
@@ -55,6 +56,20 @@ def healed(folded, dense, windows):
     """An uninterrupted run: the model and its report. Not to be changed."""
     model = copy.deepcopy(folded)
     return model, heal_blocks(model, dense, windows, settings())
+
+
+def test_the_rate_rises_for_ten_steps_and_falls_to_nothing(folded, dense, windows):
+    rates = []
+    healing = settings(blockwise_batch=8, blockwise_epochs=4)
+    heal_blocks(
+        copy.deepcopy(folded), dense, windows, healing, on_step=lambda step: rates.append((step["block"], step["lr"]))
+    )
+    first = [rate / 3e-3 for block, rate in rates if block == 0]
+    steps = len(first)
+    assert steps == 24
+    assert first[0] == pytest.approx(0.1), "not 1"
+    expected = [min(1, (k + 1) / 10) * (1 + math.cos(math.pi * k / steps)) / 2 for k in range(steps)]
+    assert first == pytest.approx(expected)
 
 
 def errors_by_depth(student, teacher, windows):

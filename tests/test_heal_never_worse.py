@@ -15,6 +15,8 @@ from tensorfold.healing.run import heal
 FAST = {"steps": 6, "batch": 4, "block": 16, "validation_fraction": 0.1, "evaluate_every": 2, "schedule": "constant"}
 RUINOUS = {**FAST, "lr": 1.0}
 GENTLE = {**FAST, "lr": 1e-3}
+UNJUDGED = {key: value for key, value in RUINOUS.items() if key != "evaluate_every"}
+ONLY_BLOCKS = {"steps": 0, "block": 16, "validation_fraction": 0.1}
 BLOCKS = {"blockwise_tokens": 400, "blockwise_epochs": 2}
 
 
@@ -96,7 +98,7 @@ def test_steps_that_help_are_kept(call, judge, came_in):
 
 
 def test_without_a_validation_split_nothing_is_judged(call, came_in):
-    model, report = call(**{**RUINOUS, "validation_fraction": 0, "evaluate_every": None})
+    model, report = call(**{**UNJUDGED, "validation_fraction": 0})
     assert (report.helped, report.kept, report.step) == (None, "steps", 6)
     assert not equal(model, came_in)
 
@@ -111,7 +113,7 @@ def test_the_last_step_is_kept_where_it_is_asked_for_and_is_called_worse(call, c
 
 
 def test_blocks_that_harm_are_undone(call, came_in, hostile):
-    model, report = call(hostile, **{**FAST, "steps": 0}, **BLOCKS)
+    model, report = call(hostile, **ONLY_BLOCKS, **BLOCKS)
     assert any(block["healed"] for block in report.blockwise["blocks"]), "the test needs blocks that follow the teacher"
     assert_nothing_helped(report)
     assert equal(model, came_in)
@@ -179,6 +181,32 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(folded_directory, tokenizer
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) and after[name].dtype == dtype for name, tensor in before.items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_memory_that_runs_out_is_no_bad_input(
+    folded_directory, dense_directory, text_file, tmp_path, monkeypatch, command
+):
+    options = ["--train", text_file, "--teacher", dense_directory, "--steps", 1, "--batch", 4, "--block", 16]
+    out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def fail(*_, **__):
+        raise out_of_memory
+
+    for place, more in {
+        "tensorfold.healing.losses.HealLoss.__call__": [],
+        "tensorfold.healing.losses.HealLoss._give_attention": ["--set", "attention=1"],
+        "tensorfold.healing.run.HealTrainer.__init__": [],
+        "tensorfold.healing.end_to_end.save_file": [],
+        "tensorfold.healing.start.save_file": [],
+        "tensorfold.healing.blockwise.relative_loss": ["--blockwise-tokens", 200],
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(place, fail)
+            outcome = command("heal", folded_directory, *options, *more, "--out", tmp_path / "out")
+        assert outcome.status == 1, place
+        for word in ("memory", "--micro-batch", "--block", "blockwise_batch", "--blockwise-tokens"):
+            assert word in outcome.err, place
+    assert command("heal", folded_directory, *options, "--out", tmp_path / "out").status == 0
 
 
 def test_every_tensor_keeps_its_precision(folded_directory, tokenizer, text_file):

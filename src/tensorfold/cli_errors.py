@@ -10,7 +10,8 @@ _LONGEST = 1200  # characters of a message
 # By command: what takes less memory.
 _LESS_MEMORY = {
     "fold": "fold with fewer --tokens, a lower --effort or without --calibrate, or fold fewer --targets",
-    "heal": "lower --micro-batch or --block, or set precision=bf16 or gradient_checkpointing=true with --set",
+    "heal": "lower --micro-batch or --block, or set precision=bf16 or gradient_checkpointing=true with --set; block by "
+    "block, lower blockwise_batch, activations_mb or --blockwise-tokens",
     "eval": "take a protocol with shorter windows, such as disjoint-256",
     "bench": "lower --prefill or --tokens, give a narrower --dtype, or leave --against out",
     "export": "export --to dense, which needs least, or a smaller model",

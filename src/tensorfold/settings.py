@@ -86,7 +86,8 @@ class HealSettings:
         freeze_scalars: Leave the Kronecker terms' scalars as they are.
         precision: ``bf16`` is autocast over fp32 weights.
         validation_fraction: Part of the text's end that chooses the best checkpoint and is never trained on.
-        select: Whose weights are kept: of the ``best`` evaluation, or of the ``last`` step.
+        select: Whose weights are kept: of the ``best`` evaluation, that of what came in being the first, or of the
+            ``last`` step, though it be worse.
         patience: Stop after this many evaluations without improvement; None never stops.
         blockwise_tokens: Tokens on which each block is fitted to the dense model's; 0 for none.
         blockwise_epochs: Passes over them for each block.

@@ -98,9 +98,9 @@ def heal_blocks(
     Each block takes the healed student's activations and is trained towards the output of the teacher's block in the
     teacher's own stream, so it also makes up for what the blocks before it left wrong. The loss is
     :func:`relative_loss`; AdamW with ``betas``, ``weight_decay`` and a cosine from ``blockwise_lr`` to 0 over
-    ``blockwise_epochs`` passes, ``blockwise_batch`` windows a step, in an order that depends on ``seed`` and the block
-    alone. The last sixteenth of the windows, one at least, is not trained on: a block whose loss did not fall there
-    keeps the cores it came with.
+    ``blockwise_epochs`` passes, which the first ten steps rise to from a tenth of it; ``blockwise_batch`` windows a
+    step, in an order that depends on ``seed`` and the block alone. The last sixteenth of the windows, one at least, is
+    not trained on: a block whose loss did not fall there keeps the cores it came with.
 
     Memory beyond the two models: two activations a token (student's and teacher's; past ``activations_mb`` in mapped
     files), and for one block at a time its gradients, its optimiser state and the graph of one step.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensorfold.anatomy import blocks, matrices
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, pass_on_memory
 from tensorfold.finite import why_not_finite
 from tensorfold.healing.noise import Noise
 from tensorfold.settings import HealSettings
@@ -179,6 +179,7 @@ class HealLoss:
                     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
                     given = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
             except (ValueError, TypeError, NotImplementedError) as error:
+                pass_on_memory(error)
                 raise InputError(f"heal: {kind} has no eager attention ({error}); {needed}") from error
             if not given or any(each is None for each in given):
                 raise InputError(f"heal: {kind} does not return attention probabilities; {needed}")

@@ -71,6 +71,9 @@ def heal(
 ) -> HealReport:
     """Recover the quality of a folded model, in place: block by block if asked for, then end to end.
 
+    Unless ``select="last"`` asks for it, the result is never worse on the validation split than what came in, which is
+    given back where nothing was better; the report's ``kept`` and ``helped`` say so.
+
     With ``out`` the run can be killed at any moment: checkpoints, each whole and with its checksums, and the log are
     kept in the sibling directory ``OUT.heal``; the same call goes on from the last one, and ``OUT.heal`` disappears
     when ``OUT`` is there. Calling again after that returns the report of what ``OUT`` holds.
@@ -89,7 +92,9 @@ def heal(
 
     Raises:
         InputError: Models, text or settings cannot be used, or ``OUT.heal`` holds a run that was begun otherwise.
+            Nothing is left of what the call had written.
         TensorfoldError: The disk is full, or the loss became NaN; checkpoints are intact.
+        Exception: Any other; with all of them the model has the weights that it came with, unless it is sharded.
     """
     started = time.monotonic()
     if card is not None and out is None:
