@@ -42,7 +42,7 @@ def cache_directory(kind: str) -> Path:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether ``error``, or what it was raised from, is a full disk or an exhausted quota.
+    """Whether ``error``, or what it was raised from or while handling, is a full disk or an exhausted quota.
 
     Rust-backed writers (safetensors, tokenizers) raise exceptions of their own that carry only the system's words.
     """

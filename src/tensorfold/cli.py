@@ -53,7 +53,9 @@ Keep = Annotated[
 TargetsOption = Annotated[
     str | None,
     typer.Option(
-        "--targets", help="With --keep: mlp, attention, embedding, positions, all-linear, or suffixes, comma-separated."
+        "--targets",
+        help="With --keep, or plan --shapes: mlp, attention, embedding, positions, all-linear, or suffixes, "
+        "comma-separated. Default: mlp.",
     ),
 ]
 Untie = Annotated[
@@ -65,7 +67,8 @@ Untie = Annotated[
 EffortOption = Annotated[
     str | None,
     typer.Option(
-        "--effort", help="With --keep: low, medium or high, how long calibration text is looked at. Default: medium."
+        "--effort",
+        help="With --keep and --calibrate: low, medium or high, how long the text is looked at. Default: medium.",
     ),
 ]
 DtypeOption = Annotated[
@@ -130,13 +133,15 @@ def fold(
     calibrate: Annotated[
         str | None, typer.Option("--calibrate", help=f"{TEXT_HELP} Default: the recipe's; 'none' folds data-free.")
     ] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="How many tokens of it.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=2, help="How many tokens of it. Default: the recipe's, or 24,000.")
+    ] = None,
     dtype: DtypeOption = None,
     as_json: Json = False,
 ) -> None:
     """Fold a model and write the smaller one. Under torchrun, its processes divide the matrices among themselves.
 
-    A calibrated fold keeps what is done in OUT.fold until OUT is there; the same command goes on from it.
+    A calibrated fold by one process keeps what is done in OUT.fold until OUT is there; the same command goes on.
     """
     from tensorfold.cache import check_target, claimed
     from tensorfold.folding import FoldReport

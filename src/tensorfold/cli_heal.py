@@ -51,7 +51,7 @@ def heal(
         bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
     ] = False,
 ) -> None:
-    """Train a folded model until it is good again. Killed and started again, it goes on where it was."""
+    """Train a folded model to win quality back. Killed and started again, it goes on from its last checkpoint."""
     given = {
         "steps": steps,
         "lr": lr,

@@ -1,7 +1,8 @@
 """The exceptions this package raises on purpose.
 
 Every message says what was got, what was needed and what to do about it. The command line turns
-:class:`InputError` into exit status 2 and any other :class:`TensorfoldError` into exit status 1.
+:class:`InputError` and a full disk into exit status 2, and any other :class:`TensorfoldError` into exit status 1.
+A want of memory is passed on as it is, and ends with 1 too.
 """
 
 import errno

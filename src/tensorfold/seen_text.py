@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, pass_on_memory
 from tensorfold.records import CARD, read_object
 
 KEY = "seen_text"
@@ -106,7 +106,8 @@ def noted(model: Any) -> list[Seen]:
     """Texts noted with a model, and in the card of the directory that it was loaded from; each once."""
     try:
         card = read_object(Path(getattr(model, "name_or_path", "") or "/nowhere") / CARD) or {}
-    except (InputError, OSError, ValueError):
+    except (InputError, OSError, ValueError) as error:
+        pass_on_memory(error)
         card = {}
     return list(dict.fromkeys([*_of_card(card), *getattr(model, _ATTRIBUTE, ())]))
 

@@ -122,7 +122,7 @@ def model_facts(source: Source, recipe: str, report: FoldReport, calibration: st
 
 
 def plan_stream(source: Source, recipe: Recipe) -> Stream:
-    """Plan a data-free fold of a checkpoint from its configuration and the headers of its files.
+    """Plan a data-free fold of a checkpoint from its configuration, and the shapes and dtypes in its files.
 
     Raises:
         NotStoredError: It cannot go from disk to disk.

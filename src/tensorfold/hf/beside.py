@@ -14,6 +14,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig
 
+from tensorfold.errors import pass_on_memory
+
 log = logging.getLogger(__name__)
 
 _CARRIED = (
@@ -83,6 +85,7 @@ def _source(config: PreTrainedConfig) -> Path | None:
         revision = getattr(config, "_commit_hash", None)
         return Path(snapshot_download(name, revision=revision, allow_patterns=[*_CARRIED, "*.py"]))
     except Exception as error:  # a name that is none, no network, no access: the weights are there all the same
+        pass_on_memory(error)
         log.warning("What lies beside %s's weights (licence, processors) is not copied: %s", name, error)
         return None
 

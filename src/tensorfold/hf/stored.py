@@ -122,7 +122,7 @@ def _directory(path: str) -> Path:
 
 
 def _tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], torch.dtype]]:
-    """By its name: the file, the shape and the dtype of every tensor; from headers alone."""
+    """By its name: the file, the shape and the dtype of every tensor, which is mapped for that and not read."""
     files = [directory / "model.safetensors"]
     index = directory / "model.safetensors.index.json"
     check_files(directory)
