@@ -20,7 +20,7 @@ LAYERS = [
     ["methods", "auto"],
     ["direct_reads"],
     ["anatomy", "picogpt"],
-    ["surgery"],
+    ["surgery", "ties"],
     ["recipe", "report"],
     ["shapes"],
     ["planning"],

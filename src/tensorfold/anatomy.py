@@ -145,12 +145,20 @@ def context_length(config: Any) -> int | None:
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model on the meta device, with the sharing of its weights, whatever the configuration says."""
+    """A copy of the model on the meta device, with the sharing of its weights, whatever the configuration says.
+
+    On the meta device promises of ties count, so that one which the weights do not keep is not copied.
+    """
     empty: dict[int, Any] = {}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         meta = torch.empty_like(tensor, device="meta")
         empty[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
-    return copy.deepcopy(model, empty)
+    twin: PreTrainedModel = copy.deepcopy(model, empty)
+    if tied_head(model) is None and is_promised(model):
+        twin.all_tied_weights_keys = {}
+    elif tied_head(model) is not None:
+        twin.get_output_embeddings().weight = twin.get_input_embeddings().weight
+    return twin
 
 
 def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -238,7 +246,7 @@ def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
-    tied = head is not None and _is_tied(model, embedding, head, names)
+    tied = tied_head(model) is not None
     try:
         in_block = blocks(model)[0] + "."
     except InputError:
@@ -265,12 +273,30 @@ def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
     return out
 
 
-def _is_tied(model: PreTrainedModel, embedding: nn.Module, head: nn.Module, names: Mapping[int, str]) -> bool:
-    """Whether head and embedding are one weight, or will be once loading has tied them."""
-    if getattr(head, "weight", None) is getattr(embedding, "weight", None):
-        return True
+def tied_head(model: PreTrainedModel) -> str | None:
+    """Name of the output head, where it is one weight with the input table.
+
+    Weights are asked where there are any: one tensor, or, where the configuration promises a tie, two of equal values.
+    On the meta device the promise counts.
+    """
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or table is None:
+        return None
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    own, shared = getattr(head, "weight", None), getattr(table, "weight", None)
+    if not isinstance(own, Tensor) or not isinstance(shared, Tensor):
+        return None
+    if own is shared or (is_promised(model) and (own.is_meta or torch.equal(own, shared))):
+        return name
+    return None
+
+
+def is_promised(model: PreTrainedModel) -> bool:
+    """Whether the configuration says that output head and input table are one weight."""
+    names = {id(module): name for name, module in model.named_modules()}
+    table, head = (names.get(id(m)) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
     promised = getattr(model, "all_tied_weights_keys", {})
-    return promised.get(f"{names[id(head)]}.weight") == f"{names[id(embedding)]}.weight"
+    return head is not None and promised.get(f"{head}.weight") == f"{table}.weight"
 
 
 def match(targets: Targets, available: Mapping[str, Matrix]) -> list[str]:
@@ -350,5 +376,9 @@ def check_unshared(model: PreTrainedModel, chosen: Iterable[Matrix]) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, each shared tensor once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of parameters, each shared tensor once, and a head that is tied by equal values not at all."""
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    if not isinstance(model, PreTrainedModel) or tied_head(model) is None:
+        return numbers
+    own, shared = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    return numbers if own is shared else numbers - own.numel()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tensorfold import ties
 from tensorfold.algebra.any_spec import AnySpec
 from tensorfold.algebra.permutation import search_row_order
 from tensorfold.algebra.spec import Spec
@@ -33,6 +34,7 @@ from tensorfold.fold_inputs import (
     text_windows,
     token_counts_of,
 )
+from tensorfold.hf.described import check_described
 from tensorfold.hf.quantizer import mark_folded
 from tensorfold.hf.swap import empty_module, swap
 from tensorfold.memory import release_file_pages, release_heap
@@ -165,6 +167,7 @@ def fold(
         windows = text_windows(model, recipe, tokenizer, text, calibration_tokens)
         prefix = text_prefix(tokenizer, text)
         counts = token_counts_of(model, checked_plan(model, recipe, windows is not None), tokenizer, text)
+        check_described(model)
         if checkpoint is not None and windows is None:
             raise InputError(
                 "fold: checkpoint has no effect here; it needs calibration text, without which none is kept."
@@ -175,7 +178,8 @@ def fold(
         elif checkpoint is not None and windows is not None:
             given = {**identity(model, recipe, windows, counts), "layout": _LAYOUT}
             store = BlockCheckpoints(Path(checkpoint), key_of(given), "fold")
-        planned, chosen = prepare(model, recipe)
+        planned, chosen = prepare(model, recipe, ties.disagreement(model))
+        ties.settle(model)
         planned, found, errors = _fold_all(
             ranks, model, planned, chosen, Text(windows, counts, len(prefix)), store, progress and ranks.is_first
         )

@@ -28,6 +28,7 @@ from tensorfold.methods import Method
 from tensorfold.recipe import Recipe, Rule
 from tensorfold.report import module_table
 from tensorfold.surgery import keep_layers, split_linear, untie_head
+from tensorfold.ties import disagreement
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,10 @@ def plan(
     recipe = Recipe.of(recipe)
     model = skeleton(model_or_config)
     check_foldable(model)
+    said = disagreement(model)
     if model is model_or_config and recipe.changes_modules:
         model = without_weights(model)
-    return prepare(model, recipe)[0]
+    return prepare(model, recipe, said)[0]
 
 
 def skeleton(model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrainedModel:
@@ -113,8 +115,11 @@ def skeleton(model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrainedM
     return empty_model(model_or_config)
 
 
-def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[Plan, dict[str, Matrix]]:
+def prepare(model: PreTrainedModel, recipe: Recipe, said: str | None = None) -> tuple[Plan, dict[str, Matrix]]:
     """The plan and the matrices it is about, after untying, dropping layers and splitting fused matrices in place.
+
+    Args:
+        said: What :func:`~.ties.disagreement` says of the model as it was given; a warning of the plan.
 
     Raises:
         InputError, SpecError: As :func:`plan`.
@@ -131,7 +136,11 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[Plan, dict[str, Mat
     specs = {name: _spec(matrix, methods[name]) for name, matrix in chosen.items()}
     targeted = sum(matrix.parameter.numel() for matrix in chosen.values())
     after = count_parameters(model) - targeted + sum(spec.parameters for spec in specs.values())
-    warnings = (*_untying(untied, added, after - before), *_warnings(specs))
+    warnings = (
+        *([said] if said and not recipe.untie else []),
+        *_untying(untied, added, after - before),
+        *_warnings(specs),
+    )
     return Plan(before, after, specs, methods, targeted, split, warnings, budgets), chosen
 
 

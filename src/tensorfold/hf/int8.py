@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tensorfold.anatomy import dense_weight, embedding_scale, is_plain_linear
+from tensorfold import ties
+from tensorfold.anatomy import dense_weight, embedding_scale, is_plain_linear, tied_head
 from tensorfold.errors import InputError
+from tensorfold.hf.described import check_described
 from tensorfold.hf.quantizer import TensorfoldConfig, mark
 from tensorfold.hf.swap import set_module
 from tensorfold.nn import FoldedModule
@@ -60,6 +62,9 @@ def quantize(model: PreTrainedModel, bits: int = 8) -> Int8Report:
     stored = getattr(model.config, "quantization_config", None)
     if stored is not None and (not isinstance(stored, TensorfoldConfig) or stored.int8):
         raise InputError("quantize: the model is quantised already; load its floating-point weights.")
+    if stored is None:
+        check_described(model)
+        ties.settle(model)
     before = stored_bytes(model)
     names = _targets(model)
     for name in names:
@@ -137,8 +142,7 @@ def _tie(model: PreTrainedModel) -> tuple[str | None, str | None]:
     if head is None or head_name is None:
         return table_name, None
     shared = {id(p) for p in table.parameters()} & {id(p) for p in head.parameters()}
-    promised = model.all_tied_weights_keys.get(f"{head_name}.weight") == f"{table_name}.weight"
-    return table_name, head_name if shared or promised else None
+    return table_name, head_name if shared or tied_head(model) is not None else None
 
 
 def _tie_head(model: PreTrainedModel, table_name: str, table: Int8, head_name: str) -> None:

@@ -14,11 +14,13 @@ from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.hf.loading import reason
 from tensorfold.hf.quantizer import TensorfoldQuantizer
 from tensorfold.nn import FoldedModule, GradedEmbedding, MPOEmbedding, StackedLinear, TokenMPSEmbedding
+from tensorfold.ties import settled_config
 
 
 def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """A copy of the model's configuration that says nothing of folding."""
-    config = copy.deepcopy(model.config)
+    """A copy of the model's configuration that says nothing of folding, and of the head's tie what the weights say."""
+    folded = isinstance(model.get_input_embeddings(), FoldedModule)  # its ties are those of its configuration
+    config = copy.deepcopy(model.config) if folded else settled_config(model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

@@ -1,0 +1,38 @@
+"""Whether a model in memory is the one that its configuration describes, so that what is saved can be loaded."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import PreTrainedModel
+
+from tensorfold.errors import InputError
+
+
+def check_described(model: PreTrainedModel) -> None:
+    """Raise :class:`InputError` for a dense model whose weights are not those that its configuration makes.
+
+    Widths that were pruned, layers that were deleted or added by hand: ``save_pretrained`` writes such a model, and
+    nothing loads it again.
+    """
+    try:
+        with torch.device("meta"):
+            described = type(model)(copy.deepcopy(model.config))
+    except Exception:  # a class that is not built from its configuration alone; what is wrong with one shows elsewhere
+        return
+    own, wanted = (
+        {name: tuple(p.shape) for name, p in m.named_parameters(remove_duplicate=False)} for m in (model, described)
+    )
+    for name in [*own, *wanted]:
+        got, needed = own.get(name), wanted.get(name)
+        if got != needed:
+            raise InputError(
+                f"{type(model).__name__}: {name} is {_shape(got)}, and by the model's configuration {_shape(needed)}; "
+                "what is saved could not be loaded. Let the configuration say what was changed (intermediate_size, "
+                "num_hidden_layers, …); tensorfold drops layers itself with layers: in a recipe."
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else "×".join(map(str, shape))
