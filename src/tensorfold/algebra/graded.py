@@ -152,7 +152,8 @@ class GradedSpec:
     @property
     def basis(self) -> int:
         """Rows of the basis: the largest rank below the width; 0 if all rows are kept as they are."""
-        return max((rank for rank in self.ranks if rank < self.width), default=0)
+        below = [rank for rank in self.ranks if rank < self.width]
+        return below[0] if below else 0
 
     @cached_property
     def core_shapes(self) -> tuple[tuple[int, int], ...]:

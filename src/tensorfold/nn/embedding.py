@@ -12,6 +12,7 @@ from tensorfold.algebra.precision import as_given
 from tensorfold.algebra.solve import Factors, factorize
 from tensorfold.algebra.spec import Spec
 from tensorfold.errors import SpecError
+from tensorfold.nn.folded import in_table
 from tensorfold.nn.linear import MPOLinear, MPOModule
 from tensorfold.strict import check_types
 
@@ -55,14 +56,20 @@ class MPOEmbedding(MPOModule):
         return table
 
     def forward(self, input: Tensor) -> Tensor:
-        """Integers of shape ``(...)`` → ``(..., width)``."""
+        """Integers of shape ``(...)`` → ``(..., width)``.
+
+        Raises:
+            IndexError: One of them is not in the vocabulary, as ``nn.Embedding`` says it.
+        """
         return self.cores(self._rows, input)
 
     def _rows(self, index: Tensor) -> Tensor:
-        dtype = self.cores[0].dtype
+        place = in_table(index.reshape(-1), self.num_embeddings)
+        if self.out_position is not None:
+            place = self.out_position[place]
         with as_given(index.device.type):
-            out = rows(index if self.out_position is None else self.out_position[index], self.factors(), self.spec)
-        out = out.to(dtype)
+            out = rows(place, self.factors(), self.spec)
+        out = out.reshape(*index.shape, self.embedding_dim).to(self.cores[0].dtype)
         if self.in_order is not None:
             out = out[..., self.in_order.argsort()]
         return out if self.scale == 1.0 else out * torch.tensor(self.scale, dtype=out.dtype, device=out.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorfold.algebra.solve import Factors
@@ -30,6 +31,16 @@ class FoldedModule(nn.Module, ABC):
     @abstractmethod
     def load_factors(self, factors: Factors) -> None:
         """Copy a solver's output into the parameters."""
+
+
+def in_table(index: Tensor, size: int) -> Tensor:
+    """``index`` itself, integers of shape (n,), once torch has checked, as for nn.Embedding, that all are in [0, size).
+
+    A column of zeros, as long as the table and stored as one, is looked up: that operation has its own check in eager
+    mode, in compiled code and in exported graphs, and asks for no value on the way. Others count negative indices from
+    the end, some only when compiled.
+    """
+    return index + F.embedding(index, index.new_zeros(1, 1).expand(size, 1)).squeeze(-1)
 
 
 def store(parameter: Tensor, values: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tensorfold.algebra.graded import GradedSpec, graded_low_rank
 from tensorfold.algebra.precision import as_given, product_dtype
 from tensorfold.algebra.solve import Factors
-from tensorfold.nn.folded import FoldedModule, store
+from tensorfold.nn.folded import FoldedModule, in_table, store
 from tensorfold.nn.owners import Cores
 from tensorfold.strict import check_types
 
@@ -101,11 +101,15 @@ class GradedEmbedding(GradedModule):
         return table
 
     def forward(self, input: Tensor) -> Tensor:
-        """Integers of shape ``(...)`` → ``(..., width)``."""
+        """Integers of shape ``(...)`` → ``(..., width)``.
+
+        Raises:
+            IndexError: One of them is not in the vocabulary, as ``nn.Embedding`` says it.
+        """
         return self.cores(self._rows, input)
 
     def _rows(self, index: Tensor) -> Tensor:
-        place = self.position[index.reshape(-1)]
+        place = self.position[in_table(index.reshape(-1), self.num_embeddings)]
         rows: Tensor | None = None
         coefficients: Tensor | None = None
         # Every class is asked for every token, and gives zeros for those of others: shapes then depend on no value.

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorfold.algebra.precision import as_given, product_dtype
-from tensorfold.nn.folded import FoldedModule
+from tensorfold.nn.folded import FoldedModule, in_table
 from tensorfold.nn.linear import MPOLinear, MPOModule
 from tensorfold.nn.owners import Codes
 from tensorfold.nn.token_mps import TokenMPSEmbedding
@@ -115,8 +115,14 @@ class Int8Embedding(nn.Module):
         return cls(codes, scale[:, 0], constant)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Integers of shape ``(...)`` → ``(..., width)``."""
-        return _scaled(dequantize(self.codes[input], self.scale[input][..., None]), self.constant)
+        """Integers of shape ``(...)`` → ``(..., width)``.
+
+        Raises:
+            IndexError: One of them is not in the vocabulary, as ``nn.Embedding`` says it.
+        """
+        flat = in_table(input.reshape(-1), self.num_embeddings)
+        rows = dequantize(self.codes[flat], self.scale[flat][:, None])
+        return _scaled(rows.reshape(*input.shape, self.embedding_dim), self.constant)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The table, shape (vocabulary, width)."""
@@ -198,7 +204,7 @@ class Int8Folded(nn.Module):
     def _outputs(self, x: Tensor) -> Tensor:
         folded = self._folded[0]
         if isinstance(folded, TokenMPSEmbedding):
-            flat = x.reshape(-1)
+            flat = in_table(x.reshape(-1), folded.num_embeddings)
             rows = folded.rows([self._slices(f"cores_{k}", flat) for k in range(len(folded.cores))])
             return _scaled(rows.reshape(*x.shape, folded.embedding_dim), folded.scale)
         pair = self._low_rank()

@@ -14,7 +14,7 @@ from tensorfold.algebra.precision import as_given, autocasts, wide
 from tensorfold.algebra.solve import Factors
 from tensorfold.algebra.token_mps import TokenMPSSpec, rows, token_mps_svd
 from tensorfold.errors import SpecError
-from tensorfold.nn.folded import FoldedModule, store
+from tensorfold.nn.folded import FoldedModule, in_table, store
 from tensorfold.nn.owners import Cores
 from tensorfold.strict import check_types
 
@@ -105,11 +105,15 @@ class TokenMPSEmbedding(TokenMPSModule):
         return table
 
     def forward(self, input: Tensor) -> Tensor:
-        """Integers of shape ``(...)`` → ``(..., width)``."""
+        """Integers of shape ``(...)`` → ``(..., width)``.
+
+        Raises:
+            IndexError: One of them is not in the vocabulary, as ``nn.Embedding`` says it.
+        """
         return self.cores(self._rows, input)
 
     def _rows(self, index: Tensor) -> Tensor:
-        flat = index.reshape(-1)
+        flat = in_table(index.reshape(-1), self.num_embeddings)
         out = self.rows([core.index_select(0, flat) for core in self.cores])
         out = out.reshape(*index.shape, self.embedding_dim)
         return out if self.scale == 1.0 else out * torch.tensor(self.scale, dtype=out.dtype, device=out.device)

@@ -131,17 +131,17 @@ def rows(index: Tensor, cores: Sequence[Tensor], spec: Spec) -> Tensor:
     """
     flat, dtype = index.reshape(-1), wide(cores[0].dtype)
     state: Tensor | None = None  # (tokens, J, r)
-    stride = math.prod(spec.out_modes)
+    stride, columns = math.prod(spec.out_modes), 1
     for core, m in zip(cores, spec.out_modes, strict=True):
         r, _, n, s = core.shape
-        stride //= m
+        stride, columns = stride // m, columns * n
         if m == 1:
             matrix = core.reshape(r, n * s).to(dtype)
             step = matrix if state is None else state @ matrix  # (tokens, J, n·s)
         else:
-            slices = core.movedim(1, 0)[flat // stride % m].reshape(-1, r, n * s).to(dtype)
+            slices = core.movedim(1, 0)[flat // stride % m].reshape(flat.numel(), r, n * s).to(dtype)
             step = slices if state is None else state @ slices
-        state = step.reshape(step.shape[0] if step.dim() == 3 else 1, -1, s)
+        state = step.reshape(step.shape[0] if step.dim() == 3 else 1, columns, s)
     assert state is not None
-    out = state.squeeze(-1).expand(flat.numel(), -1)[:, : spec.in_features]
+    out = state.squeeze(-1).expand(flat.numel(), columns)[:, : spec.in_features]
     return out.reshape(*index.shape, spec.in_features)
