@@ -117,3 +117,15 @@ def _register_picogpt(_: Any) -> None:
 def _register_lora(_: Any) -> None:
     """Let peft adapt folded layers."""
     importlib.import_module("tensorfold.hf.lora")
+
+
+@wrapt.when_imported("peft.peft_model")
+def _register_prompt_tuning(module: Any) -> None:
+    """Let peft find folded tables."""
+    importlib.import_module("tensorfold.hf.tunings").teach_prompt_tuning(module)
+
+
+@wrapt.when_imported("peft.tuners.trainable_tokens.layer")
+def _register_trainable_tokens(module: Any) -> None:
+    """Let peft say why tokens of a folded table cannot be trained one by one."""
+    importlib.import_module("tensorfold.hf.tunings").teach_trainable_tokens(module)

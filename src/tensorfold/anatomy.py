@@ -217,7 +217,9 @@ def _path_of_table(model: PreTrainedModel) -> list[str]:
 def check_foldable(model: PreTrainedModel) -> None:
     """Raise :class:`InputError` for a model that cannot be folded: encoder–decoder, quantised, or folded already."""
     if not isinstance(model, PreTrainedModel):
-        raise InputError(f"got {type(model).__name__}; needed a transformers model (PreTrainedModel).")
+        merge = " Merge the adapter first: model.merge_and_unload()." if hasattr(model, "merge_and_unload") else ""
+        raise InputError(f"got {type(model).__name__}; needed a transformers model (PreTrainedModel).{merge}")
+    check_no_adapter(model)
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(
@@ -228,6 +230,16 @@ def check_foldable(model: PreTrainedModel) -> None:
     if getattr(model, "hf_quantizer", None) is not None:
         method = getattr(getattr(config, "quantization_config", None), "quant_method", "unknown method")
         raise InputError(f"the model is quantised ({method}); needed floating-point weights: load it dequantised.")
+
+
+def check_no_adapter(model: PreTrainedModel) -> None:
+    """Raise :class:`InputError` for a model that peft has put an adapter into, whose matrices are none of its own."""
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise InputError(
+                f"{name}: the model has an adapter in it (peft's {type(module).__name__}); needed the model alone: "
+                "merge the adapter with peft (merge_and_unload), or take it out (model.delete_adapter)."
+            )
 
 
 def by_block(found: Mapping[str, Matrix], name: str) -> dict[int, dict[str, Matrix]]:

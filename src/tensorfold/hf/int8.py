@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tensorfold import ties
-from tensorfold.anatomy import dense_weight, embedding_scale, is_plain_linear, tied_head
+from tensorfold.anatomy import check_no_adapter, dense_weight, embedding_scale, is_plain_linear, tied_head
 from tensorfold.errors import InputError
 from tensorfold.hf.described import check_described
 from tensorfold.hf.quantizer import TensorfoldConfig, mark
@@ -59,6 +59,7 @@ def quantize(model: PreTrainedModel, bits: int = 8) -> Int8Report:
         raise InputError(f"quantize: bits={bits}; needed 8, the only width there is.")
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"quantize: got {type(model).__name__}; needed a transformers model (PreTrainedModel).")
+    check_no_adapter(model)
     stored = getattr(model.config, "quantization_config", None)
     if stored is not None and (not isinstance(stored, TensorfoldConfig) or stored.int8):
         raise InputError("quantize: the model is quantised already; load its floating-point weights.")

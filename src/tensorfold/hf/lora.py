@@ -14,6 +14,7 @@ from torch import nn
 
 from tensorfold.errors import InputError
 from tensorfold.nn import FoldedModule, MPOLinear, StackedLinear
+from tensorfold.nn.int8 import Int8Embedding, Int8Folded, Int8Linear
 
 # The starts of LoRA's factors that do not look at the dense weight.
 _STARTS = (True, False, "gaussian")
@@ -42,7 +43,8 @@ def _adapters() -> dict[type[nn.Module], Any]:
                 "load it on what tensorfold export --to dense writes and merge there."
             )
 
-    return {MPOLinear: FoldedLora, FoldedModule: _refuse, StackedLinear: _refuse}
+    refused = (FoldedModule, StackedLinear, Int8Linear, Int8Embedding, Int8Folded)
+    return {MPOLinear: FoldedLora, **dict.fromkeys(refused, _refuse)}
 
 
 def _check(config: LoraConfig) -> None:
@@ -60,6 +62,11 @@ def _refuse(target: nn.Module, *_: Any, **__: Any) -> NoReturn:
         raise InputError(
             f"LoRA: target_modules names a matrix that is kept as {len(target)} parts; needed the parts, whose names "
             "are its own with .0, .1, … behind."
+        )
+    if isinstance(target, Int8Linear | Int8Embedding | Int8Folded):
+        raise InputError(
+            f"LoRA: target_modules names an {type(target).__name__}, and a model in int8 is for inference only; adapt "
+            "the floating-point model that was quantised."
         )
     raise InputError(
         f"LoRA: target_modules names a folded {type(target).__name__}; needed linear layers, dense or folded. Leave "

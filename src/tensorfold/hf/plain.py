@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tensorfold.anatomy import dense_weight, empty_model
+from tensorfold.anatomy import check_no_adapter, dense_weight, empty_model
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.hf.loading import reason
 from tensorfold.hf.quantizer import TensorfoldQuantizer
@@ -57,7 +57,8 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_floating(model: PreTrainedModel) -> None:
-    """Raise :class:`InputError` for a model whose weights are packed by another quantizer, or in int8 by ours."""
+    """Raise :class:`InputError` for weights packed by another quantizer, or in int8 by ours, or with an adapter."""
+    check_no_adapter(model)
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, TensorfoldQuantizer) and quantizer.quantization_config.int8:
         raise InputError("the model is in int8; needed floating-point weights: start from what was quantised.")
