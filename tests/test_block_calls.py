@@ -16,6 +16,8 @@ from transformers import (
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
     LlamaModel,
+    MllamaForCausalLM,
+    MllamaTextConfig,
     OpenAIGPTConfig,
     XLMConfig,
     XLNetConfig,
@@ -27,6 +29,8 @@ from tensorfold import Auto, Graded, InputError, LowRank, Recipe, Rule
 from tensorfold.anatomy import by_block, matrices
 from tensorfold.calibrate import BlockStream, calibration_windows, second_moments
 from tensorfold.evaluation_mode import evaluation_mode
+from tensorfold.healing.blockwise import heal_blocks
+from tensorfold.settings import HealSettings
 
 TOKENS = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "max_position_embeddings": 128, **TOKENS}
@@ -241,3 +245,28 @@ def test_what_needs_the_texts_loss_is_refused_before_anything_changes(headless, 
         )
     assert [name for name, _ in model.named_parameters()] == names
     assert model.config.num_hidden_layers == 2
+
+
+def mllama():
+    """Of three text blocks the second looks at images."""
+    text = MllamaTextConfig(num_hidden_layers=3, cross_attention_layers=[1], **SIZES, num_key_value_heads=2,
+                            rope_parameters={"rope_type": "default", "rope_theta": 1e4})  # fmt: skip
+    torch.manual_seed(0)
+    return MllamaForCausalLM(text).eval()
+
+
+def test_blocks_that_look_at_images_are_passed_over(tokenizer, prose):
+    model = mllama()
+    recipe = Recipe((Rule({"regex": r"layers\.[02]\.mlp"}, Auto(keep=0.5)),))
+    report = tensorfold.fold(model, recipe, tokenizer, [prose], calibration_tokens=300)
+    assert {name.split(".")[-3] for name in report.choices} == {"0", "2"}
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.\w+: not called on the calibration text"):
+        tensorfold.fold(mllama(), LowRank(rank=4), tokenizer, [prose], calibration_tokens=300)
+
+
+def test_they_are_not_healed_on_text():
+    student, teacher = mllama(), mllama()
+    tensorfold.fold(student, LowRank(rank=4))
+    windows = torch.randint(10, 290, (3, 20), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match="text does not go through the folded block 1"):
+        heal_blocks(student, teacher, windows, HealSettings(blockwise_tokens=60))

@@ -99,6 +99,8 @@ class _Form:
 class BlockChain:
     """The blocks of a model, each of which is given what the one before it puts out.
 
+    Blocks that text alone does not go through, such as those of cross-attention to images, hand on what they are given.
+
     Args:
         model: In evaluation mode for as long as this is used.
         window: Tokens that it is looked at with, shape (1, length).
@@ -112,10 +114,10 @@ class BlockChain:
 
     def __init__(self, model: PreTrainedModel, name: str, blocks: nn.ModuleList, window: Tensor) -> None:
         self.model, self.name, self.blocks = model, name, blocks
-        self._forms: list[_Form] = []
+        self._forms: dict[int, _Form] = {}  # by block, without those that are not called
         self._axis = 0
         self.whole(window)
-        shapes = {form.leaves[form.main].shape for form in self._forms}
+        shapes = {form.leaves[form.main].shape for form in self._forms.values()}
         if len(shapes) > 1:
             raise self._unfit(
                 f"their outputs have different shapes, such as {' and '.join(map(str, map(tuple, shapes)))}"
@@ -124,7 +126,7 @@ class BlockChain:
         self._axis = next((axis for axis, size in enumerate(shape) if size == 1), 0)
         self.shape = (*shape[: self._axis], *shape[self._axis + 1 :])
         self.dtype = self._forms[0].leaves[self._forms[0].main].dtype
-        for form in self._forms:
+        for form in self._forms.values():
             self.dtype = torch.promote_types(self.dtype, form.leaves[form.main].dtype)
 
     def whole(self, windows: Tensor) -> Tensor:
@@ -133,24 +135,27 @@ class BlockChain:
         Raises:
             InputError: As the class; the message names a block whose output is not finite.
         """
-        forms: list[_Form] = []
+        forms: dict[int, _Form] = {}
+        place = {id(block): index for index, block in enumerate(self.blocks)}
         left: list[Any] = []  # leaves of the last output, which must live for as long as their identity matters
 
         def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if len(forms) >= len(self.blocks) or self.blocks[len(forms)] is not block:
+            if forms and place[id(block)] <= max(forms):
                 raise self._unfit("they run in another order, or more than once")
             if forms:
                 given = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-                main = forms[-1].main
-                forms[-1].carried = tuple(k for k, leaf in enumerate(left) if k != main and id(leaf) in given)
+                last = forms[max(forms)]
+                main = last.main
+                last.carried = tuple(k for k, leaf in enumerate(left) if k != main and id(leaf) in given)
 
-        def leave(_: nn.Module, __: Any, output: Any) -> None:
+        def leave(block: nn.Module, _: Any, output: Any) -> None:
+            index = place[id(block)]
             left[:], spec = tree_flatten(output)
             main = next((k for k, leaf in enumerate(left) if isinstance(leaf, Tensor)), None)
             if main is None:
                 raise self._unfit(f"they return {type(output).__name__} without a tensor")
-            check_finite(left[main], f"{self.name}.{len(forms)}", self.model)
-            forms.append(_Form(spec, [_zeros(leaf) for leaf in left], main))
+            check_finite(left[main], f"{self.name}.{index}", self.model)
+            forms[index] = _Form(spec, [_zeros(leaf) for leaf in left], main)
 
         def stop(*_: Any) -> None:
             raise _StopForward
@@ -163,14 +168,20 @@ class BlockChain:
             if (head := self.model.get_output_embeddings()) is not None:
                 hooks.callback(head.register_forward_pre_hook(stop).remove)
             self._until_stop(windows)
-        if len(forms) != len(self.blocks):
+        if 0 not in forms or len(place) < len(self.blocks):
             raise self._unfit(f"it calls {len(forms)} of the {len(self.blocks)}")
         self._forms = forms
-        hidden: Tensor = left[forms[-1].main]
+        hidden: Tensor = left[forms[max(forms)].main]
         return hidden.movedim(self._axis, 0)
+
+    def calls(self, index: int) -> bool:
+        """Whether text goes through block ``index``."""
+        return index in self._forms
 
     def run(self, index: int, windows: Tensor, before: Passed | None) -> Passed:
         """Run block ``index`` alone; ``before`` is what the one in front of it handed on, None for the first."""
+        if before is not None and not self.calls(index):
+            return before
         held: dict[tuple[int | str, Any], Any] = {}
         found: list[Passed] = []
 
@@ -189,10 +200,11 @@ class BlockChain:
             if before is not None:
                 hidden = before.hidden.movedim(0, self._axis)
                 nothing = torch.zeros_like(hidden)
-                for k in range(index - 1):
+                *early, last = (k for k in self._forms if k < index)
+                for k in early:
                     hooks.enter_context(forward_replaced(self.blocks[k], self._known(k, Passed(nothing))))
-                last = self._known(index - 1, Passed(hidden, before.others, before.shared))
-                hooks.enter_context(forward_replaced(self.blocks[index - 1], last))
+                known = self._known(last, Passed(hidden, before.others, before.shared))
+                hooks.enter_context(forward_replaced(self.blocks[last], known))
             hooks.callback(self.blocks[index].register_forward_pre_hook(enter, with_kwargs=True).remove)
             hooks.callback(self.blocks[index].register_forward_hook(leave, with_kwargs=True).remove)
             with suppress(_StopForward):

@@ -110,6 +110,10 @@ class BlockStream:
         self.hidden = allocate(shape, dtype) if allocate else torch.empty(shape, dtype=dtype, device=self.device)
         self._passed: list[Passed] = []  # by window, beside the hidden states
 
+    def calls(self, index: int) -> bool:
+        """Whether text goes through block ``index``; cross-attention to images is left out, and changes nothing."""
+        return self._chain.calls(index)
+
     def run(self, index: int, chosen: Tensor | slice) -> Tensor:
         """Output of block ``index``, at whose entrance the stream stands, for the windows that ``chosen`` indexes;
         shape (windows, length, width)."""

@@ -144,6 +144,12 @@ def heal_blocks(
                 continue
             if pair is None:
                 pair = _Pair(student, teacher, windows, settings)
+                idle = [k for k in trained if not pair.student.calls(k)]
+                if idle:
+                    raise InputError(
+                        f"block-by-block healing: text does not go through the folded block {idle[0]}, so it cannot be "
+                        "trained on it; leave its matrices dense, or set blockwise_tokens: 0."
+                    )
             pair.advance_to(index)
             healed = _heal_block(pair, fitted, list(parameters.values()), settings, (bar, on_step))
             if store:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensorfold.anatomy import blocks, matrices
+from tensorfold.block_calls import output_of
 from tensorfold.errors import InputError, pass_on_memory
 from tensorfold.finite import why_not_finite
 from tensorfold.healing.noise import Noise
@@ -88,7 +89,7 @@ class _Watch:
     def _keeper(self, name: str) -> Callable[..., None]:
         def keep(_: nn.Module, __: Any, output: Any) -> None:
             if self._active:
-                self.outputs[name] = output[0] if isinstance(output, tuple) else output
+                self.outputs[name] = output_of(output)
 
         return keep
 
