@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensorfold.algebra.contraction.apply import add_bias
 from tensorfold.algebra.graded import GradedSpec, graded_low_rank
 from tensorfold.algebra.precision import as_given, product_dtype
 from tensorfold.algebra.solve import Factors
@@ -172,7 +173,7 @@ class GradedHead(GradedModule):
                 logits = self._logits(x.float(), [core.float() for core in self.cores]).half()
         else:
             logits = self._logits(x, list(self.cores))
-        return logits if self.bias is None else logits + self.bias
+        return logits if self.bias is None else add_bias(logits, self.bias)
 
     def _logits(self, x: Tensor, cores: list[Tensor]) -> Tensor:
         """Logits without the bias."""

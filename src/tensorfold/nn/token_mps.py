@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from tensorfold.algebra.contraction.apply import add_bias
 from tensorfold.algebra.precision import as_given, autocasts, wide
 from tensorfold.algebra.solve import Factors
 from tensorfold.algebra.token_mps import TokenMPSSpec, rows, token_mps_svd
@@ -193,7 +194,7 @@ class TokenMPSHead(TokenMPSModule):
         flat = x.reshape(-1, self.in_features)
         if torch.compiler.is_compiling():
             logits = torch.cat([self._logits(flat, a, b) for a, b in self.chunks(self.chunk_bytes)], dim=-1)
-            logits = logits if self.bias is None else logits + self.bias
+            logits = logits if self.bias is None else add_bias(logits, self.bias)
         else:
             kind = x.device.type
             # Inside the function everything has the type it is given, so autocast's choice is made here.

@@ -65,7 +65,7 @@ def apply(
 
 def _in_float16(x: Tensor, cores: Sequence[Tensor], spec: Spec, bias: Tensor | None, path: ContractionPath) -> Tensor:
     """The result of ``apply`` in float16, from cores in float32. Only a product with the whole matrix is safe in it."""
-    if path.materialises:
+    if len(path.steps) == 1:
         matrix = _matrix(merge(cores, path.steps[0].tree), spec).half()
         return F.linear(x.half(), matrix, None if bias is None else bias.half())
     return apply(x.float(), cores, spec, None if bias is None else bias.float(), path).half()
