@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tensorfold.anatomy import check_no_adapter, dense_weight, empty_model
+from tensorfold.anatomy import check_no_adapter, dense_weight
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.hf.loading import reason
 from tensorfold.hf.quantizer import TensorfoldQuantizer
@@ -41,7 +41,8 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
         TensorfoldError: Its weights are not those of its configuration.
     """
     check_floating(model)
-    plain = empty_model(plain_config(model))
+    with torch.device("meta"):
+        plain: PreTrainedModel = type(model)._from_config(plain_config(model))
     try:
         plain.load_state_dict(_plain_state(model, plain), strict=True, assign=True)
     except RuntimeError as error:
@@ -54,6 +55,24 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
     plain.tie_weights()
     plain.generation_config = copy.deepcopy(model.generation_config)
     return plain.train(model.training)
+
+
+def become_plain(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Turn a folded model into the plain one that :func:`plain_model` gives, in place.
+
+    Args:
+        dtype: Of the weights afterwards; their own if None.
+
+    Raises:
+        InputError: The model is in int8, or quantised by something else.
+    """
+    plain = plain_model(model)
+    for name, module in plain.named_children():
+        setattr(model, name, module)
+    for own in ("_tied_weights_keys", "resize_token_embeddings"):
+        model.__dict__.pop(own, None)
+    model.all_tied_weights_keys = plain.all_tied_weights_keys
+    return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
 
 
 def check_floating(model: PreTrainedModel) -> None:

@@ -90,6 +90,16 @@ class TensorfoldQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        """The model itself, dense: what ``model.dequantize()`` of transformers does, in place.
+
+        Raises:
+            InputError: The model is in int8.
+        """
+        from tensorfold.hf.plain import become_plain
+
+        return become_plain(model, dtype)
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         return None, {}
 
