@@ -53,7 +53,8 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
         ) from error
     _fill_buffers(plain, model)
     plain.tie_weights()
-    plain.generation_config = copy.deepcopy(model.generation_config)
+    if model.can_generate():
+        plain.generation_config = copy.deepcopy(model.generation_config)
     return plain.train(model.training)
 
 
@@ -67,8 +68,8 @@ def become_plain(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Pr
         InputError: The model is in int8, or quantised by something else.
     """
     plain = plain_model(model)
-    for name, module in plain.named_children():
-        setattr(model, name, module)
+    for name in _replaced(model):  # and no others, on which hooks may hang
+        model.set_submodule(name, plain.get_submodule(name))
     for own in ("_tied_weights_keys", "resize_token_embeddings"):
         model.__dict__.pop(own, None)
     model.all_tied_weights_keys = plain.all_tied_weights_keys
@@ -87,15 +88,11 @@ def check_floating(model: PreTrainedModel) -> None:
 
 
 def _plain_state(model: PreTrainedModel, plain: PreTrainedModel) -> dict[str, Tensor]:
-    replaced = {
-        name: module for name, module in model.named_modules() if isinstance(module, FoldedModule | StackedLinear)
-    }
+    replaced = _replaced(model)
     inside = tuple(f"{name}." for name in replaced)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
     products: dict[int, Tensor] = {}  # by first core: a tied head is multiplied out once
     for name, module in replaced.items():
-        if name.rpartition(".")[0] in replaced:  # a part of a fused matrix
-            continue
         key = id(next(module.parameters()))
         if key not in products:
             transposed = isinstance(plain.get_submodule(name), Conv1D)
@@ -106,6 +103,12 @@ def _plain_state(model: PreTrainedModel, plain: PreTrainedModel) -> dict[str, Te
         if bias is not None:
             state[f"{name}.bias"] = bias
     return state
+
+
+def _replaced(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Folded modules and matrices that were split into parts, by name; a part belongs to its matrix."""
+    ours = {name: module for name, module in model.named_modules() if isinstance(module, FoldedModule | StackedLinear)}
+    return {name: module for name, module in ours.items() if name.rpartition(".")[0] not in ours}
 
 
 def _weight(module: nn.Module) -> Tensor:
