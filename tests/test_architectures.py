@@ -82,7 +82,8 @@ def test_windows_are_no_longer_than_the_positions(tokenizer, prose):
         tensorfold.evaluate(model, tokenizer, prose, protocol="disjoint-128")
 
 
-def test_fewer_positions_than_the_configuration_says(tokenizer, prose):
+def test_fewer_positions_than_the_configuration_says(tokenizer, prose, monkeypatch):
+    monkeypatch.setattr(tensorfold.folding, "check_described", lambda _: None)  # some types count positions otherwise
     model = make("bert")
     model.config.max_position_embeddings = 100
     with pytest.raises(InputError, match="BertLMHeadModel does not run on 100 tokens at a time"):
