@@ -85,6 +85,50 @@ def test_exact_ranks_and_nothing_at_all(rank):
     torch.testing.assert_close(zero.T @ zero, torch.eye(rank))
 
 
+def deficient(kind, directions):
+    """A matrix (320, 400) of that rank: most of it is zero, or its rows repeat, as in pruned and unused weights."""
+    generator = torch.Generator().manual_seed(directions)
+    whole = torch.randn(320, 400, generator=generator, dtype=torch.float64)
+    matrix = torch.zeros_like(whole)
+    if kind == "corner":
+        matrix[:directions, :directions] = whole[:directions, :directions]
+    elif kind == "rows":
+        matrix[:directions] = whole[:directions]
+    elif kind == "columns":
+        matrix[:, -directions:] = whole[:, -directions:].mul(3).round()
+    elif kind == "diagonal":
+        matrix.diagonal()[:directions] = torch.linspace(1, 2, directions, dtype=torch.float64)
+    elif kind == "repeated":
+        matrix = whole[:directions].repeat(-(-320 // directions), 1)[:320]
+    else:
+        scale = 10.0 ** -torch.arange(directions)
+        matrix = whole[:, :directions] * scale @ whole[:directions] / 400
+    return matrix
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("directions", [1, 3, 8, 16, 30])
+@pytest.mark.parametrize("kind", ["corner", "rows", "columns", "diagonal", "repeated", "falling"])
+def test_matrices_with_few_directions(monkeypatch, kind, directions, dtype):
+    """The space stays orthogonal, so it never holds more energy than there is, and it is found complete at once."""
+    matrix = deficient(kind, directions).to(dtype)
+    values = torch.linalg.svdvals(matrix.double()).square()
+    eigh, held = torch.linalg.eigh, []
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: (held.append(float(gram.trace())), eigh(gram))[1])
+    for rank in (1, 4, 7, 12):
+        for turned in (matrix, matrix.T.contiguous()):
+            held.clear()
+            found = ttsvd._krylov(turned, rank)
+            assert max(held) <= float(values.sum()) * (1 + 1e-5)
+            if rank <= directions:
+                assert found is not None
+            for basis, of in ((found, turned), (left_basis(turned, rank), turned.T)):
+                if basis is not None:
+                    torch.testing.assert_close(basis.T @ basis, torch.eye(rank, dtype=dtype), rtol=0, atol=5e-6)
+                    kept = float((of.double() @ basis.double()).square().sum())
+                    assert kept == pytest.approx(float(values[:rank].sum()), rel=5e-6)
+
+
 def test_equal_singular_values():
     basis = left_basis(torch.eye(400), 3)
     torch.testing.assert_close(basis.T @ basis, torch.eye(3))

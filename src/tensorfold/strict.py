@@ -11,7 +11,7 @@ from typing import Any, TypeVar, dataclass_transform, get_args
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, SpecError
 
 T = TypeVar("T")
 
@@ -64,6 +64,17 @@ def check_types(where: str, **given: tuple[object, Any]) -> None:
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             words = " or ".join("None" if each is type(None) else each.__name__ for each in kinds)
             raise InputError(f"{where}: got {name}={value!r:.100}; needed {words}.")
+
+
+def check_floating(**given: Any) -> None:
+    """Raise :class:`SpecError` for a tensor of whole, Boolean or complex numbers, or without any: ``weight=weight``."""
+    for name, tensor in given.items():
+        if not tensor.is_floating_point() or tensor.is_meta:
+            where = " on the meta device" if tensor.is_meta else ""
+            raise SpecError(
+                f"{name} of {tensor.dtype}{where}; needed floating-point numbers: convert it first, to the dtype that "
+                "the factors shall have."
+            )
 
 
 def _explain(label: str, error: Any, fields: list[str]) -> str:

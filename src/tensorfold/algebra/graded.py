@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tensorfold.algebra.solve import Factors
 from tensorfold.errors import SpecError
+from tensorfold.strict import check_floating
 
 _CHUNK = 2**21  # elements worked on at a time in fp64
 _FLOOR = 1e-9  # of the metric's largest eigenvalue: directions below it are as good as never read
@@ -269,6 +270,8 @@ def _check(table: Tensor, spec: GradedSpec, importance: Tensor | None, metric: T
             continue
         if tuple(given.shape) != needed[name]:
             raise SpecError(f"{name} of shape {tuple(given.shape)}; the spec needs {needed[name]}.")
+        if name == "table":
+            check_floating(table=given)
         if not torch.isfinite(given).all():
             raise SpecError(f"{name} holds NaN or infinity; repair the checkpoint, or exclude this module.")
     if importance is None:

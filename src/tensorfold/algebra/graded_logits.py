@@ -109,7 +109,7 @@ def _of_head(states: Tensor, basis: Tensor, dense: tuple[Tensor, Tensor], fitted
 def _step(head: _Head, slope: Tensor, entering: Tensor) -> Tensor:
     """The Newton step, shape (tokens, rank), cut short where it would change logits too much."""
     curvature = (1 - _PRIOR) * head.curvature + _PRIOR * head.mass[:, None, None] * head.average + entering
-    scale = curvature.diagonal(dim1=1, dim2=2).mean(1)
+    scale = curvature.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(slope.dtype).tiny / _DAMPING)
     curvature.diagonal(dim1=1, dim2=2).add_(_DAMPING * scale[:, None])
     step = torch.linalg.solve(curvature, slope[:, :, None])  # (tokens, rank, 1)
     change = (step.mT @ head.curvature @ step).flatten() / head.mass.clamp_min(torch.finfo(slope.dtype).tiny)

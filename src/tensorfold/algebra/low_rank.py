@@ -19,6 +19,7 @@ from tensorfold.algebra.als import is_large_table
 from tensorfold.algebra.als_cg import weigh
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.ttsvd import balance, leading_eigenvectors, left_basis
+from tensorfold.strict import check_floating
 
 _RIDGE = 1e-6  # of its mean eigenvalue, added to a metric that is inverted
 
@@ -29,6 +30,7 @@ def whitened_low_rank(weight: Tensor, metric: Tensor | None, spec: Spec, outputs
     Without G it is the optimum of SVD-LLM (arXiv 2403.07378) without its Cholesky factor or any inverse, so it holds
     for singular C. A singular metric that has to be inverted gets a ridge: what it does not weigh is not determined.
     """
+    check_floating(weight=weight)
     result = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
     w = weight.to(torch.float32 if is_large_table(weight, outputs) else torch.float64)
     c = None if metric is None else metric.to(w)
@@ -60,6 +62,7 @@ def error_curve(weight: Tensor, metric: Tensor | None = None, outputs: Tensor | 
         metric: C, (in, in).
         outputs: G, (out, out).
     """
+    check_floating(weight=weight)
     w = weight.double()
     c, g = (None if given is None else given.to(w) for given in (metric, outputs))
     if w.shape[0] <= w.shape[1]:
@@ -102,7 +105,8 @@ def _regressed(weight: Tensor, kept: Tensor, metric: Tensor | None) -> Tensor:
     if metric is None or not left.any() or not weight[:, left].any():
         return weight[:, kept]
     inner = metric[kept][:, kept]
-    inner = inner + _RIDGE * inner.diagonal().mean() * torch.eye(len(kept)).to(inner)
+    ridge = (_RIDGE * inner.diagonal().mean()).clamp_min(torch.finfo(inner.dtype).tiny)  # where all is zero
+    inner = inner + ridge * torch.eye(len(kept)).to(inner)
     return weight[:, kept] + torch.linalg.solve(inner, metric[kept][:, left] @ weight[:, left].T).T
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorfold.errors import SpecError
+from tensorfold.strict import check_floating
 
 _CHUNK = 2**21  # padded numbers decomposed at a time in fp64 (16 MB)
 
@@ -244,6 +245,7 @@ def token_mps_svd(table: Tensor, spec: TokenMPSSpec) -> list[Tensor]:
     """
     if tuple(table.shape) != (spec.vocabulary, spec.width):
         raise SpecError(f"table of shape {tuple(table.shape)}; the spec needs ({spec.vocabulary}, {spec.width}).")
+    check_floating(table=table)
     result = table.dtype if table.dtype in (torch.float32, torch.float64) else torch.float32
     cores = [table.new_empty(shape, dtype=result) for shape in spec.core_shapes]
     chunk = max(1, _CHUNK // spec.padded_width)

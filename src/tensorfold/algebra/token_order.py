@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tensorfold.errors import SpecError
+from tensorfold.strict import check_floating
 
 TokenOrder = Literal["own", "frequency", "cluster"]
 
@@ -63,6 +64,7 @@ def cluster_order(table: Tensor) -> Tensor:
         SpecError: It is not a matrix, or holds NaN or infinity.
     """
     usable = table.dim() == 2 and table.numel() > 0
+    check_floating(table=table)
     # In chunks, because torch.isfinite makes a copy.
     if not usable or not all(bool(rows.isfinite().all()) for rows in table.split(max(1, _CHUNK // table.shape[1]))):
         raise SpecError(

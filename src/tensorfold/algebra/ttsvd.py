@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tensorfold.algebra.spec import Spec
 from tensorfold.errors import SpecError
-from tensorfold.strict import check_types
+from tensorfold.strict import check_floating, check_types
 
 # A matrix up to this many elements is worked on in fp64 as a whole (64 MB); beyond it only Gram matrices are fp64.
 _WHOLE_FP64 = 2**23
@@ -47,7 +47,7 @@ def tt_svd(weight: Tensor, spec: Spec) -> list[Tensor]:
         SpecError: ``weight`` has another shape than ``spec``, or is not finite.
     """
     result = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-    _check_shape(weight, spec)
+    _check_kind(weight, spec)
     thin = _thin_cores(weight, spec, result)
     if thin is not None:
         return thin
@@ -98,22 +98,20 @@ def _thin_cores(weight: Tensor, spec: Spec, result: torch.dtype) -> list[Tensor]
 
 def check_weight(weight: Tensor, spec: Spec) -> Tensor:
     """``weight`` itself, after checking that its shape is the spec's and that it holds neither NaN nor infinity."""
-    check_types("fit", weight=(weight, Tensor))
-    _check_shape(weight, spec)
-    if not weight.is_floating_point() or weight.is_meta:
-        where = " on the meta device" if weight.is_meta else ""
-        raise SpecError(f"weight of {weight.dtype}{where}; needed floating-point numbers.")
+    _check_kind(weight, spec)
     if not torch.isfinite(weight).all():
         raise SpecError("weight holds NaN or infinity; repair the checkpoint, or exclude this module.")
     return weight
 
 
-def _check_shape(weight: Tensor, spec: Spec) -> None:
+def _check_kind(weight: Tensor, spec: Spec) -> None:
+    check_types("fit", weight=(weight, Tensor))
     if tuple(weight.shape) != (spec.out_features, spec.in_features):
         raise SpecError(
             f"weight of shape {tuple(weight.shape)}; the spec needs ({spec.out_features}, {spec.in_features}), "
             "always (out, in)."
         )
+    check_floating(weight=weight)
 
 
 def pad(weight: Tensor, spec: Spec) -> Tensor:
@@ -174,12 +172,9 @@ def _krylov(matrix: Tensor, rank: int) -> Tensor | None:
     space, images = torch.empty(columns, 0, dtype=dtype, device=matrix.device), matrix[:, :0]
     kept, idle = 0.0, 0
     while space.shape[1] + block.shape[1] <= min(matrix.shape) // 2:
-        size = torch.linalg.vector_norm(block)
-        for _ in range(2):  # once leaves what rounding put back
-            block = block - space @ (space.T @ block)
-        if energy == 0.0 or bool(torch.linalg.vector_norm(block) <= 16 * torch.finfo(dtype).eps * size):
+        block = _new_directions(block, space)
+        if energy == 0.0 or not block.shape[1]:
             break  # the space holds all there is
-        block = torch.linalg.qr(block).Q
         space, images = torch.cat([space, block], 1), torch.cat([images, matrix @ block], 1)
         values, vectors = torch.linalg.eigh((images.T @ images).double())
         before, kept = kept, float(values[-rank:].sum())
@@ -193,6 +188,23 @@ def _krylov(matrix: Tensor, rank: int) -> Tensor | None:
         return None
     values, vectors = torch.linalg.eigh((images.T @ images).double())
     return space @ _fix_signs(vectors[:, -rank:].flip(-1)).to(dtype)
+
+
+def _new_directions(block: Tensor, space: Tensor) -> Tensor:
+    """Orthonormal basis of what the columns of ``block`` add to those of ``space``, which are orthonormal.
+
+    What is left of a column within the space is rounding, and no direction: it is dropped. What is left of one nearly
+    within it is partly rounding, and so made orthogonal once more, after it has been given the length 1.
+    """
+    size = torch.linalg.vector_norm(block)
+    for _ in range(2):  # once leaves what rounding put back
+        block = block - space @ (space.T @ block)
+    q, r = torch.linalg.qr(block)
+    u, lengths, _ = torch.linalg.svd(r)
+    block = q @ u[:, lengths > 16 * torch.finfo(block.dtype).eps * size]
+    for _ in range(2):
+        block = torch.linalg.qr(block - space @ (space.T @ block)).Q
+    return block
 
 
 def leading_eigenvectors(symmetric: Tensor, count: int) -> Tensor:

@@ -97,8 +97,10 @@ class GradedEmbedding(GradedModule):
         Raises:
             SpecError: A shape does not fit ``spec``, or a value is not finite.
         """
+        check_types(cls.__name__, weight=(weight, Tensor), spec=(spec, GradedSpec))
+        factors = graded_low_rank(weight.detach(), spec, importance, metric)
         table = cls(spec, scale, device="meta").to_empty(device=weight.device).to(weight.dtype)
-        table.load_factors(graded_low_rank(weight.detach(), spec, importance, metric))
+        table.load_factors(factors)
         return table
 
     def forward(self, input: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from tensorfold.nn.folded import FoldedModule, in_table
 from tensorfold.nn.linear import MPOLinear, MPOModule
 from tensorfold.nn.owners import Codes
 from tensorfold.nn.token_mps import TokenMPSEmbedding
+from tensorfold.strict import check_floating
 
 _LARGEST = 127
 _SHARE = 4  # numbers to a scale at least; part of the format, so it depends on shapes alone
@@ -35,6 +36,8 @@ _SHARE = 4  # numbers to a scale at least; part of the format, so it depends on 
 
 def quantize_rows(weight: Tensor, lead: int = 1) -> tuple[Tensor, Tensor]:
     """Codes (int8, shape of ``weight``) and scales (its dtype, shape of its first ``lead`` axes, then ones)."""
+    if not weight.is_meta:
+        check_floating(weight=weight)
     values = weight.detach().float()
     peak = values.abs().amax(tuple(range(lead, weight.dim())), keepdim=True)
     # Rounded to the dtype it is stored in before it is used, so that nothing is lost by storing it.

@@ -101,8 +101,10 @@ class TokenMPSEmbedding(TokenMPSModule):
         Raises:
             SpecError: ``weight`` has another shape than ``spec``, or is not finite.
         """
+        check_types(cls.__name__, weight=(weight, Tensor), spec=(spec, TokenMPSSpec))
+        cores = token_mps_svd(weight.detach(), spec)
         table = cls(spec, scale, device="meta").to_empty(device=weight.device).to(weight.dtype)
-        table.load_factors(Factors(token_mps_svd(weight.detach(), spec)))
+        table.load_factors(Factors(cores))
         return table
 
     def forward(self, input: Tensor) -> Tensor:
