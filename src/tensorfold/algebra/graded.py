@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tensorfold.algebra.solve import Factors
+from tensorfold.algebra.stored_orders import order_bytes
 from tensorfold.errors import SpecError
 from tensorfold.strict import check_floating
 
@@ -122,6 +123,11 @@ class GradedSpec:
             middle = (low + high) / 2
             low, high = (middle, high) if with_level(middle).parameters <= budget else (low, middle)
         return with_level(low)
+
+    @property
+    def order_bytes(self) -> int:
+        """Bytes of the stored order of the tokens, a number for each."""
+        return order_bytes(self.vocabulary, self.vocabulary)
 
     @property
     def out_features(self) -> int:

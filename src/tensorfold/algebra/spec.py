@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from tensorfold.algebra.modes import balanced_modes, nearest_divisors
+from tensorfold.algebra.stored_orders import order_bytes
 from tensorfold.errors import SpecError
 
 
@@ -42,7 +43,7 @@ class Spec:
         in_features: Columns of the matrix stood for; defaults to ``prod(in_modes)``. Smaller and larger as of rows.
         scalars: One trainable number per bond index of a two-site operator: ``Σ_k s_k A_k ⊗ B_k`` (Krony-PT).
         reordered: Sides, ``"out"`` and ``"in"``, whose index order is stored beside the cores and is not the matrix's
-            own (TQCompressor's permutations). Orders are integers and are not counted as parameters.
+            own (TQCompressor's permutations). Orders are integers: no parameters, but ``order_bytes``.
         pivoted: Of low rank: ``W[order] = [I; T] S`` with S (rank, in) made of rows of W, the pivots, and T
             (out - rank, rank), an interpolative decomposition (Cheng, Gimbutas, Martinsson & Rokhlin 2005; as layers
             PIFA, arXiv 2501.19090). ``U V`` holds rank² numbers that a change of basis ``U R⁻¹ · R V`` takes away;
@@ -247,6 +248,12 @@ class Spec:
     def parameters(self) -> int:
         """Stored numbers: the cores, padding included, and the bond scalars."""
         return sum(math.prod(shape) for shape in self.stored_shapes) + (self.ranks[0] if self.scalars else 0)
+
+    @property
+    def order_bytes(self) -> int:
+        """Bytes of the stored orders of ``reordered`` sides: a number for every output, and for every input read."""
+        rows = order_bytes(self.out_features, self.out_features) if "out" in self.reordered else 0
+        return rows + (order_bytes(self.inner.in_features, self.in_features) if "in" in self.reordered else 0)
 
     @property
     def macs(self) -> int:

@@ -53,6 +53,7 @@ class TokenMPSSpec:
     scalars: ClassVar[bool] = False
     reordered: ClassVar[tuple[str, ...]] = ()
     is_low_rank: ClassVar[bool] = False
+    order_bytes: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         try:

@@ -5,6 +5,7 @@ transformers calls any method that changes modules before loading a quantizer; i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tensorfold.algebra.any_spec import AnySpec, spec_from_dict
 from tensorfold.errors import InputError
+from tensorfold.nn.folded import ORDERS, StoresOrders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,6 +87,19 @@ class TensorfoldQuantizer(HfQuantizer):
 
             install_int8(model, config.int8)
         _own_resizing(model)
+        # Earlier versions stored a tied head's orders beside the table's.
+        old = [rf"^{re.escape(head)}\.({'|'.join(ORDERS)})$" for head in config.tied.values()]
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *old}
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for module in model.modules():
+            if isinstance(module, StoresOrders):
+                module.widen_orders()
+        for table, head in self.quantization_config.tied.items():
+            tied = model.get_submodule(head)
+            if isinstance(tied, StoresOrders):
+                tied.share_orders(model.get_submodule(table))
         return model
 
     def is_serializable(self) -> bool:

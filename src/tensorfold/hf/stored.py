@@ -99,7 +99,8 @@ def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     own = {name: model.get_parameter_or_buffer(name) for name in model.state_dict() if name not in left_out}
     if len({id(tensor) for tensor in own.values()}) != len(own):
         raise NotStoredError(f"{type(model).__name__}: shares weights in a way of its own.")
-    return own
+    state = model.state_dict()  # where orders have the type that they are stored in
+    return {name: tensor if state[name].dtype == tensor.dtype else state[name] for name, tensor in own.items()}
 
 
 def save_configuration(model: PreTrainedModel, directory: Path) -> None:

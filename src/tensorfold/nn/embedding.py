@@ -77,14 +77,13 @@ class MPOEmbedding(MPOModule):
     def head(self, bias: Tensor | None = None) -> MPOLinear:
         """The tied output head ``h ↦ h Eᵀ + bias``: a linear layer over these very parameters, not copies.
 
-        Index orders are copied: transformers ties parameters only, so a checkpoint holds them for both.
+        Index orders are the table's, and are stored with it alone.
         """
         head = MPOLinear(self.spec, bias is not None, device="meta")
         for k, core in enumerate(self.cores):
             head.cores[k] = core
         head.scalars = self.scalars
-        for name, order in self.named_buffers(recurse=False):
-            setattr(head, name, order.clone())
+        head.share_orders(self)
         if bias is not None:
             head.bias = bias if isinstance(bias, torch.nn.Parameter) else torch.nn.Parameter(bias)
         return head

@@ -3,17 +3,58 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorfold.algebra.solve import Factors
+from tensorfold.algebra.stored_orders import order_dtype
 from tensorfold.errors import SpecError
 from tensorfold.nn.owners import Cores
 
+ORDERS = ("out_position", "in_order", "position")  # names of the buffers that hold them
 
-class FoldedModule(nn.Module, ABC):
+
+class StoresOrders(nn.Module):
+    """A module with orders of rows or columns among its buffers: int64 in memory, which indexing is fastest with, and
+    whole numbers of the smallest type that fits in a state dictionary, and so in files.
+
+    Files with orders in int64, as earlier versions wrote them, load as well.
+    """
+
+    spec: Any
+
+    def _orders(self) -> dict[str, int]:
+        """The largest number that each order among the buffers may hold."""
+        sizes = {"in_order": self.spec.in_features}
+        return {name: sizes.get(name, self.spec.out_features) for name in ORDERS if self._buffers.get(name) is not None}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, largest in self._orders().items():
+            if (key := prefix + name) in destination:
+                destination[key] = destination[key].to(order_dtype(largest))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        for name in self._orders():
+            if (key := prefix + name) in state_dict:
+                state_dict[key] = state_dict[key].to(torch.int64)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def widen_orders(self) -> None:
+        """Hold orders in int64 that were put in their place as they are stored."""
+        for name in self._orders():
+            self._buffers[name] = self.get_buffer(name).to(torch.int64)
+
+    def share_orders(self, table: nn.Module) -> None:
+        """Use the orders of the table whose tied head this is; they are stored with the table alone."""
+        for name in self._orders():
+            self.register_buffer(name, table._buffers[name], persistent=False)
+
+
+class FoldedModule(StoresOrders, ABC):
     """Cores in place of a dense weight: how other code recognises a folded module, whatever its structure.
 
     Attributes:

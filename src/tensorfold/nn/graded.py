@@ -136,12 +136,12 @@ class GradedEmbedding(GradedModule):
     def head(self, bias: Tensor | None = None) -> GradedHead:
         """The tied output head ``h ↦ h Eᵀ + bias`` over these very parameters, not copies.
 
-        The order is copied: transformers ties parameters only, so a checkpoint holds it for both.
+        The order is the table's, and is stored with it alone.
         """
         head = GradedHead(self.spec, bias is not None, device="meta")
         for k, core in enumerate(self.cores):
             head.cores[k] = core
-        head.position = self.position.clone()
+        head.share_orders(self)
         if bias is not None:
             head.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return head

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorfold.algebra.precision import as_given, product_dtype
-from tensorfold.nn.folded import FoldedModule, in_table
+from tensorfold.nn.folded import FoldedModule, StoresOrders, in_table
 from tensorfold.nn.linear import MPOLinear, MPOModule
 from tensorfold.nn.owners import Codes
 from tensorfold.nn.token_mps import TokenMPSEmbedding
@@ -139,7 +139,7 @@ class Int8Embedding(nn.Module):
         return f"vocabulary={self.num_embeddings}, width={self.embedding_dim}"
 
 
-class Int8Folded(nn.Module):
+class Int8Folded(StoresOrders):
     """A folded module, linear or embedding or head, whose large cores are codes.
 
     Low rank is two int8 products. A ``TokenMPS`` table turns back the tokens that are asked for. Everything else turns
@@ -166,7 +166,7 @@ class Int8Folded(nn.Module):
             else:
                 self.others[key] = _frozen(tensor)
         for name, buffer in folded.named_buffers():
-            self.register_buffer(name, buffer)
+            self.register_buffer(name, buffer, persistent=name not in folded._non_persistent_buffers_set)
         # What computes, without numbers of its own; in a list, so that it is no submodule.
         self._folded = [copy.deepcopy(folded).to("meta")]
         self._names = {name.replace(".", "_"): name for name, _ in folded.named_parameters()}

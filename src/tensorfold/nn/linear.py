@@ -18,7 +18,7 @@ from tensorfold.algebra.solve import Factors, factorize
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.starts import core_std
 from tensorfold.errors import SpecError
-from tensorfold.nn.folded import store
+from tensorfold.nn.folded import StoresOrders, store
 from tensorfold.nn.machine import path_for
 from tensorfold.nn.owners import Cores
 from tensorfold.strict import check_types
@@ -26,7 +26,7 @@ from tensorfold.strict import check_types
 _FEW, _TILE = 64, 512  # tokens
 
 
-class MPOModule(nn.Module):
+class MPOModule(StoresOrders):
     """Cores of one spec, with the bond scalars and index orders it may have: what linear layer and embedding share."""
 
     out_position: Tensor | None
