@@ -15,7 +15,7 @@ import tensorfold
 from tensorfold.recipe import shipped_recipes
 
 EVAL = ("--protocol", "disjoint-64", "--max-tokens", "256")
-MODULE = {"out_modes", "in_modes", "ranks", "parameters"}
+MODULE = {"out_modes", "in_modes", "ranks", "parameters", "bytes"}
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -55,10 +55,11 @@ def test_plan_prints_a_table_of_what_a_fold_would_do(command, dense_directory):
 def test_plan_as_json_has_the_keys_of_the_contract(command, dense_directory, recipe_file):
     outcome = command("plan", dense_directory, "--recipe", recipe_file, "--json")
     result = parse_only_line(outcome.out)
-    assert set(result) == {"parameters_before", "parameters_after", "modules"}
+    assert set(result) == {"parameters_before", "parameters_after", "bytes_before", "bytes_after", "modules"}
     assert all(set(module) == MODULE for module in result["modules"].values())
     assert result["modules"]["model.embed_tokens"] == {
         "out_modes": [300, 1], "in_modes": [1, 32], "ranks": [8], "parameters": 8 * 332,
+        "bytes": 4 * 8 * 332,
     }  # fmt: skip
     assert "model.layers.1.mlp.down_proj" not in result["modules"]
     assert result["parameters_before"] == tensorfold.load(dense_directory).num_parameters()

@@ -8,9 +8,9 @@ from torch import nn
 
 import tensorfold
 from tensorfold import Graded, InputError, Kronecker, LowRank, Recipe, Rule, TokenMPS
-from tensorfold.hf.int8 import stored_bytes
 from tensorfold.nn import GradedEmbedding, MPOEmbedding, MPOLinear, TokenMPSEmbedding
 from tensorfold.nn.int8 import Int8Embedding, Int8Folded, Int8Linear, dequantize, int8_linear, quantize_rows
+from tensorfold.sizes import stored_bytes
 
 IDS = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 TABLES = {"low-rank": LowRank(keep=0.5), "graded": Graded(keep=0.5), "token-mps": TokenMPS(rank=4),

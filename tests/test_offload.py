@@ -10,7 +10,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model, load_checkpoin
 
 import tensorfold
 from tensorfold import MPO, Graded, Kronecker, LowRank, Recipe, Rule, TokenMPS
-from tensorfold.hf.int8 import stored_bytes
+from tensorfold.sizes import stored_bytes
 
 IDS = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 LAYERS = {

@@ -105,3 +105,39 @@ def test_streamed_and_ordinary_folds_store_alike(tied, tmp_path):
     ordinary.save_pretrained(tmp_path / "ordinary")
     files = [(tmp_path / kind / "model.safetensors").read_bytes() for kind in ("streamed", "ordinary")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("rules", [[GRADED, PIVOTED], [CLUSTERED, PERMUTED]], ids=["pivoted", "permuted"])
+def test_reports_give_the_bytes_that_files_hold(rules, tied, dtype, tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=4, max_position_embeddings=64, tie_word_embeddings=tied)  # fmt: skip
+    model = LlamaForCausalLM(config).to(dtype).eval()
+
+    def held(model, name):
+        model.save_pretrained(tmp_path / name)
+        return sum(tensor.nbytes for tensor in load_file(tmp_path / name / "model.safetensors").values())
+
+    before = held(model, "dense")
+    plan = tensorfold.plan(model, {"fold": rules})
+    report = tensorfold.fold(model, {"fold": rules})
+    after = held(model, "folded")
+    for told in (plan, report):
+        assert (told.bytes_before, told.bytes_after) == (before, after)
+        found = told.to_dict()
+        assert (found["bytes_before"], found["bytes_after"]) == (before, after)
+        assert f"{before / 1e6:,.1f} → {after / 1e6:,.1f} MB stored" in str(told)
+        left = after - sum(module["bytes"] for module in found["modules"].values())
+        own = {name: p for name, p in model.named_parameters() if ".cores." not in name}
+        assert left == sum(parameter.nbytes for parameter in own.values())
+
+
+def test_a_search_gives_the_bytes_of_what_it_chose(tokenizer, prose, tiny, tmp_path):
+    model = tiny("llama")
+    rule = {"targets": "all-linear", "method": "auto", "keep": 0.7}
+    report = tensorfold.fold(model, {"fold": [rule]}, tokenizer, [prose], calibration_tokens=64)
+    model.save_pretrained(tmp_path / "folded")
+    held = load_file(tmp_path / "folded" / "model.safetensors").values()
+    assert report.bytes_after == sum(tensor.nbytes for tensor in held)

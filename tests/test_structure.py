@@ -20,7 +20,7 @@ LAYERS = [
     ["methods", "auto"],
     ["direct_reads"],
     ["anatomy", "picogpt"],
-    ["surgery", "ties"],
+    ["surgery", "ties", "sizes"],
     ["recipe", "report"],
     ["shapes"],
     ["planning"],

@@ -11,15 +11,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensorfold.algebra.allocation import Curve, allocate, least, pivoted_costs
+from tensorfold.algebra.any_spec import AnySpec
 from tensorfold.algebra.smaller_heads import HeadBasis, PairCurves, joint_curve
 from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.stored_orders import order_bytes
 from tensorfold.anatomy import Matrix, blocks
 from tensorfold.errors import InputError, SpecError
 from tensorfold.planning import Budget, Plan
 from tensorfold.value_heads import ValueHeads
 
 _POINTS = 12  # of a curve, in reports
-_ORDER_BYTES = 8  # of a row, where an order of rows is stored
+_RAISES = 50  # of a budget that is too small, until it is enough
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,32 @@ def check_budgets(model: PreTrainedModel, planned: Plan) -> None:
     for budget in searched(model, planned):
         method, size = budget.method, model.dtype.itemsize
         total = sum(planned.modules[name].dense_parameters for name in budget.names)
-        given = math.floor(method.keep * total)
-        needed = math.ceil(least({name: _curve(budget, planned, name, size) for name in budget.names}))
-        if needed > given:
-            raise SpecError(
-                f"auto: keep={method.keep} with budget: {method.budget} leaves {given * size:,} bytes to "
-                f"{len(budget.names)} layers from {budget.names[0]} on, and the least that they take, with the stored "
-                f"order of their rows, is {needed * size:,}; keep at least "
-                f"{math.ceil(needed / total * 1e4) / 1e4:.4f}, or use budget: parameters."
-            )
+        given, needed = _given_and_needed(budget, planned, total, size)
+        if needed <= given:
+            continue
+        enough = budget
+        for _ in range(_RAISES):  # with the budget rises what is guaranteed to every layer
+            raised, least_given = _given_and_needed(enough, planned, total, size)
+            if least_given <= raised:
+                break
+            keep = math.ceil(least_given / total * 1e4) / 1e4
+            if keep >= 1:
+                break
+            enough = replace(budget, method=replace(method, keep=keep))
+        raise SpecError(
+            f"auto: keep={method.keep} with budget: {method.budget} leaves {given * size:,} bytes to "
+            f"{len(budget.names)} layers from {budget.names[0]} on, and the least that they take, with the stored "
+            f"order of their rows, is {needed * size:,}; keep at least {enough.method.keep:.4f}, or use budget: "
+            "parameters."
+        )
+
+
+def _given_and_needed(budget: Budget, planned: Plan, total: int, size: int) -> tuple[int, int]:
+    """Parameters of ``size`` bytes that a budget leaves, and the least that its layers may have."""
+    specs = {name: planned.modules[name] for name in budget.names}
+    shares = {name: budget.method.spec(spec.out_features, spec.in_features) for name, spec in specs.items()}
+    curves = {name: _curve(budget, shares[name], size) for name in budget.names}
+    return math.floor(budget.method.keep * total), math.ceil(least(curves))
 
 
 Heads = tuple[ValueHeads, list[PairCurves]]
@@ -99,7 +118,7 @@ def divide(
     """
     method, curves = budget.method, {}
     for name in budget.names:
-        curves[name] = _curve(budget, planned, name, matrices[name].parameter.element_size(), losses[name])
+        curves[name] = _curve(budget, planned.modules[name], matrices[name].parameter.element_size(), losses[name])
     total = math.floor(method.keep * sum(matrices[name].parameter.numel() for name in budget.names))
     pairs = {}
     for pair, shrunken in heads:
@@ -149,12 +168,16 @@ def _of_size(pair: ValueHeads, shrunken: PairCurves, *floors: float) -> tuple[Cu
     return found[0], found[1]
 
 
-def _curve(budget: Budget, planned: Plan, name: str, size: int, losses: Tensor | None = None) -> Curve:
-    """Of one layer from rank 1 on, in parameters of ``size`` bytes; without losses, for its costs alone."""
-    method, spec = budget.method, planned.modules[name]
+def _curve(budget: Budget, spec: AnySpec, size: int, losses: Tensor | None = None) -> Curve:
+    """Losses and costs of one layer from rank 1 on, in parameters of ``size`` bytes; without losses, costs alone.
+
+    Args:
+        spec: The layer's equal share.
+    """
+    method = budget.method
     costs = pivoted_costs(spec.out_features, spec.in_features)[1:]
     if method.budget == "bytes":  # the dense matrix has no order
-        costs[:-1] += spec.out_features * _ORDER_BYTES / size
+        costs[:-1] += order_bytes(spec.out_features, spec.out_features) / size
     floor = min(method.floor * method.keep * spec.dense_parameters, spec.parameters)
     return Curve(torch.zeros_like(costs) if losses is None else losses[1:], costs, floor)
 

@@ -25,6 +25,7 @@ from tensorfold.finite import why_not_finite
 from tensorfold.protocols import HARNESS, Score, Window, get_protocol
 from tensorfold.protocols import PROTOCOLS as PROTOCOLS  # of old a name of this module
 from tensorfold.seen_text import overlaps, sentence
+from tensorfold.sizes import stored_bytes
 from tensorfold.strict import check_types
 from tensorfold.text_forms import form_of
 from tensorfold.tokens import Encoder, check_ids
@@ -55,6 +56,7 @@ class Evaluation:
         prefix: Token ids that the tokenizer puts before a document, with which every window begins.
         seen: Texts that had a say in the model and are in this one: ``purpose`` (``calibration``, ``training``, or
             ``selection`` of a checkpoint), ``text``, and the ``share`` in common. Empty where none is known.
+        bytes: Stored bytes of the whole model, orders and scales included.
         form: Of a text of wikitext's kind, ``raw`` or ``non-raw``, as found in it; see :mod:`tensorfold.text_forms`.
     """
 
@@ -71,6 +73,7 @@ class Evaluation:
     prefix: tuple[int, ...] = ()
     seen: list[dict[str, Any]] = field(default_factory=list)
     form: str | None = None
+    bytes: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prefix", tuple(self.prefix))  # JSON gives a list
@@ -192,6 +195,7 @@ def evaluate(
         text=text_name or f"{len(documents)} document(s) of {sum(map(len, documents))} characters",
         seconds=time.perf_counter() - start,
         parameters=sum(parameter.numel() for parameter in parameters),
+        bytes=stored_bytes(model),
         accuracy=accuracy,
         device=str(device),
         dtype=next((str(p.dtype) for p in parameters if p.is_floating_point()), "unknown").removeprefix("torch."),

@@ -43,7 +43,7 @@ from tensorfold.methods import Method
 from tensorfold.planning import Plan, prepare
 from tensorfold.ranks import Ranks
 from tensorfold.recipe import Recipe
-from tensorfold.report import module_table, progress_bar
+from tensorfold.report import progress_bar
 from tensorfold.search import Search, search
 from tensorfold.seen_text import CALIBRATION, Seen, note
 from tensorfold.solving import ERROR, cost_of, solve_matrix, solve_rows, unsolved_state
@@ -89,6 +89,14 @@ class FoldReport:
         return self.plan.parameters_after
 
     @property
+    def bytes_before(self) -> int:
+        return self.plan.bytes_before
+
+    @property
+    def bytes_after(self) -> int:
+        return self.plan.bytes_after
+
+    @property
     def modules(self) -> dict[str, AnySpec]:
         return self.plan.modules
 
@@ -108,15 +116,7 @@ class FoldReport:
 
     def __str__(self) -> str:
         kinds = sorted(set(self.metrics.values()))
-        return module_table(
-            self.modules,
-            self.parameters_before,
-            self.parameters_after,
-            self.plan.kept,
-            self.errors,
-            f"{'/'.join(kinds)} error",
-            self.plan.warnings,
-        )
+        return self.plan.table(self.errors, f"{'/'.join(kinds)} error")
 
 
 def fold(

@@ -20,6 +20,7 @@ from tensorfold.evaluation import Evaluation
 from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.hf.loading import reason
 from tensorfold.protocols import HARNESS
+from tensorfold.sizes import stored_bytes
 
 _PERPLEXITIES = ("word_perplexity", "perplexity")
 
@@ -129,6 +130,7 @@ def evaluate_tasks(
         text=",".join(names) if limit is None else f"{','.join(names)} (first {limit} documents)",
         seconds=time.perf_counter() - start,
         parameters=sum(parameter.numel() for parameter in parameters),
+        bytes=stored_bytes(model),
         accuracy=judged.get("acc"),
         device=str(parameters[0].device),
         dtype=str(model.dtype).removeprefix("torch."),

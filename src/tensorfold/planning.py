@@ -27,6 +27,7 @@ from tensorfold.errors import InputError, SpecError
 from tensorfold.methods import Method
 from tensorfold.recipe import Recipe, Rule
 from tensorfold.report import module_table
+from tensorfold.sizes import stored_bytes
 from tensorfold.surgery import keep_layers, split_linear, untie_head
 from tensorfold.ties import disagreement
 
@@ -44,7 +45,9 @@ class Plan:
     """Parameter counts of the whole model (a tied head once) and the spec of every folded module.
 
     ``parameters_before`` is of the model as given, ``parameters_after`` of what is there afterwards: a head that the
-    recipe unties is counted once before and by itself after. ``dense`` are the parameters of targeted matrices that a
+    recipe unties is counted once before and by itself after. ``bytes_before`` and ``bytes_after`` are of everything
+    that a checkpoint holds, stored orders included: ``other_bytes`` of all that is not targeted, and
+    ``targeted_bytes`` of each targeted matrix as it was. ``dense`` are the parameters of targeted matrices that a
     search leaves as they are. ``str(plan)`` is the table people read.
     """
 
@@ -57,6 +60,20 @@ class Plan:
     warnings: tuple[str, ...] = ()
     budgets: tuple[Budget, ...] = field(default=(), repr=False)
     dense: int = 0
+    bytes_before: int = 0
+    other_bytes: int = field(default=0, repr=False)
+    targeted_bytes: dict[str, int] = field(default_factory=dict, repr=False)
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes of one targeted matrix afterwards, in the dtype that it had, with its stored orders."""
+        dense, spec = self.targeted_bytes[name], self.modules.get(name)
+        if spec is None:  # left as it is
+            return dense
+        return spec.parameters * dense // spec.dense_parameters + spec.order_bytes
+
+    @property
+    def bytes_after(self) -> int:
+        return self.other_bytes + sum(self.bytes_of(name) for name in self.targeted_bytes)
 
     @property
     def kept(self) -> float:
@@ -65,18 +82,23 @@ class Plan:
         return folded / self.targeted_before if self.targeted_before else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form: whole-model counts and, by module, modes, ranks and parameters."""
+        """The JSON form: whole-model counts and, by module, modes, ranks, parameters and bytes."""
         return {
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
-            "modules": {name: _shape(spec) for name, spec in self.modules.items()},
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "modules": {name: {**_shape(spec), "bytes": self.bytes_of(name)} for name, spec in self.modules.items()},
             **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
 
     def __str__(self) -> str:
-        return module_table(
-            self.modules, self.parameters_before, self.parameters_after, self.kept, warnings=self.warnings
-        )
+        return self.table()
+
+    def table(self, errors: Mapping[str, float] | None = None, error_name: str = "error") -> str:
+        """The folded modules, with their errors where there are any, and the sizes of the whole model."""
+        sizes = (self.parameters_before, self.parameters_after), (self.bytes_before, self.bytes_after)
+        return module_table(self.modules, *sizes, self.kept, errors, error_name, self.warnings)
 
 
 def _shape(spec: AnySpec) -> dict[str, Any]:
@@ -125,7 +147,7 @@ def prepare(model: PreTrainedModel, recipe: Recipe, said: str | None = None) -> 
         InputError, SpecError: As :func:`plan`.
     """
     check_foldable(model)
-    before = count_parameters(model)
+    before, bytes_before = count_parameters(model), stored_bytes(model)
     untied = untie_head(model) if recipe.untie else None
     added = count_parameters(model) - before
     if recipe.layers is not None:
@@ -141,7 +163,20 @@ def prepare(model: PreTrainedModel, recipe: Recipe, said: str | None = None) -> 
         *_untying(untied, added, after - before),
         *_warnings(specs),
     )
-    return Plan(before, after, specs, methods, targeted, split, warnings, budgets), chosen
+    bytes_ = {name: matrix.parameter.nbytes for name, matrix in chosen.items()}
+    return Plan(
+        before,
+        after,
+        specs,
+        methods,
+        targeted,
+        split,
+        warnings,
+        budgets,
+        bytes_before=bytes_before,
+        other_bytes=stored_bytes(model) - sum(bytes_.values()),
+        targeted_bytes=bytes_,
+    ), chosen
 
 
 def _assign(

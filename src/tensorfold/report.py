@@ -15,14 +15,20 @@ from tensorfold.algebra.any_spec import AnySpec
 
 def module_table(
     modules: Mapping[str, AnySpec],
-    before: int,
-    after: int,
+    parameters: tuple[int, int],
+    stored: tuple[int, int],
     kept: float,
     errors: Mapping[str, float] | None = None,
     error_name: str = "error",
     warnings: Sequence[str] = (),
 ) -> str:
-    """Plain-text table of folded modules; equal ones of different blocks share a row, with the mean of their errors."""
+    """Plain-text table of folded modules; equal ones of different blocks share a row, with the mean of their errors.
+
+    Args:
+        parameters: Of the whole model, before and after.
+        stored: Bytes of the whole model where it is stored, before and after.
+        kept: Fraction of the targeted matrices' parameters that stays.
+    """
     rows: dict[tuple[str, AnySpec], list[str]] = {}
     for name, spec in modules.items():
         rows.setdefault((re.sub(r"\.\d+\.", ".*.", name), spec), []).append(name)
@@ -45,10 +51,12 @@ def module_table(
         if errors is not None:
             cells.append(f"{sum(errors[name] for name in names) / len(names):.3f}")
         table.add_row(*cells)
-    total = (
-        f"{before:,} → {after:,} parameters ({after / before:.1%} of the model, {kept:.1%} of the targeted matrices)"
-    )
-    return "\n".join([render(table), total, *(f"warning: {warning}" for warning in warnings)])
+    (before, after), (bytes_before, bytes_after) = parameters, stored
+    totals = [
+        f"{before:,} → {after:,} parameters ({after / before:.1%} of the model, {kept:.1%} of the targeted matrices)",
+        f"{bytes_before / 1e6:,.1f} → {bytes_after / 1e6:,.1f} MB stored, orders of rows and columns included",
+    ]
+    return "\n".join([render(table), *totals, *(f"warning: {warning}" for warning in warnings)])
 
 
 def render(table: Table) -> str:
@@ -84,8 +92,9 @@ def model_card(
     """README of a folded checkpoint: how to load it first, then what was done and what is known of it.
 
     Args:
-        card: ``base_model``, ``recipe``, ``parameters_before``, ``parameters_after``, and ``calibration`` if any text
-            was used, ``heal`` if it was healed, ``modules``. Missing entries are left out.
+        card: ``base_model``, ``recipe``, ``parameters_before``, ``parameters_after``, ``bytes_before``,
+            ``bytes_after``, and ``calibration`` if any text was used, ``heal`` if it was healed, ``modules``. Missing
+            entries are left out.
         evaluations: What ``tensorfold eval --record`` noted, oldest first; of equal protocol, text and tokens the last.
         path: Where the checkpoint lies, as code that loads it says it.
         size: Bytes of its weight files.
@@ -111,6 +120,9 @@ def model_card(
         lines.insert(-1, f"- base weights: {source_line(card['source'])}; bytes below are those of the folded weights")
     if before and after:
         lines.append(f"- parameters: {before:,} → {after:,} ({after / before:.1%}), a tied output head counted once")
+    before, after = (_count(card.get(f"bytes_{when}")) for when in ("before", "after"))
+    if before and after:
+        lines.append(f"- stored: {before / 1e6:.1f} → {after / 1e6:.1f} MB when it was folded, orders included")
     if size is not None:
         lines.append(f"- weight files: {size / 1e6:.1f} MB")
     modules = card.get("modules")

@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import matplotlib.pyplot as plt
 from pages import save_picture, write_sections
 
+from tensorfold.algebra.stored_orders import order_bytes
+
 HERE = Path(__file__).parent
 
 NAMES = {
@@ -25,6 +27,8 @@ FITS = {
     "text-24k": "text, 24,000 tokens",
 }
 Run = dict[str, Any]
+ROWS = 49_152
+ORDERED = ("graded", "mpo", "kronecker")  # tables that store an order of their tokens, a number for each
 
 
 def read(name: str) -> list[Run]:
@@ -36,11 +40,17 @@ def number(perplexity: float) -> str:
     return f"{perplexity:,.0f}" if perplexity >= 1000 else f"{perplexity:.2f}"
 
 
+def stored_bytes(run: Run) -> int:
+    """Bytes of the table in float32, with the order of its tokens in the smallest integers that fit."""
+    return 4 * int(run["table_parameters"]) + (order_bytes(ROWS, ROWS) if run["structure"] in ORDERED else 0)
+
+
 def comparison(runs: list[Run]) -> str:
     dense = next(run for run in runs if run["structure"] == "dense")
     lines = [
-        "| structure | fitted to | table | smaller | whole model | perplexity | × dense | healed | × dense |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| structure | fitted to | table | smaller | in bytes | whole model | perplexity | × dense | healed "
+        "| × dense |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     order = ["dense", *NAMES]
     ranked = sorted(runs, key=lambda r: (order.index(r["structure"]), r["fit"] == "plain", -r["table_parameters"]))
@@ -51,7 +61,9 @@ def comparison(runs: list[Run]) -> str:
         rank = f", {run['size']}" if run["structure"] == "token-mps" else ""
         lines.append(
             f"| {name}{rank} | {FITS[run['fit']] if run is not dense else ''} | {run['table_parameters']:,} | "
-            f"{dense['table_parameters'] / run['table_parameters']:.2f}× | {run['parameters']:,} | {number(before)} | "
+            f"{dense['table_parameters'] / run['table_parameters']:.2f}× | "
+            f"{stored_bytes(dense) / stored_bytes(run):.2f}× | "
+            f"{run['parameters']:,} | {number(before)} | "
             f"{number(before / base)} | {number(after)} | {number(after / base)} |"
         )
     return "\n".join(lines)

@@ -27,7 +27,7 @@ class HealReport:
     by validation; 0 is before the first. ``tokens``: trained on in all steps. ``kept``: the weights of ``steps``, of
     ``blocks`` alone, or of the ``start``, where nothing was better than what came in. ``helped``: whether the
     validation loss is lower than it was; None without a validation split. ``window``: tokens in a sequence, of which
-    the first are ``prefix``, what the tokenizer puts before a document.
+    the first are ``prefix``, what the tokenizer puts before a document. ``bytes``: of the model where it is stored.
     """
 
     steps: int
@@ -45,6 +45,7 @@ class HealReport:
     helped: bool | None = None
     window: int | None = None
     prefix: tuple[int, ...] = ()
+    bytes: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prefix", tuple(self.prefix))  # JSON gives a list

@@ -50,6 +50,7 @@ from tensorfold.hf.sources import find_model
 from tensorfold.ranks import PATIENCE
 from tensorfold.seen_text import note
 from tensorfold.settings import HealSettings
+from tensorfold.sizes import stored_bytes
 from tensorfold.strict import check_types
 from tensorfold.tokens import check_tokenizer
 
@@ -145,9 +146,8 @@ def heal(
         try:
             with _tensorboard_beside(target, report_to):
                 report, result = run.whole()
-            report = dataclasses.replace(
-                report, seconds=time.monotonic() - started, out=None if target is None else str(out)
-            )
+            written = None if target is None else str(out)
+            report = dataclasses.replace(report, seconds=time.monotonic() - started, out=written)
             if target is not None and state.is_main_process:
                 done = {
                     **report.to_dict(),
@@ -232,7 +232,7 @@ class _Run:
         if settings.steps:
             result, done, step, loss, first = self._end_to_end()
             before = first if before is None else before
-            kept = "steps" if step else "start" if blockwise is None else "blocks"
+            kept = "steps" if step else "blocks" if blockwise else "start"
         rounded = kept != "start" and not self.sharded and round_to(result, dtypes)
         if rounded or not settings.steps:
             loss = self._validate()
@@ -248,6 +248,7 @@ class _Run:
             text=self.cache.label,
             seconds=0.0,
             parameters=count_parameters(result),
+            bytes=stored_bytes(result),
             trained_parameters=trained,
             blockwise=blockwise,
             kept=kept,

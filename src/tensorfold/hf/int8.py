@@ -19,6 +19,7 @@ from tensorfold.hf.quantizer import TensorfoldConfig, mark
 from tensorfold.hf.swap import set_module
 from tensorfold.nn import FoldedModule
 from tensorfold.nn.int8 import Int8Embedding, Int8Folded, Int8Linear
+from tensorfold.sizes import stored_bytes
 from tensorfold.strict import check_types
 
 Int8 = Int8Linear | Int8Embedding | Int8Folded
@@ -94,13 +95,6 @@ def install_int8(model: PreTrainedModel, names: Iterable[str]) -> None:
         set_module(model, name, new)
         if name == table_name and head_name is not None:
             _tie_head(model, name, new, head_name)
-
-
-def stored_bytes(model: nn.Module) -> int:
-    """Bytes of what a checkpoint holds: parameters once, and persistent buffers."""
-    kept = set(model.state_dict())
-    buffers = [buffer for name, buffer in model.named_buffers() if name in kept]
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *buffers))
 
 
 def _targets(model: PreTrainedModel) -> list[str]:
