@@ -78,12 +78,12 @@ def reference(row, modes, rank):
 )
 def test_counts_as_published(rank, parameters, factor):
     """TensorGPT's factors on a width of 768 padded to 2^10."""
-    spec = TokenMPS(rank=rank).spec(50257, 768)
+    spec = TokenMPS(rank=rank, modes=TEN).spec(50257, 768)
     assert spec == TokenMPSSpec(50257, 768, TEN, rank)
     assert spec.parameters_per_token == parameters
     assert spec.parameters == 50257 * parameters
     assert round(spec.factor, 2) == factor
-    assert TokenMPS(keep=parameters / 768).spec(50257, 768) == spec
+    assert TokenMPS(keep=parameters / 768, modes=TEN).spec(50257, 768) == spec
 
 
 def test_counts_of_the_second_version():

@@ -38,7 +38,7 @@ def make(tiny):
         if model.get_output_embeddings().bias is not None:
             torch.nn.init.normal_(model.get_output_embeddings().bias)
         tables = ["embedding", "positions"] if architecture == "gpt2" else ["embedding"]
-        rules = (Rule(tables, TokenMPS(rank=3)), Rule("mlp", LowRank(keep=0.5)))
+        rules = (Rule(tables, TokenMPS(rank=3, modes=(2,) * 5)), Rule("mlp", LowRank(keep=0.5)))
         return model, tensorfold.fold(model, Recipe(rules))
 
     return folded
@@ -77,7 +77,7 @@ def test_gpt2_plan_says_what_it_does():
     }
     assert "50257 × MPS(2^10, rank 4)" in str(plan)
     assert "30.2%" in str(plan)
-    assert tensorfold.plan(GPT2Config(), TokenMPS(keep=0.303)).modules == plan.modules
+    assert tensorfold.plan(GPT2Config(), TokenMPS(keep=0.303, modes=(2,) * 10)).modules == plan.modules
 
 
 def test_linear_layers_are_refused_by_name():
@@ -186,7 +186,9 @@ def test_resizing_as_transformers_does(make, tmp_path, tied):
         assert each.resize_token_embeddings() is each.resize_token_embeddings(300) is table
         assert each.resize_token_embeddings(301, pad_to_multiple_of=8) is table is each.get_input_embeddings()
         assert each.config.vocab_size == table.num_embeddings == logits(each).shape[-1] == 304
-        expected = TokenMPSEmbedding.from_dense(mean, TokenMPS(rank=3).spec(1, 32))(torch.zeros(4, dtype=torch.long))
+        expected = TokenMPSEmbedding.from_dense(mean, TokenMPS(rank=3, modes=(2,) * 5).spec(1, 32))(
+            torch.zeros(4, dtype=torch.long)
+        )
         torch.testing.assert_close(table(torch.arange(300, 304)), expected)
         for arguments in ((299,), (None, None, False)):
             with pytest.raises(InputError, match=r"needed at least as many.*tensorfold\.append_tokens"):

@@ -39,7 +39,7 @@ def main() -> None:
     states = torch.randn(64, WIDTH, generator=generator)
     for rank in (1, 4):
         started = time.perf_counter()
-        table = TokenMPSEmbedding.from_dense(weight, TokenMPS(rank=rank).spec(VOCABULARY, WIDTH))
+        table = TokenMPSEmbedding.from_dense(weight, TokenMPS(rank=rank, modes=(2,) * 10).spec(VOCABULARY, WIDTH))
         seconds = time.perf_counter() - started
         head = table.head()
         entry = {
