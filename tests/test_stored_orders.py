@@ -11,6 +11,9 @@ import tensorfold
 from tensorfold.algebra.graded import GradedSpec
 from tensorfold.algebra.spec import Spec
 from tensorfold.algebra.stored_orders import order_bytes, order_dtype
+from tensorfold.hf.loading import save
+from tensorfold.html_report.facts import read_directory
+from tensorfold.html_report.tables import bond_rows, size_rows
 from tensorfold.nn import GradedEmbedding, MPOEmbedding, MPOLinear
 from tensorfold.nn.folded import ORDERS
 
@@ -141,3 +144,19 @@ def test_a_search_gives_the_bytes_of_what_it_chose(tokenizer, prose, tiny, tmp_p
     model.save_pretrained(tmp_path / "folded")
     held = load_file(tmp_path / "folded" / "model.safetensors").values()
     assert report.bytes_after == sum(tensor.nbytes for tensor in held)
+
+
+def test_the_page_gives_bytes_beside_parameters(tiny, tokenizer, tmp_path):
+    model = tiny("llama")
+    report = tensorfold.fold(model, {"fold": [GRADED, PIVOTED]})
+    save(model, tokenizer, tmp_path / "with", {"base_model": "dense", **report.to_dict()})
+    model.save_pretrained(tmp_path / "without")  # no card: what it was is told by its configuration
+    known, unknown = (read_directory(tmp_path / name, name) for name in ("with", "without"))
+    assert known.bytes_before == unknown.bytes_before == report.bytes_before
+    [row, _] = size_rows([known, unknown])
+    assert row["stored before"] == f"{report.bytes_before / 1e6:,.1f} MB"
+    modules = report.to_dict()["modules"]
+    table, *rest = bond_rows(known)
+    assert table["bytes each"] == f"{modules['model.embed_tokens']['bytes']:,}"
+    assert {row["bytes each"] for row in rest} == {f"{each['bytes']:,}" for each in list(modules.values())[1:]}
+    assert {row["bytes each"] for row in bond_rows(unknown)} == {"unknown"}

@@ -24,6 +24,7 @@ from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.hf.loading import folded_skeleton, folding_of, load_config, reason
 from tensorfold.records import BENCH, CARD, EVALUATIONS, HEAL_LOG, read_lines, read_object
 from tensorfold.report import source_line
+from tensorfold.sizes import stored_bytes
 
 T = TypeVar("T")
 
@@ -49,12 +50,13 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Folded:
-    """A folded module: its spec, its error at the time of folding where the card has one, and its spectra by bond."""
+    """A folded module: its spec, its spectra by bond, and what the card has of it: its error and its bytes then."""
 
     spec: AnySpec
     error: float | None
     metric: str | None
     spectra: tuple[Tensor, ...] = ()
+    bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class ModelFacts:
     parameters: int
     parameters_before: int
     weight_bytes: int
+    bytes_before: int
     modules: dict[str, Folded]
     evaluations: tuple[Evaluated, ...]
     healed: dict[str, Any] | None
@@ -116,7 +119,8 @@ def read_directory(path: Path, label: str, step: Callable[[str], None] = lambda 
             {name: folding.specs[name] for name, _ in model.named_modules() if name in folding.specs} if folding else {}
         )
         parameters = count_parameters(model)
-        dense = parameters if folding is None else count_parameters(empty_model(config))
+        unfolded = model if folding is None else empty_model(config)
+        dense, dense_bytes = count_parameters(unfolded), stored_bytes(unfolded)
         spectra = _spectra(files, specs, set(folding.int8) if folding else set(), step)
     except TensorfoldError as error:
         raise InputError(f"{path}: {error}") from error
@@ -133,7 +137,7 @@ def read_directory(path: Path, label: str, step: Callable[[str], None] = lambda 
         notes.append(f"{CARD} lists no modules, so the errors of folding are not known; tensorfold fold writes it.")
     modules = {name: _folded(spec, details.get(name), spectra.get(name, ())) for name, spec in specs.items()}
     healed = card.get("heal")
-    before = whole_number(card.get("parameters_before"))
+    before, bytes_before = (whole_number(card.get(f"{what}_before")) for what in ("parameters", "bytes"))
     return ModelFacts(
         label=label,
         path=path,
@@ -143,6 +147,7 @@ def read_directory(path: Path, label: str, step: Callable[[str], None] = lambda 
         parameters=parameters,
         parameters_before=dense if before is None else before,
         weight_bytes=sum(file.stat().st_size for file in files),
+        bytes_before=dense_bytes if bytes_before is None else bytes_before,
         modules=modules,
         evaluations=_evaluations(path, parameters, notes),
         healed=dict(healed) if isinstance(healed, Mapping) else None,
@@ -214,7 +219,8 @@ def _text(value: Any) -> str | None:
 
 def _folded(spec: AnySpec, details: Any, spectra: tuple[Tensor, ...]) -> Folded:
     details = details if isinstance(details, Mapping) else {}
-    return Folded(spec, number(details.get("error")), _text(details.get("metric")), spectra)
+    error, size = number(details.get("error")), whole_number(details.get("bytes"))
+    return Folded(spec, error, _text(details.get("metric")), spectra, size)
 
 
 def _choices(stored: Any) -> dict[str, Chosen]:

@@ -27,7 +27,7 @@ class Judgement:
 
 
 def size_rows(models: Sequence[ModelFacts]) -> list[Row]:
-    """Parameters before and after, and bytes on the disk."""
+    """Parameters and bytes before and after, the latter those on the disk."""
     return [
         {
             "model": model.label,
@@ -37,6 +37,7 @@ def size_rows(models: Sequence[ModelFacts]) -> list[Row]:
             "parameters before": f"{model.parameters_before:,}",
             "parameters": f"{model.parameters:,}",
             "kept": f"{model.parameters / model.parameters_before:.1%}" if model.parameters_before else "unknown",
+            "stored before": f"{model.bytes_before / 1e6:,.1f} MB",
             "weight files": f"{model.weight_bytes / 1e6:,.1f} MB",
         }
         for model in models
@@ -78,6 +79,7 @@ def bond_rows(model: ModelFacts) -> list[Row]:
     rows = []
     for (matrix, spec), members in groups.items():
         errors = [folded.error for _, folded in members if folded.error is not None]
+        sizes = sorted({folded.bytes for _, folded in members if folded.bytes is not None})
         rows.append(
             {
                 "matrix": matrix,
@@ -87,6 +89,7 @@ def bond_rows(model: ModelFacts) -> list[Row]:
                 "at most": _attainable(spec),
                 "parameters each": f"{spec.parameters:,}",
                 "kept": f"{spec.parameters / spec.dense_parameters:.1%}",
+                "bytes each": " or ".join(f"{size:,}" for size in sizes) or "unknown",
                 "mean error": f"{sum(errors) / len(errors):.3f}" if errors else "unknown",
             }
         )
