@@ -8,7 +8,7 @@ import pytest
 from tensorfold.errors import InputError
 from tensorfold.hf import sources
 from tensorfold.hf.gguf_header import read_gguf_header
-from tensorfold.report import model_card, source_line
+from tensorfold.hf.model_card import model_card, source_line
 
 gguf = pytest.importorskip("gguf")
 

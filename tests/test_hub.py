@@ -10,9 +10,9 @@ import yaml
 
 import tensorfold
 from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.hf.model_card import model_card
 from tensorfold.hub import hub_card, push_to_hub
 from tensorfold.records import EVALUATIONS, record_evaluation
-from tensorfold.report import model_card
 
 EVALUATED = {
     "perplexity": 52.59, "accuracy": 0.338, "tokens": 8191, "protocol": "hf-1024", "text": "wikitext-2-test",

@@ -176,7 +176,8 @@ class TestCommand:
         assert {entry["purpose"] for entry in found} == {"training", "selection"}
         evaluations = [json.loads(line) for line in (path / "healed" / "tensorfold-evaluations.jsonl").open()]
         assert evaluations[-1]["seen"] == found
-        card = tensorfold.report.model_card(read_object(path / "healed" / "tensorfold.json"), evaluations=evaluations)
+        noted = read_object(path / "healed" / "tensorfold.json")
+        card = tensorfold.hf.model_card.model_card(noted, evaluations=evaluations)
         assert "text.txt (not held out)" in card
         page = tmp_path / "report.html"
         assert command("report", path / "healed", "--out", page, "--no-samples").status == 0

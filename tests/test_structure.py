@@ -10,7 +10,7 @@ PACKAGE = Path(tensorfold.__file__).parent
 # Lowest first. A module may import from its own layer and from those before it.
 LAYERS = [
     ["errors"],
-    ["strict", "cache", "effects", "fingerprints", "memory", "ranks", "evaluation_mode", "finite"],
+    ["strict", "cache", "effects", "fingerprints", "memory", "ranks", "evaluation_mode", "finite", "terminal"],
     ["block_checkpoints", "records"],
     ["seen_text"],
     ["settings"],
@@ -21,8 +21,9 @@ LAYERS = [
     ["direct_reads"],
     ["anatomy", "picogpt"],
     ["surgery", "ties", "sizes"],
-    ["recipe", "report"],
+    ["recipe"],
     ["shapes"],
+    ["module_table"],
     ["planning"],
     ["text_forms"],
     ["texts", "tokens"],

@@ -104,8 +104,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what a recipe would do to a model. Reads its configuration, not its weights."""
+    from tensorfold.hf.model_card import source_line
     from tensorfold.planning import plan as make_plan
-    from tensorfold.report import source_line
 
     if shapes:
         _list_shapes(model, recipe, keep, targets, untie, as_json)

@@ -17,11 +17,11 @@ from tensorfold.cache import check_target
 from tensorfold.evaluation import Evaluation, evaluate
 from tensorfold.folding import fold
 from tensorfold.hf.loading import load, save
+from tensorfold.hf.model_card import source_line
 from tensorfold.hf.sources import find_model
 from tensorfold.planning import plan
 from tensorfold.protocols import form_needed
 from tensorfold.recipe import Recipe
-from tensorfold.report import source_line
 from tensorfold.texts import describe, in_form, load_text
 
 PROMPT = "The most important thing about a good tool is"

@@ -43,12 +43,12 @@ from tensorfold.methods import Method
 from tensorfold.planning import Plan, prepare
 from tensorfold.ranks import Ranks
 from tensorfold.recipe import Recipe
-from tensorfold.report import progress_bar
 from tensorfold.search import Search, search
 from tensorfold.seen_text import CALIBRATION, Seen, note
 from tensorfold.solving import ERROR, cost_of, solve_matrix, solve_rows, unsolved_state
 from tensorfold.strict import check_types
 from tensorfold.surgery import HiddenUnits, hidden_units, reorder_hidden
+from tensorfold.terminal import progress_bar
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from tensorfold.cache import check_path
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.hf.loading import load, reason
+from tensorfold.hf.model_card import model_card
 from tensorfold.records import CARD, EVALUATIONS, read_lines, read_object
-from tensorfold.report import model_card
 from tensorfold.strict import check_types
 
 

@@ -25,8 +25,8 @@ from tensorfold.anatomy import (
 from tensorfold.auto import Auto
 from tensorfold.errors import InputError, SpecError
 from tensorfold.methods import Method
+from tensorfold.module_table import module_table
 from tensorfold.recipe import Recipe, Rule
-from tensorfold.report import module_table
 from tensorfold.sizes import stored_bytes
 from tensorfold.surgery import keep_layers, split_linear, untie_head
 from tensorfold.ties import disagreement

@@ -10,7 +10,7 @@ from rich.table import Table
 from tensorfold.algebra.modes import divisors
 from tensorfold.algebra.spec import Spec
 from tensorfold.anatomy import Matrix
-from tensorfold.report import render
+from tensorfold.terminal import render
 
 
 def kronecker_shapes(out_features: int, in_features: int) -> list[Spec]:

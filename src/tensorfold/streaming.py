@@ -37,9 +37,9 @@ from tensorfold.methods import Method
 from tensorfold.planning import Plan, prepare
 from tensorfold.ranks import Ranks
 from tensorfold.recipe import Recipe
-from tensorfold.report import progress_bar
 from tensorfold.solving import ERROR, cost_of, solve_matrix, unsolved_state
 from tensorfold.strict import check_types
+from tensorfold.terminal import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def fold_directory(
 
 
 def model_facts(source: Source, recipe: str, report: FoldReport, calibration: str | None = None) -> dict[str, Any]:
-    """What a folded checkpoint says of itself, see :func:`tensorfold.report.model_card`.
+    """What a folded checkpoint says of itself, see :func:`tensorfold.hf.model_card.model_card`.
 
     Without what differs from one run to the next: equal folds give equal files.
     """

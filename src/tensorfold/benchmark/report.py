@@ -12,8 +12,8 @@ from rich.table import Table
 
 from tensorfold.benchmark.layers import Layer
 from tensorfold.benchmark.timing import Timing
-from tensorfold.report import render
 from tensorfold.settings import BenchSettings
+from tensorfold.terminal import render
 
 _HEADINGS = {"prefill": "reading a prompt", "decode": "generating, one token at a time"}
 

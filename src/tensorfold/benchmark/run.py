@@ -25,9 +25,9 @@ from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.hf.plain import plain_model
 from tensorfold.hf.sources import Source, find_model
 from tensorfold.nn import MPOLinear
-from tensorfold.report import progress_bar
 from tensorfold.settings import BENCH_NEEDS, BenchSettings
 from tensorfold.strict import check_keys
+from tensorfold.terminal import progress_bar
 
 
 def bench(

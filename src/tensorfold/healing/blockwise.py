@@ -29,8 +29,8 @@ from tensorfold.evaluation_mode import evaluation_mode
 from tensorfold.fingerprints import hash_model, hash_tensor
 from tensorfold.healing.activations import ActivationStore
 from tensorfold.nn.linear import MPOModule
-from tensorfold.report import progress_bar
 from tensorfold.settings import HealSettings
+from tensorfold.terminal import progress_bar
 
 log = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from tensorfold.cache import atomic_directory
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.hf.beside import carry_over
 from tensorfold.hf.int8 import install_int8
+from tensorfold.hf.model_card import model_card
 from tensorfold.hf.quantizer import NAME, TensorfoldConfig
 from tensorfold.hf.swap import install
 from tensorfold.hf.untrusted import check_files
 from tensorfold.nn import FoldedModule
-from tensorfold.report import model_card
 from tensorfold.seen_text import with_notes
 from tensorfold.strict import check_types
 
@@ -201,7 +201,7 @@ def save(
     """Write model, tokenizer, what lay beside the weights, and a README that says how to load it; whole or not at all.
 
     Args:
-        card: What the README reports; see :func:`tensorfold.report.model_card`. Also written as ``tensorfold.json``.
+        card: What the README reports, see ``hf.model_card.model_card``. Also written as ``tensorfold.json``.
         replace: Put it in the place of what is there.
 
     Raises:

@@ -47,7 +47,7 @@ class Source:
 
     @cached_property
     def stored(self) -> dict[str, Any] | None:
-        """What the weights were before they were read, if not what they are now: see :func:`~.report.source_line`."""
+        """What the weights were before they were read, if not what they are now; see ``model_card.source_line``."""
         header = None if self.gguf is None else read_gguf_header(self.gguf)
         return header.to_dict() if header is not None and header.quantised else None
 

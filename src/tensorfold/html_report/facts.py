@@ -22,8 +22,8 @@ from tensorfold.anatomy import count_parameters, empty_model
 from tensorfold.cache import check_path
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.hf.loading import folded_skeleton, folding_of, load_config, reason
+from tensorfold.hf.model_card import source_line
 from tensorfold.records import BENCH, CARD, EVALUATIONS, HEAL_LOG, read_lines, read_object
-from tensorfold.report import source_line
 from tensorfold.sizes import stored_bytes
 
 T = TypeVar("T")

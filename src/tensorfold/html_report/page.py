@@ -17,8 +17,8 @@ from tensorfold.errors import InputError
 from tensorfold.html_report.facts import ModelFacts, check_directory, labels, read_directory
 from tensorfold.html_report.samples import Sample, sample_all
 from tensorfold.html_report.tables import bench_rows, bond_rows, healing_rows, judgements, size_rows
-from tensorfold.report import progress_bar
 from tensorfold.strict import check_types
+from tensorfold.terminal import progress_bar
 
 if TYPE_CHECKING:
     from tensorfold.html_report.figures import Chart

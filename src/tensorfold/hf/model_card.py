@@ -1,85 +1,9 @@
-"""Tables that people read: what a plan would do, and what a fold did."""
+"""The README of a folded checkpoint: how to load it, what was done, and what was measured."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-
-from tensorfold.algebra.any_spec import AnySpec
-
-
-def module_table(
-    modules: Mapping[str, AnySpec],
-    parameters: tuple[int, int],
-    stored: tuple[int, int],
-    kept: float,
-    errors: Mapping[str, float] | None = None,
-    error_name: str = "error",
-    warnings: Sequence[str] = (),
-) -> str:
-    """Plain-text table of folded modules; equal ones of different blocks share a row, with the mean of their errors.
-
-    Args:
-        parameters: Of the whole model, before and after.
-        stored: Bytes of the whole model where it is stored, before and after.
-        kept: Fraction of the targeted matrices' parameters that stays.
-    """
-    rows: dict[tuple[str, AnySpec], list[str]] = {}
-    for name, spec in modules.items():
-        rows.setdefault((re.sub(r"\.\d+\.", ".*.", name), spec), []).append(name)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("module")
-    table.add_column("spec")
-    for heading in ("count", "parameters", "kept", "multiply–adds"):
-        table.add_column(heading, justify="right")
-    if errors is not None:
-        table.add_column(error_name, justify="right")
-    for (pattern, spec), names in rows.items():
-        cells = [
-            pattern if len(names) > 1 else names[0],
-            str(spec),
-            str(len(names)),
-            f"{spec.parameters:,}",
-            f"{spec.parameters / spec.dense_parameters:.1%}",
-            f"{spec.macs / spec.dense_parameters:.1%}",
-        ]
-        if errors is not None:
-            cells.append(f"{sum(errors[name] for name in names) / len(names):.3f}")
-        table.add_row(*cells)
-    (before, after), (bytes_before, bytes_after) = parameters, stored
-    totals = [
-        f"{before:,} → {after:,} parameters ({after / before:.1%} of the model, {kept:.1%} of the targeted matrices)",
-        f"{bytes_before / 1e6:,.1f} → {bytes_after / 1e6:,.1f} MB stored, orders of rows and columns included",
-    ]
-    return "\n".join([render(table), *totals, *(f"warning: {warning}" for warning in warnings)])
-
-
-def render(table: Table) -> str:
-    """A table as plain text, the same on every terminal."""
-    console = Console(width=160, no_color=True, highlight=False)
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
-
-
-def progress_bar(label: str, visible: bool) -> Progress:
-    """Steps done of all, time taken and left, and what is being worked on; on standard error, gone when done."""
-    return Progress(
-        TextColumn(label),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-        console=Console(stderr=True),
-        disable=not visible,
-        transient=True,
-    )
 
 
 def model_card(
