@@ -7,9 +7,9 @@ import argparse
 
 import tensorfold
 from tensorfold import LowRank, Recipe, Rule
+from tensorfold.data.texts import load_text
 from tensorfold.hf.loading import save
 from tensorfold.hf.sources import find_model
-from tensorfold.texts import load_text
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", help="hub id, directory, .gguf file or smollm2-135m")

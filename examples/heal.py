@@ -6,9 +6,9 @@ python examples/heal.py smollm2-135m --keep 0.5 --steps 200
 import argparse
 
 import tensorfold
+from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
-from tensorfold.settings import HealSettings
-from tensorfold.texts import load_text
+from tensorfold.recipes.settings import HealSettings
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", help="hub id, directory, .gguf file or smollm2-135m")

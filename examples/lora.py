@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import tensorfold
+from tensorfold.data.texts import load_text
+from tensorfold.data.tokens import Encoder
 from tensorfold.hf.sources import find_model
-from tensorfold.texts import load_text
-from tensorfold.tokens import Encoder
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", help="a folded directory")

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 
 import tensorfold
-from tensorfold.algebra.solve import Factors
+from tensorfold.algebra.solvers.solve import Factors
 from tensorfold.hf.sources import find_model
-from tensorfold.method import NOTHING, Keep, Method, Positive, largest_bond
-from tensorfold.strict import strict
+from tensorfold.methods.base import NOTHING, Keep, Method, Positive, largest_bond
+from tensorfold.utils.validation import strict
 
 
 @strict

@@ -162,7 +162,7 @@ def teacher(dense_directory):
 @pytest.fixture
 def command(capsys) -> Callable[..., Outcome]:
     """``command("plan", path, …)`` runs the command line in this process."""
-    from tensorfold.cli import run
+    from tensorfold.cli.main import run
 
     def call(*arguments: object) -> Outcome:
         capsys.readouterr()

@@ -10,12 +10,12 @@ DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) fo
 
 # Commands that are only parsed, and why. Everything else is run.
 PARSED = {
-    r"tensorfold demo": "folds the real model, for minutes; tests/test_demo.py runs it on a tiny one",
-    r"tensorfold bench": "times things for minutes; tests/test_bench_command.py runs it",
-    r"tensorfold export .*--to onnx": "traces for many seconds; tests/test_export.py runs it",
-    r"--protocol lm-eval": "needs an extra; tests/test_harness.py runs it",
+    r"tensorfold demo": "folds the real model, for minutes; tests/cli/test_demo.py runs it on a tiny one",
+    r"tensorfold bench": "times things for minutes; tests/benchmark/test_bench_command.py runs it",
+    r"tensorfold export .*--to onnx": "traces for many seconds; tests/export/test_export.py runs it",
+    r"--protocol lm-eval": "needs an extra; tests/evaluation/test_harness.py runs it",
     r"--install-completion": "writes into the home directory",
-    r"tensorfold \w+ +gpt2 ": "needs the hub; tests/test_krony.py plans every recipe",
+    r"tensorfold \w+ +gpt2 ": "needs the hub; tests/folding/test_krony.py plans every recipe",
     r"tensorfold \w+ +(MODEL|DIR|\[NAME)": "a synopsis",
 }
 

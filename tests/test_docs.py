@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from documents import DOCUMENTS, GIVEN, ROOT, blocks, reason_to_parse_only, stand_in, words
-from tensorfold.cli import app
+from tensorfold.cli.main import app
 
 # What peft says of every layer that it has not made itself.
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type", "ignore:.is_gradient_checkpointing. is deprec")
@@ -123,7 +123,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     reference = (tmp_path / "site" / "reference.html").read_text()
-    assert "tensorfold.folding.fold" in reference
+    assert "tensorfold.folding.in_memory.fold" in reference
     assert "class Sketch" in re.sub(r"<[^>]+>", "", (tmp_path / "site" / "adding-a-method.html").read_text())
 
 

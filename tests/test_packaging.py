@@ -47,7 +47,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     wanted = {name for name in wanted if "__pycache__" not in name}
     assert {name for name in names if not name.startswith(info)} == wanted
     assert {f"{info}licenses/LICENSE", f"{info}entry_points.txt"} <= names
-    for part in ("py.typed", "recipes/demo.yaml", "html_report/templates/page.html", "html_report/templates/page.js"):
+    for part in ("py.typed", "recipes/demo.yaml", "report/templates/page.html", "report/templates/page.js"):
         assert f"tensorfold/{part}" in names
 
 
@@ -98,7 +98,7 @@ def test_the_command_line_starts_without_the_heavy_libraries():
     """--help and usage errors answer at once: neither torch nor transformers is imported for them."""
     program = """
 import sys
-from tensorfold.cli import run
+from tensorfold.cli.main import run
 for arguments in (["--help"], ["fold", "--help"], ["eval", "--help"], ["fold"], ["--version"]):
     try:
         run(arguments)
@@ -119,7 +119,7 @@ def test_the_shell_completes_commands(tmp_path, shell):
     typed = {"COMP_WORDS": "tensorfold re", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "tensorfold re"}
 
     def answer(what):
-        program = [sys.executable, "-c", "from tensorfold.cli import app; app(prog_name='tensorfold')"]
+        program = [sys.executable, "-c", "from tensorfold.cli.main import app; app(prog_name='tensorfold')"]
         asked = {"_TENSORFOLD_COMPLETE": f"{what}_{shell}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
         done = subprocess.run(
             program, capture_output=True, text=True, timeout=120, env={**environment, **typed, **asked}, check=False

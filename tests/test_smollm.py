@@ -8,17 +8,17 @@ import torch
 
 import tensorfold
 from tensorfold import Auto, Kronecker, LowRank, Recipe, Rule
-from tensorfold.algebra.als import weighted_als
 from tensorfold.algebra.contraction.apply import to_dense
-from tensorfold.algebra.low_rank import error_curve
-from tensorfold.algebra.solve import fit, relative_error
-from tensorfold.algebra.spec import Spec
-from tensorfold.algebra.ttsvd import tt_svd
-from tensorfold.anatomy import count_parameters, matrices
-from tensorfold.calibrate import BlockStream, calibration_windows, second_moments
-from tensorfold.evaluation_mode import evaluation_mode
+from tensorfold.algebra.solvers.als import weighted_als
+from tensorfold.algebra.solvers.low_rank import error_curve
+from tensorfold.algebra.solvers.solve import fit, relative_error
+from tensorfold.algebra.solvers.ttsvd import tt_svd
+from tensorfold.algebra.specs.spec import Spec
+from tensorfold.calibration.block_stream import BlockStream, calibration_windows, second_moments
+from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
-from tensorfold.texts import load_text
+from tensorfold.models.anatomy import count_parameters, matrices
+from tensorfold.models.modes import evaluation_mode
 
 pytestmark = [
     pytest.mark.slow,

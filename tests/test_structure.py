@@ -1,97 +1,92 @@
-"""The house in order: layers import downwards only, and no file outgrows a reader."""
+"""Folders import downwards only, in one order; no import circle; no file outgrows a reader; few files at the top."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import tensorfold
 
 PACKAGE = Path(tensorfold.__file__).parent
 
-# Lowest first. A module may import from its own layer and from those before it.
-LAYERS = [
-    ["errors"],
-    ["strict", "cache", "effects", "fingerprints", "memory", "ranks", "evaluation_mode", "finite", "terminal"],
-    ["block_checkpoints", "records"],
-    ["seen_text"],
-    ["settings"],
-    ["algebra"],
-    ["nn"],
-    ["method"],
-    ["methods", "auto"],
-    ["direct_reads"],
-    ["anatomy", "picogpt"],
-    ["surgery", "ties", "sizes"],
-    ["recipe"],
-    ["shapes"],
-    ["module_table"],
-    ["planning"],
-    ["text_forms"],
-    ["texts", "tokens"],
-    ["protocols"],
-    ["hf"],
-    ["block_calls"],
-    ["calibrate", "evaluation", "gradients", "harness", "hub", "sampling"],
-    ["value_heads"],
-    ["budgets"],
-    ["feedback", "search"],
-    ["batches", "fold_inputs", "solving"],
-    ["folding"],
-    ["streaming"],
-    ["onnx_graph"],
-    ["export"],
-    ["healing", "benchmark"],
-    ["demo", "html_report"],
-    [
-        "cli_errors",
-        "cli_options",
-        "cli_bench",
-        "cli_eval",
-        "cli_export",
-        "cli_heal",
-        "cli_push",
-        "cli_report",
-        "cli_sample",
-    ],
-    ["cli"],
-    ["__main__"],
+# Lowest first. A folder's files may import from their own folder and from those before it.
+FOLDERS = [
+    "utils",
+    "algebra",
+    "nn",
+    "models",
+    "methods",
+    "recipes",
+    "data",
+    "hf",
+    "calibration",
+    "evaluation",
+    "report",
+    "folding",
+    "export",
+    "healing",
+    "benchmark",
+    "cli",
 ]
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-
-
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tensorfold."):
-            yield node.module.split(".")[1]
-        elif isinstance(node, ast.ImportFrom) and node.module == "tensorfold":
-            yield from (alias.name for alias in node.names if alias.name in RANK)
-        elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("tensorfold."))
+KNOWING_NO_TRANSFORMERS = ("utils", "algebra", "nn", "methods")
 
 
 def modules():
+    """Dotted name without the package's own, and path, of every module."""
     for path in sorted(PACKAGE.rglob("*.py")):
-        relative = path.relative_to(PACKAGE)
-        if relative.parts != ("__init__.py",):
-            yield relative.parts[0].removesuffix(".py"), path
+        yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"), path
 
 
-def test_every_module_has_a_layer():
-    assert {name for name, _ in modules()} <= RANK.keys()
+NAMES = {name for name, _ in modules()}
 
 
-def test_imports_point_downwards():
+def imports(path, lazy=True):
+    """Modules of the package that a file imports; without those that are imported within functions, if not ``lazy``."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = ast.walk(tree) if lazy else at_import(tree)
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "tensorfold":
+            inside = node.module.removeprefix("tensorfold").removeprefix(".")
+            for alias in node.names:
+                name = f"{inside}.{alias.name}".removeprefix(".")
+                yield name if name in NAMES else inside
+        elif isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("tensorfold.") for a in node.names if a.name.startswith("tensorfold."))
+
+
+def at_import(tree):
+    """Statements that run when the module is imported."""
+    for node in tree.body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        yield from ast.walk(node) if not isinstance(node, ast.FunctionDef | ast.ClassDef) else ()
+
+
+def test_the_top_holds_folders():
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(FOLDERS)
+    assert len(folders) <= 16
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "errors.py"}
+
+
+def test_folders_import_downwards():
+    rank = {name: place for place, name in enumerate(FOLDERS)}
     wrong = [
-        f"{path.relative_to(PACKAGE)} imports {target}"
+        f"{name} imports {target}"
         for name, path in modules()
         for target in imports(path)
-        if target in RANK and RANK[target] > RANK[name]
+        if rank.get(target.partition(".")[0], -1) > rank.get(name.partition(".")[0], len(FOLDERS))
     ]
     assert not wrong
 
 
-def test_algebra_and_modules_know_no_transformers():
+def test_no_module_imports_itself_in_a_circle():
+    graph = {name: {t for t in imports(path, lazy=False) if t in NAMES and t != name} for name, path in modules()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_the_lower_folders_know_no_transformers():
     for name, path in modules():
-        if RANK[name] <= RANK["methods"]:
+        if name.partition(".")[0] in KNOWING_NO_TRANSFORMERS:
             assert "transformers" not in {
                 (node.module or "").split(".")[0]
                 for node in ast.walk(ast.parse(path.read_text()))
@@ -99,16 +94,22 @@ def test_algebra_and_modules_know_no_transformers():
             }, path
 
 
+def test_tests_mirror_the_folders():
+    tests = Path(__file__).parent
+    folders = {path.name for path in tests.iterdir() if path.is_dir() and any(path.glob("test_*.py"))}
+    assert folders <= set(FOLDERS)
+
+
 def test_files_stay_readable():
-    paths = [*PACKAGE.rglob("*.py"), *Path(__file__).parent.glob("*.py")]
+    paths = [*PACKAGE.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]
     long = {str(path): n for path in paths if (n := len(path.read_text(encoding="utf-8").splitlines())) > 400}
     assert not long
 
 
 def test_private_names_stay_in_their_files():
     borrowed = [
-        f"{path.relative_to(PACKAGE)} imports {alias.name} from {node.module}"
-        for _, path in modules()
+        f"{name} imports {alias.name} from {node.module}"
+        for name, path in modules()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tensorfold")
         for alias in node.names

@@ -13,50 +13,50 @@ import wrapt
 
 if TYPE_CHECKING:
     from tensorfold import nn
-    from tensorfold.algebra.spec import Spec
-    from tensorfold.auto import Auto
+    from tensorfold.algebra.specs.spec import Spec
     from tensorfold.benchmark.run import bench
     from tensorfold.errors import InputError, SpecError, TensorfoldError
-    from tensorfold.evaluation import evaluate
-    from tensorfold.folding import fold
-    from tensorfold.healing.run import heal
+    from tensorfold.evaluation.perplexity import evaluate
+    from tensorfold.export.hub import push_to_hub
+    from tensorfold.folding.from_disk import fold_directory
+    from tensorfold.folding.in_memory import fold
+    from tensorfold.folding.plan import plan
+    from tensorfold.healing.heal import heal
     from tensorfold.hf.int8 import quantize
     from tensorfold.hf.loading import load
     from tensorfold.hf.vocabulary import append_tokens
-    from tensorfold.html_report.page import write_report
-    from tensorfold.hub import push_to_hub
-    from tensorfold.methods import MPO, Graded, Kronecker, LowRank, TokenMPS
-    from tensorfold.planning import plan
-    from tensorfold.recipe import Recipe, Rule
-    from tensorfold.streaming import fold_directory
+    from tensorfold.methods.all import MPO, Graded, Kronecker, LowRank, TokenMPS
+    from tensorfold.methods.auto import Auto
+    from tensorfold.recipes.recipe import Recipe, Rule
+    from tensorfold.report.page import write_report
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it. No module has the name of a function, so neither hides the other.
 _HOME = {
-    "Auto": "auto",
-    "Graded": "methods",
+    "Auto": "methods.auto",
+    "Graded": "methods.all",
     "InputError": "errors",
-    "Kronecker": "methods",
-    "LowRank": "methods",
-    "MPO": "methods",
-    "Recipe": "recipe",
-    "Rule": "recipe",
-    "Spec": "algebra.spec",
+    "Kronecker": "methods.all",
+    "LowRank": "methods.all",
+    "MPO": "methods.all",
+    "Recipe": "recipes.recipe",
+    "Rule": "recipes.recipe",
+    "Spec": "algebra.specs.spec",
     "SpecError": "errors",
     "TensorfoldError": "errors",
-    "TokenMPS": "methods",
+    "TokenMPS": "methods.all",
     "append_tokens": "hf.vocabulary",
     "bench": "benchmark.run",
-    "evaluate": "evaluation",
-    "fold": "folding",
-    "fold_directory": "streaming",
-    "heal": "healing.run",
+    "evaluate": "evaluation.perplexity",
+    "fold": "folding.in_memory",
+    "fold_directory": "folding.from_disk",
+    "heal": "healing.heal",
     "load": "hf.loading",
-    "plan": "planning",
-    "push_to_hub": "hub",
+    "plan": "folding.plan",
+    "push_to_hub": "export.hub",
     "quantize": "hf.int8",
-    "write_report": "html_report.page",
+    "write_report": "report.page",
 }
 
 __all__ = [
@@ -110,7 +110,7 @@ def _register(_: Any) -> None:
 @wrapt.when_imported("transformers.models.auto.configuration_auto")
 def _register_picogpt(_: Any) -> None:
     """Register PicoGPT's configuration as soon as there is anything to register it with."""
-    importlib.import_module("tensorfold.picogpt.configuration")
+    importlib.import_module("tensorfold.models.picogpt.configuration")
 
 
 @wrapt.when_imported("peft.tuners.lora.config")

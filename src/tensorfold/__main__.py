@@ -1,5 +1,5 @@
 """``python -m tensorfold``, as ``accelerate launch`` and ``torchrun`` start it."""
 
-from tensorfold.cli import run
+from tensorfold.cli.main import run
 
 run()

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 import tensorfold
 from tensorfold import LowRank, Recipe
 from tensorfold.benchmark.timing import Spread, interleave
-from tensorfold.export import export_onnx
+from tensorfold.export.checkpoints import export_onnx
 from tensorfold.hf.sources import find_model
 
 LOG = Path(__file__).with_suffix(".jsonl")

@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tensorfold.anatomy import count_parameters
+from tensorfold.folding.plan import prepare
 from tensorfold.healing.losses import cross_entropy
+from tensorfold.hf.modules import empty_module, swap
 from tensorfold.hf.sources import find_model
-from tensorfold.hf.swap import empty_module, swap
-from tensorfold.planning import prepare
-from tensorfold.recipe import Recipe
+from tensorfold.models.anatomy import count_parameters
+from tensorfold.recipes.recipe import Recipe
 
 LOG = Path(__file__).with_suffix(".jsonl")
 RECIPES = Path(__file__).parents[2] / "src/tensorfold/recipes"

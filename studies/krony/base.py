@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from tensorfold.healing.data import TokenCache
-from tensorfold.texts import load_text
+from tensorfold.data.texts import load_text
+from tensorfold.data.token_cache import TokenCache
 
 VOCABULARY = 2048
 TEXTS = ["train", "tinyshakespeare"]

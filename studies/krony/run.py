@@ -65,10 +65,10 @@ def one_run(base: Path, work: Path, system: str, seed: int) -> dict[str, Any]:
     import torch
 
     import tensorfold
-    from tensorfold.healing.data import TokenCache
-    from tensorfold.healing.run import heal
+    from tensorfold.data.texts import load_text
+    from tensorfold.data.token_cache import TokenCache
+    from tensorfold.healing.heal import heal
     from tensorfold.hf.sources import find_model
-    from tensorfold.texts import load_text
 
     torch.set_num_threads(1)
     started = time.monotonic()

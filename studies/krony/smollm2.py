@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorfold.algebra.als import weighted_als
 from tensorfold.algebra.contraction.apply import to_dense
-from tensorfold.algebra.permutation import search_permutations, search_row_order
-from tensorfold.algebra.solve import relative_error
-from tensorfold.algebra.spec import Spec
-from tensorfold.algebra.ttsvd import tt_svd
-from tensorfold.calibrate import BlockStream, calibration_windows
-from tensorfold.evaluation_mode import evaluation_mode
+from tensorfold.algebra.orders.permutation import search_permutations, search_row_order
+from tensorfold.algebra.solvers.als import weighted_als
+from tensorfold.algebra.solvers.solve import relative_error
+from tensorfold.algebra.solvers.ttsvd import tt_svd
+from tensorfold.algebra.specs.spec import Spec
+from tensorfold.calibration.block_stream import BlockStream, calibration_windows
+from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
-from tensorfold.texts import load_text
+from tensorfold.models.modes import evaluation_mode
 
 LOG = Path(__file__).with_suffix(".jsonl")
 LAYERS = (0, 7, 15, 22, 29)

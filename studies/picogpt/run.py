@@ -148,7 +148,7 @@ def scores(model: Any, text: Path, tokenizer: Any) -> dict[str, float]:
     """Loss (nats a character) and accuracy on the 435 windows, and on the paper's 20 · 8 random ones."""
     import torch
 
-    from tensorfold.healing.data import TokenCache
+    from tensorfold.data.token_cache import TokenCache
 
     cache = TokenCache.build(text, tokenizer, 256, validation_fraction=0.1)
     held_out = torch.stack(
@@ -174,7 +174,7 @@ def scores(model: Any, text: Path, tokenizer: Any) -> dict[str, float]:
 
 def errors(model: Any, dense: Any) -> dict[str, float]:
     """‖W − Ŵ‖ / ‖W‖ of every folded matrix against the dense model's."""
-    from tensorfold.algebra.solve import relative_error
+    from tensorfold.algebra.solvers.solve import relative_error
     from tensorfold.nn import MPOLinear
 
     weights = {name: module.weight for name, module in dense.named_modules() if hasattr(module, "weight")}
@@ -190,9 +190,9 @@ def one_run(run: Run, work: Path, text: Path, steps: int, healing_steps: int, ch
     import torch
 
     import tensorfold
-    from tensorfold.anatomy import count_parameters
-    from tensorfold.healing.run import heal
-    from tensorfold.picogpt import PicoGPTConfig, PicoGPTForCausalLM, character_tokenizer
+    from tensorfold.healing.heal import heal
+    from tensorfold.models.anatomy import count_parameters
+    from tensorfold.models.picogpt import PicoGPTConfig, PicoGPTForCausalLM, character_tokenizer
 
     started = time.monotonic()
     training, configuration = SCHEDULES[run.schedule]

@@ -27,7 +27,7 @@ from modes import recipe
 
 import tensorfold
 from tensorfold.healing.losses import cross_entropy
-from tensorfold.picogpt import PicoGPTConfig, PicoGPTForCausalLM
+from tensorfold.models.picogpt import PicoGPTConfig, PicoGPTForCausalLM
 
 LOG = Path(__file__).with_suffix(".jsonl")
 

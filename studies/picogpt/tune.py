@@ -21,8 +21,8 @@ from modes import recipe
 from run import CALIBRATION, COMMON, HEALING, training_text
 
 import tensorfold
-from tensorfold.healing.run import heal
-from tensorfold.picogpt import PicoGPTConfig, PicoGPTForCausalLM, character_tokenizer
+from tensorfold.healing.heal import heal
+from tensorfold.models.picogpt import PicoGPTConfig, PicoGPTForCausalLM, character_tokenizer
 
 LOG = Path(__file__).with_suffix(".jsonl")
 # name -> (steps, settings of healing, configuration)

@@ -29,7 +29,7 @@ import torch
 from templates import make_templates
 
 import tensorfold
-from tensorfold.cli import run
+from tensorfold.cli.main import run
 
 FULL = 20
 # Work that is kept for the next attempt, by design.

@@ -104,7 +104,7 @@ def timed(seconds: float) -> Iterator[None]:
 
 def run_case(case: Case, scratch: Path, templates: Path) -> dict[str, Any]:
     """Run the command in the working directory and judge what it did."""
-    from tensorfold.cli import run
+    from tensorfold.cli.main import run
 
     work = Path.cwd()
     before, kept = snapshot(work), snapshot(templates)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from templates import llama, make_templates, tokenizer
 
-from tensorfold.cli import run
+from tensorfold.cli.main import run
 
 # What differs between two runs by right: how long they took, and whether they were resumed.
 VOLATILE = ("README.md",)

@@ -45,7 +45,7 @@ from inputs import captured, fresh, timed
 from templates import PROSE, llama, make_templates, tokenizer
 
 import tensorfold
-from tensorfold.export import export_dense, export_int8
+from tensorfold.export.checkpoints import export_dense, export_int8
 
 MODELS = ("dense", "folded", "graded", "int8", "gpt2")
 SECONDS = 120
@@ -157,7 +157,7 @@ def _contents(path: Path) -> bytes:
 
 
 def command_line(arguments: list[str]) -> tuple[int, str, str]:
-    from tensorfold.cli import run
+    from tensorfold.cli.main import run
 
     status: Any = 0
     printed = Path("../printed").resolve()

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tensorfold.anatomy import is_plain_linear
-from tensorfold.block_calls import input_of
-from tensorfold.calibrate import BlockStream
+from tensorfold.calibration.block_calls import input_of
+from tensorfold.calibration.block_stream import BlockStream
 from tensorfold.errors import InputError
-from tensorfold.evaluation_mode import evaluation_mode
+from tensorfold.models.anatomy import is_plain_linear
+from tensorfold.models.modes import evaluation_mode
 
 PARAMETERS = 2 * 10**7
 SECONDS = 120

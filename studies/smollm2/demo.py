@@ -12,9 +12,9 @@ from pathlib import Path
 
 import tensorfold
 from tensorfold import Recipe
-from tensorfold.demo import MAX_TOKENS
+from tensorfold.cli.demo_run import MAX_TOKENS
+from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
-from tensorfold.texts import load_text
 
 LOG = Path(__file__).with_suffix(".jsonl")
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import tensorfold
 from tensorfold import Auto, Recipe, Rule
+from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
-from tensorfold.texts import load_text
 
 LOG = Path(__file__).parent / "floors.jsonl"
 TOKENS = 24_000

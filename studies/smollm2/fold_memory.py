@@ -20,8 +20,8 @@ import transformers
 
 import tensorfold
 from tensorfold import Auto, LowRank, Recipe, Rule
+from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
-from tensorfold.texts import load_text
 
 LOG = Path(__file__).with_suffix(".jsonl")
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorfold.anatomy import dense_weight, matrices
-from tensorfold.calibrate import BlockStream, calibration_windows
-from tensorfold.gradients import gradient_moments
-from tensorfold.texts import load_text
+from tensorfold.calibration.block_stream import BlockStream, calibration_windows
+from tensorfold.calibration.gradients import gradient_moments
+from tensorfold.data.texts import load_text
+from tensorfold.models.anatomy import dense_weight, matrices
 
 BLOCKS = (15, 4, 26)
 KINDS = {"down_proj": "mlp", "up_proj": "mlp", "gate_proj": "mlp"} | dict.fromkeys(

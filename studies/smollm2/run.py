@@ -28,9 +28,9 @@ import torch
 
 import tensorfold
 from tensorfold import Auto, LowRank, Recipe, Rule
-from tensorfold.auto import EFFORTS
+from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
-from tensorfold.texts import load_text
+from tensorfold.methods.auto import EFFORTS
 
 HERE = Path(__file__).parent
 LOG = HERE / "runs.jsonl"

@@ -14,7 +14,7 @@ import torch
 from grouped import Grouped, Problem, root
 from torch import Tensor
 
-from tensorfold.algebra.low_rank import error_curve
+from tensorfold.algebra.solvers.low_rank import error_curve
 
 HEADS, KV_HEADS, ROUNDS = 9, 3, 5
 

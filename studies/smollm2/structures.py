@@ -31,14 +31,14 @@ from smaller_heads import HEADS, KV_HEADS, Heads
 from torch import Tensor
 
 import tensorfold
-from tensorfold.algebra.als import weighted_als
 from tensorfold.algebra.contraction.apply import to_dense
-from tensorfold.algebra.low_rank import error_curve, whitened_low_rank
-from tensorfold.algebra.shared_basis import fit_shared_basis
-from tensorfold.algebra.spec import Spec
-from tensorfold.algebra.ttsvd import tt_svd
+from tensorfold.algebra.solvers.als import weighted_als
+from tensorfold.algebra.solvers.low_rank import error_curve, whitened_low_rank
+from tensorfold.algebra.solvers.shared_basis import fit_shared_basis
+from tensorfold.algebra.solvers.ttsvd import tt_svd
+from tensorfold.algebra.specs.spec import Spec
+from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
-from tensorfold.texts import load_text
 
 LOG = Path(__file__).parent / "structures.jsonl"
 KEEPS = (0.5, 0.8, 0.2)

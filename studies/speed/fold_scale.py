@@ -27,8 +27,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import tensorfold
 from tensorfold import Kronecker, LowRank
-from tensorfold.anatomy import empty_model
-from tensorfold.methods import Method
+from tensorfold.methods.all import Method
+from tensorfold.models.anatomy import empty_model
 
 LOG = Path(__file__).with_suffix(".jsonl")
 SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 27, "num_attention_heads": 16}
@@ -39,7 +39,7 @@ WIDEST_LOW_RANK = 2048  # a low rank of half the parameters costs the cube of th
 # Runs the command, and then says on standard error how much memory it took at most.
 CHILD = """
 import sys
-from tensorfold.cli import run
+from tensorfold.cli.main import run
 try:
     run(sys.argv[1:])
 finally:

@@ -34,11 +34,11 @@ from tensorfold import LowRank, Recipe, Rule
 from tensorfold.benchmark.layers import Group, bench_layer, groups
 from tensorfold.benchmark.rivals import installed
 from tensorfold.benchmark.timing import Spread, interleave
-from tensorfold.hf.swap import empty_module, swap
+from tensorfold.folding.plan import prepare
+from tensorfold.hf.modules import empty_module, swap
+from tensorfold.models.picogpt import PicoGPTConfig
 from tensorfold.nn import MPOLinear
-from tensorfold.picogpt import PicoGPTConfig
-from tensorfold.planning import prepare
-from tensorfold.recipe import shipped_recipes
+from tensorfold.recipes.recipe import shipped_recipes
 
 LOG = Path(__file__).with_suffix(".jsonl")
 TOKENS = (1, 16, 128, 1024, 4096)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tensorfold.algebra.token_mps import TokenMPSSpec, rows, token_mps_svd
+from tensorfold.algebra.solvers.token_mps import TokenMPSSpec, rows, token_mps_svd
 from tensorfold.hf.sources import find_model
 
 LOG = Path(__file__).with_suffix(".jsonl")

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from tensorfold.algebra.contraction.apply import to_dense
-from tensorfold.algebra.solve import relative_error
+from tensorfold.algebra.solvers.solve import relative_error
 from tensorfold.algebra.statistics import Statistics
-from tensorfold.calibrate import token_counts
+from tensorfold.calibration.block_stream import token_counts
+from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
-from tensorfold.methods import MPO, Kronecker, LowRank
-from tensorfold.texts import load_text
+from tensorfold.methods.all import MPO, Kronecker, LowRank
 
 LOG = Path(__file__).with_suffix(".jsonl")
 KEEPS = (0.5, 0.3, 0.1)

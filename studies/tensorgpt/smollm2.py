@@ -28,8 +28,8 @@ import torch
 
 import tensorfold
 from tensorfold import MPO, Graded, Kronecker, LowRank, Recipe, Rule, TokenMPS
+from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
-from tensorfold.texts import load_text
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("TENSORFOLD_DATA", "."))

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import matplotlib.pyplot as plt
 from pages import save_picture, write_sections
 
-from tensorfold.algebra.stored_orders import order_bytes
+from tensorfold.algebra.orders.stored_orders import order_bytes
 
 HERE = Path(__file__).parent
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorfold.algebra.any_spec import AnySpec
-from tensorfold.anatomy import dense_weight, is_plain_linear
+from tensorfold.algebra.specs.any_spec import AnySpec
 from tensorfold.benchmark.memory import peak_of_call
 from tensorfold.benchmark.rivals import Rival, competitor
 from tensorfold.benchmark.timing import Clock, Timing, interleave, waiting_for
 from tensorfold.benchmark.whole import holds, macs, size
+from tensorfold.models.anatomy import dense_weight, is_plain_linear
 from tensorfold.nn import FoldedModule, GradedEmbedding, MPOEmbedding, MPOLinear, TokenMPSEmbedding
 
 _TABLES = (MPOEmbedding, TokenMPSEmbedding, GradedEmbedding)

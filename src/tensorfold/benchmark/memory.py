@@ -86,9 +86,9 @@ def peak_of_prefill(
 
 
 def _measure(path: str, form: str, tokens: int, dtype: str | None, way: str | None) -> dict[str, Any]:
-    from tensorfold.anatomy import empty_model
     from tensorfold.benchmark.whole import last_only, prompt, set_ways
     from tensorfold.hf.loading import load, load_config
+    from tensorfold.models.anatomy import empty_model
 
     empty_model(load_config(path))  # imports the architecture's code
     matrix = torch.ones(256, 256)
@@ -108,7 +108,7 @@ def _measure(path: str, form: str, tokens: int, dtype: str | None, way: str | No
 
 def _dense(model: PreTrainedModel) -> PreTrainedModel:
     """The multiplied-out model, with nothing of the folded one left in memory."""
-    from tensorfold.hf.plain import plain_model
+    from tensorfold.hf.dense import plain_model
 
     plain = plain_model(model)
     for parameter in plain.parameters():

@@ -6,8 +6,8 @@ import importlib.util
 from pathlib import Path
 
 from tensorfold.benchmark.report import BenchReport, short_label
-from tensorfold.cache import check_file_target
 from tensorfold.errors import InputError, pass_on_memory
+from tensorfold.utils.atomic_files import check_file_target
 
 _FORMATS = (".svg", ".png", ".pdf")
 

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from tensorfold.benchmark.layers import Layer
 from tensorfold.benchmark.timing import Timing
-from tensorfold.settings import BenchSettings
-from tensorfold.terminal import render
+from tensorfold.recipes.settings import BenchSettings
+from tensorfold.utils.terminal import render
 
 _HEADINGS = {"prefill": "reading a prompt", "decode": "generating, one token at a time"}
 

@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tensorfold.anatomy import count_parameters
 from tensorfold.benchmark.layers import bench_layer, groups
 from tensorfold.benchmark.memory import peak_of_prefill
 from tensorfold.benchmark.report import BenchReport, processor
 from tensorfold.benchmark.rivals import installed
 from tensorfold.benchmark.timing import Clock
 from tensorfold.benchmark.whole import bench_models, is_folded, prompt_length, size, ways_kept
-from tensorfold.effects import changed, check_effects
 from tensorfold.errors import InputError, TensorfoldError
-from tensorfold.hf.plain import plain_model
+from tensorfold.hf.dense import plain_model
 from tensorfold.hf.sources import Source, find_model
+from tensorfold.models.anatomy import count_parameters
 from tensorfold.nn import MPOLinear
-from tensorfold.settings import BENCH_NEEDS, BenchSettings
-from tensorfold.strict import check_keys
-from tensorfold.terminal import progress_bar
+from tensorfold.recipes.settings import BENCH_NEEDS, BenchSettings
+from tensorfold.utils.effects import changed, check_effects
+from tensorfold.utils.terminal import progress_bar
+from tensorfold.utils.validation import check_keys
 
 
 def bench(

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tensorfold.anatomy import context_length, is_plain_linear
 from tensorfold.benchmark.timing import Clock, Timing, in_turn, waiting_for
+from tensorfold.data.tokens import table_rows
 from tensorfold.errors import InputError
+from tensorfold.models.anatomy import context_length, is_plain_linear
 from tensorfold.nn import (
     FoldedModule,
     GradedEmbedding,
@@ -22,7 +23,6 @@ from tensorfold.nn import (
     TokenMPSEmbedding,
     TokenMPSHead,
 )
-from tensorfold.tokens import table_rows
 
 PREFILL = 512
 

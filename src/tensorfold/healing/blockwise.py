@@ -21,16 +21,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tensorfold.anatomy import blocks
-from tensorfold.block_checkpoints import BlockCheckpoints
-from tensorfold.calibrate import BlockStream
+from tensorfold.calibration.block_stream import BlockStream
 from tensorfold.errors import InputError
-from tensorfold.evaluation_mode import evaluation_mode
-from tensorfold.fingerprints import hash_model, hash_tensor
-from tensorfold.healing.activations import ActivationStore
+from tensorfold.models.anatomy import blocks
+from tensorfold.models.modes import evaluation_mode
 from tensorfold.nn.linear import MPOModule
-from tensorfold.settings import HealSettings
-from tensorfold.terminal import progress_bar
+from tensorfold.recipes.settings import HealSettings
+from tensorfold.utils.activation_store import ActivationStore
+from tensorfold.utils.block_checkpoints import BlockCheckpoints
+from tensorfold.utils.fingerprints import hash_model, hash_tensor
+from tensorfold.utils.terminal import progress_bar
 
 log = logging.getLogger(__name__)
 

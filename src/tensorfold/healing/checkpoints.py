@@ -21,9 +21,9 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from tensorfold.cache import atomic_directory, make_directories
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
-from tensorfold.fingerprints import hash_file, hash_model
+from tensorfold.utils.atomic_files import atomic_directory, make_directories
+from tensorfold.utils.fingerprints import hash_file, hash_model
 
 log = logging.getLogger(__name__)
 

@@ -11,15 +11,15 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from tensorfold import texts
-from tensorfold.anatomy import context_length
-from tensorfold.effects import changed, check_effects
+from tensorfold.data import texts
+from tensorfold.data.documents import Memory, Source
+from tensorfold.data.token_cache import TokenCache
+from tensorfold.data.tokens import check_ids
 from tensorfold.errors import InputError
-from tensorfold.healing.data import TokenCache
-from tensorfold.healing.documents import Memory, Source
-from tensorfold.settings import HEAL_NEEDS, HealSettings
-from tensorfold.strict import check_keys, check_types
-from tensorfold.tokens import check_ids
+from tensorfold.models.anatomy import context_length
+from tensorfold.recipes.settings import HEAL_NEEDS, HealSettings
+from tensorfold.utils.effects import changed, check_effects
+from tensorfold.utils.validation import check_keys, check_types
 
 
 def check_reporters(report_to: str | list[str]) -> None:

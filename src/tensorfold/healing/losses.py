@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tensorfold.anatomy import blocks, matrices
-from tensorfold.block_calls import output_of
+from tensorfold.calibration.block_calls import output_of
 from tensorfold.errors import InputError, pass_on_memory
-from tensorfold.finite import why_not_finite
 from tensorfold.healing.noise import Noise
-from tensorfold.settings import HealSettings
+from tensorfold.models.anatomy import blocks, matrices
+from tensorfold.recipes.settings import HealSettings
+from tensorfold.utils.finite import why_not_finite
 
 Forward = Callable[..., Any]
 

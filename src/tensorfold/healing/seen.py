@@ -8,10 +8,10 @@ from typing import Any
 
 from torch.utils.data import Subset
 
-from tensorfold.healing.data import TokenBlocks, TokenCache
-from tensorfold.healing.end_to_end import RunOrder
-from tensorfold.seen_text import SELECTION, TRAINING, Seen
-from tensorfold.settings import HealSettings
+from tensorfold.data.seen_text import SELECTION, TRAINING, Seen
+from tensorfold.data.token_cache import TokenBlocks, TokenCache
+from tensorfold.healing.trainer import RunOrder
+from tensorfold.recipes.settings import HealSettings
 
 _MOST = 1 << 24  # tokens of the training text that are looked at
 

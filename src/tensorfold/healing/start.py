@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tensorfold.healing.checkpoints import damage, sealed
-from tensorfold.healing.end_to_end import own_tensors
+from tensorfold.healing.trainer import own_tensors
 
 _FILE = "model.safetensors"
 

@@ -11,16 +11,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tensorfold import ties
-from tensorfold.anatomy import check_no_adapter, dense_weight, embedding_scale, is_plain_linear, tied_head
 from tensorfold.errors import InputError
+from tensorfold.hf import ties
 from tensorfold.hf.described import check_described
+from tensorfold.hf.modules import set_module
 from tensorfold.hf.quantizer import TensorfoldConfig, mark
-from tensorfold.hf.swap import set_module
+from tensorfold.models.anatomy import check_no_adapter, dense_weight, embedding_scale, is_plain_linear, tied_head
+from tensorfold.models.sizes import stored_bytes
 from tensorfold.nn import FoldedModule
 from tensorfold.nn.int8 import Int8Embedding, Int8Folded, Int8Linear
-from tensorfold.sizes import stored_bytes
-from tensorfold.strict import check_types
+from tensorfold.utils.validation import check_types
 
 Int8 = Int8Linear | Int8Embedding | Int8Folded
 

@@ -14,18 +14,18 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from tensorfold.anatomy import check_not_quantised, count_parameters, empty_model
-from tensorfold.cache import atomic_directory
+from tensorfold.data.seen_text import with_notes
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.hf.beside import carry_over
+from tensorfold.hf.checks import check_files
 from tensorfold.hf.int8 import install_int8
 from tensorfold.hf.model_card import model_card
+from tensorfold.hf.modules import install
 from tensorfold.hf.quantizer import NAME, TensorfoldConfig
-from tensorfold.hf.swap import install
-from tensorfold.hf.untrusted import check_files
+from tensorfold.models.anatomy import check_not_quantised, count_parameters, empty_model
 from tensorfold.nn import FoldedModule
-from tensorfold.seen_text import with_notes
-from tensorfold.strict import check_types
+from tensorfold.utils.atomic_files import atomic_directory
+from tensorfold.utils.validation import check_types
 
 CAUSAL_LM = "needed a decoder-only causal language model"
 

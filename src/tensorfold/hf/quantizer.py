@@ -14,9 +14,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tensorfold.algebra.any_spec import AnySpec, spec_from_dict
+from tensorfold.algebra.specs.any_spec import AnySpec, spec_from_dict
 from tensorfold.errors import InputError
-from tensorfold.nn.folded import ORDERS, StoresOrders
+from tensorfold.nn.base import ORDERS, StoresOrders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,8 +75,8 @@ class TensorfoldQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         # Imported here because this file is loaded from inside transformers' own import (see tensorfold/__init__.py).
+        from tensorfold.hf.modules import install
         from tensorfold.hf.naming import for_model
-        from tensorfold.hf.swap import install
 
         config = for_model(self.quantization_config, model)
         if config is not self.quantization_config:
@@ -111,7 +111,7 @@ class TensorfoldQuantizer(HfQuantizer):
         Raises:
             InputError: The model is in int8.
         """
-        from tensorfold.hf.plain import become_plain
+        from tensorfold.hf.dense import become_plain
 
         return become_plain(model, dtype)
 

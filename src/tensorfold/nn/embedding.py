@@ -9,12 +9,12 @@ from torch import Tensor
 
 from tensorfold.algebra.contraction.apply import rows
 from tensorfold.algebra.precision import as_given
-from tensorfold.algebra.solve import Factors, factorize
-from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.solvers.solve import Factors, factorize
+from tensorfold.algebra.specs.spec import Spec
 from tensorfold.errors import SpecError
-from tensorfold.nn.folded import in_table
+from tensorfold.nn.base import in_table
 from tensorfold.nn.linear import MPOLinear, MPOModule
-from tensorfold.strict import check_types
+from tensorfold.utils.validation import check_types
 
 
 class MPOEmbedding(MPOModule):

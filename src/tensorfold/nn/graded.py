@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorfold.algebra.contraction.apply import add_bias
-from tensorfold.algebra.graded import GradedSpec, graded_low_rank
 from tensorfold.algebra.precision import as_given, product_dtype
-from tensorfold.algebra.solve import Factors
-from tensorfold.nn.folded import FoldedModule, in_table, store
+from tensorfold.algebra.solvers.graded import GradedSpec, graded_low_rank
+from tensorfold.algebra.solvers.solve import Factors
+from tensorfold.nn.base import FoldedModule, in_table, store
 from tensorfold.nn.owners import Cores
-from tensorfold.strict import check_types
+from tensorfold.utils.validation import check_types
 
 
 class GradedModule(FoldedModule):

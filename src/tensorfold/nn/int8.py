@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorfold.algebra.precision import as_given, product_dtype
-from tensorfold.nn.folded import FoldedModule, StoresOrders, in_table
+from tensorfold.nn.base import FoldedModule, StoresOrders, in_table
 from tensorfold.nn.linear import MPOLinear, MPOModule
 from tensorfold.nn.owners import Codes
 from tensorfold.nn.token_mps import TokenMPSEmbedding
-from tensorfold.strict import check_floating
+from tensorfold.utils.validation import check_floating
 
 _LARGEST = 127
 _SHARE = 4  # numbers to a scale at least; part of the format, so it depends on shapes alone

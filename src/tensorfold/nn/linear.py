@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from tensorfold.algebra.contraction.apply import add_bias, apply, to_dense
 from tensorfold.algebra.contraction.paths import ContractionPath, Order
-from tensorfold.algebra.pivots import with_identity
 from tensorfold.algebra.precision import as_given, product_dtype, wide
-from tensorfold.algebra.solve import Factors, factorize
-from tensorfold.algebra.spec import Spec
-from tensorfold.algebra.starts import core_std
+from tensorfold.algebra.solvers.pivots import with_identity
+from tensorfold.algebra.solvers.solve import Factors, factorize
+from tensorfold.algebra.solvers.starts import core_std
+from tensorfold.algebra.specs.spec import Spec
 from tensorfold.errors import SpecError
-from tensorfold.nn.folded import StoresOrders, store
-from tensorfold.nn.machine import path_for
+from tensorfold.nn.base import StoresOrders, store
+from tensorfold.nn.machine_speeds import path_for
 from tensorfold.nn.owners import Cores
-from tensorfold.strict import check_types
+from tensorfold.utils.validation import check_types
 
 _FEW, _TILE = 64, 512  # tokens
 

@@ -12,12 +12,12 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from tensorfold.algebra.contraction.apply import add_bias
 from tensorfold.algebra.precision import as_given, autocasts, wide
-from tensorfold.algebra.solve import Factors
-from tensorfold.algebra.token_mps import TokenMPSSpec, rows, token_mps_svd
+from tensorfold.algebra.solvers.solve import Factors
+from tensorfold.algebra.solvers.token_mps import TokenMPSSpec, rows, token_mps_svd
 from tensorfold.errors import SpecError
-from tensorfold.nn.folded import FoldedModule, in_table, store
+from tensorfold.nn.base import FoldedModule, in_table, store
 from tensorfold.nn.owners import Cores
-from tensorfold.strict import check_types
+from tensorfold.utils.validation import check_types
 
 # Bytes of the table that a head holds at a time.
 CHUNK_BYTES = 2**24

@@ -19,7 +19,7 @@ from tensorfold.algebra.contraction.forms import multiply
 from tensorfold.algebra.contraction.paths import ContractionPath, Form, Step
 from tensorfold.algebra.contraction.search import fastest_path
 from tensorfold.algebra.precision import as_given, product_dtype, wide
-from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.specs.spec import Spec
 
 
 def apply(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.specs.spec import Spec
 
 # Sums of fewer numbers, one after the other, are no faster than a copy into another order.
 _SHORTEST_SUM = 16

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tensorfold.algebra.contraction.paths import Step
-from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.specs.spec import Spec
 
 
 def equation(sites: int) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from tensorfold.algebra.contraction import forms
 from tensorfold.algebra.contraction.costs import Machine, core_shape, merging
 from tensorfold.algebra.contraction.paths import ContractionPath, Form, Order, Step, cheapest_order
-from tensorfold.algebra.spec import Spec
+from tensorfold.algebra.specs.spec import Spec
 from tensorfold.errors import InputError
 
 # Numbers a core multiplied together within a forward may have, 64 MiB in float32: a vocabulary's table is built only

@@ -1,0 +1,1 @@
+"""Orders of rows and columns that make a matrix easier to fold."""

@@ -1,0 +1,1 @@
+"""Cores for a given matrix."""

@@ -1,0 +1,312 @@
+"""Weighted alternating least squares: cores that fit a matrix in the metric of its inputs, and of its outputs.
+
+Minimises ``‖(W − Ŵ) C^½‖_F`` with C the second moment of the inputs, which is the layer's output error. With all cores
+but one fixed the objective is quadratic in that one, and because C acts on the inputs alone every output index ``i_k``
+of the core has the same normal matrix. With ``L`` the cores to its left merged and ``R`` those to its right,
+
+    H[(r j s), (r' j' s')] = Σ C[(j< j j>), (j<' j' j>')] · ΣL[i<,j<,r] L[i<,j<',r'] · ΣR[s,i>,j>] R[s',i>,j>']
+
+and the right-hand side is ``W C`` contracted with L and R. With a metric G of the outputs as well (the second moment
+of the loss's gradient there, or the weights of a table's rows) the error is ``‖G^½ (W − Ŵ) C^½‖``, and every core is
+solved for by conjugate gradients (``als_cg``). Sources: Holtz, Rohwedder & Schneider, "The
+Alternating Linear Scheme for Tensor Optimization in the Tensor Train Format" (2012); for sums of Kronecker products,
+ProcrustesGPT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tensorfold.algebra.contraction.apply import to_dense
+from tensorfold.algebra.solvers.als_cg import improve_core, project, weigh
+from tensorfold.algebra.solvers.normal_equations import INDEFINITE, definite, proximal_step
+from tensorfold.algebra.solvers.ttsvd import balance, check_weight
+from tensorfold.algebra.specs.spec import Spec
+from tensorfold.algebra.statistics import Metrics
+from tensorfold.errors import SpecError
+from tensorfold.utils.validation import check_types
+
+# Up to this many unknowns an output index a normal matrix is formed (32 MB in fp64) and factored; beyond it conjugate
+# gradients apply it through the dense matrix, at about out·in² multiply–adds an iteration.
+DIRECT_UNKNOWNS = 2048
+_PATIENCE = 3  # sweeps: a start often rests on a plateau for one or two
+_CHUNK = 2**24  # elements of an intermediate of the normal matrix
+TABLE = 2**23  # elements
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Fitted cores, and the relative error ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖`` at the start and after every sweep."""
+
+    cores: list[Tensor]
+    errors: tuple[float, ...]
+
+    @property
+    def error(self) -> float:
+        return self.errors[-1]
+
+
+def weighted_als(
+    weight: Tensor,
+    spec: Spec,
+    cores: Sequence[Tensor],
+    metric: Tensor | None = None,
+    outputs: Tensor | None = None,
+    *,
+    sweeps: int = 20,
+    tolerance: float = 1e-4,
+) -> Fit:
+    """Improve ``cores`` by alternating least squares in the metrics C and G; the error never rises.
+
+    A sweep goes through the chain and back, solving for one core at a time with the others orthogonalised, in fp64
+    (large tables in fp32). It is followed by a leap along its own step where that lowers the error further (line search
+    extrapolation, Bro 1998). Three sweeps that together gain less than ``tolerance`` of the error end the search.
+    Nothing is random. Bond scalars are the caller's: the cores absorb them.
+
+    Args:
+        weight: W, shape (out_features, in_features), any floating dtype.
+        cores: Where to start, shapes ``spec.core_shapes``; ALS finds a local optimum, so the start matters.
+        metric: C, shape (in_features, in_features), symmetric positive semidefinite, may be singular; None is the
+            identity. Padded columns cost nothing.
+        outputs: G, shape (out_features, out_features), symmetric positive semidefinite, or (out_features,), the
+            weight of every row; None is the identity. Padded rows cost nothing.
+        sweeps: At most so many.
+
+    Returns:
+        Cores with the norm spread evenly over the bonds, fp32 or ``weight``'s dtype if that is fp64, and the errors.
+
+    Raises:
+        SpecError: A shape does not fit the spec, an input holds NaN or infinity, or the metric is not positive
+            semidefinite.
+    """
+    w = check_weight(weight, spec).to(torch.float32 if is_large_table(weight, outputs) else torch.float64)
+    c = None if metric is None else definite(check_metric(metric, spec).to(w))
+    g = None if outputs is None else check_outputs(outputs, spec).to(w)
+    g = g if g is None or g.dim() == 1 else definite(g)
+    chain = [core.to(w) for core in _check_cores(cores, spec)]
+    target = weigh(w, c, g)
+    metrics = _padded_metrics(c, g, spec)
+    norm = _norm(w, c, g) or 1.0
+
+    def error(chain: list[Tensor]) -> float:
+        return _norm(w - to_dense(chain, spec), c, g) / norm
+
+    chain = _right_orthogonal(chain)
+    errors = [error(chain)]
+    stride = 1.0
+    for _ in range(sweeps):
+        if errors[-1] == 0.0:
+            break
+        swept = _sweep(chain, _padded_target(target, chain, spec, metrics), metrics)
+        after = error(swept)
+        leap = _right_orthogonal([new + stride * (new - old) for new, old in zip(swept, chain, strict=True)])
+        beyond = error(leap)
+        stride = 2 * stride if beyond < after else stride / 2
+        if beyond < after:
+            swept, after = leap, beyond
+        if not after < errors[-1]:  # down to rounding
+            break
+        chain = swept
+        errors.append(after)
+        if len(errors) > _PATIENCE and after > (1 - tolerance) * errors[-1 - _PATIENCE]:
+            break
+    result = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return Fit([core.to(result).contiguous() for core in balance(chain)], tuple(errors))
+
+
+def _padded_metrics(c: Tensor | None, g: Tensor | None, spec: Spec) -> Metrics:
+    """The metrics over the operator's own sides, where padding weighs nothing.
+
+    Beside G the identity of the inputs is written out where columns are padded: conjugate gradients need no bound as
+    :func:`_padded_target` has.
+    """
+    columns = math.prod(spec.in_modes) - spec.in_features
+    rows = math.prod(spec.out_modes) - spec.out_features
+    if g is not None:
+        g = F.pad(g, (0, rows) if g.dim() == 1 else (0, rows, 0, rows))
+        if c is None and columns:
+            c = torch.eye(spec.in_features, dtype=g.dtype, device=g.device)
+    return Metrics(None if c is None else F.pad(c, (0, columns, 0, columns)), g)
+
+
+def _padded_target(target: Tensor, chain: list[Tensor], spec: Spec, metrics: Metrics) -> Tensor:
+    """``target``, W C, with what the chain gives now where padding is: rows nobody reads then cost nothing.
+
+    Filling in the current values bounds the true error from above and touches it here, so a sweep that lowers the one
+    lowers the other (majorisation, as in expectation–maximisation for missing data).
+    """
+    shape = (math.prod(spec.out_modes), math.prod(spec.in_modes))
+    if target.shape == shape:
+        return target
+    if metrics.outputs is not None:  # padding weighs nothing on either side
+        return F.pad(target, (0, shape[1] - target.shape[1], 0, shape[0] - target.shape[0]))
+    current = _merge(chain, target)[0, :, :, 0]
+    padded = current.clone() if metrics.inputs is None else current @ metrics.inputs
+    padded[: spec.out_features, : spec.in_features] = target
+    return padded
+
+
+def _sweep(cores: list[Tensor], target: Tensor, metrics: Metrics) -> list[Tensor]:
+    """Solve for every core on the way right and again on the way left, the two end cores once each."""
+    chain = list(cores)
+    last = len(chain) - 1
+    for k in range(last):
+        chain[k] = _solve(chain, k, target, metrics)
+        _orthogonalise(chain, k, +1)
+    for k in range(last, 0, -1):
+        chain[k] = _solve(chain, k, target, metrics)
+        _orthogonalise(chain, k, -1)
+    if last == 0:
+        chain[0] = _solve(chain, 0, target, metrics)
+    return chain
+
+
+def _right_orthogonal(cores: list[Tensor]) -> list[Tensor]:
+    """The same operator with every core but the first an isometry from its left bond."""
+    chain = list(cores)
+    for k in range(len(chain) - 1, 0, -1):
+        _orthogonalise(chain, k, -1)
+    return chain
+
+
+def _orthogonalise(chain: list[Tensor], k: int, step: int) -> None:
+    """Make core k an isometry towards its neighbour ``k + step`` and hand the rest to that neighbour, in place.
+
+    By the polar decomposition: unlike QR it leaves an isometry as it is, so that the cores of successive sweeps can
+    be subtracted.
+    """
+    r, m, n, s = chain[k].shape
+    if step > 0:
+        isometry, rest = _polar(chain[k].reshape(r * m * n, s))
+        chain[k] = isometry.reshape(r, m, n, s)
+        chain[k + 1] = torch.einsum("st,tmnu->smnu", rest, chain[k + 1])
+    else:
+        isometry, rest = _polar(chain[k].reshape(r, m * n * s).T)
+        chain[k] = isometry.T.reshape(r, m, n, s)
+        chain[k - 1] = torch.einsum("tmnr,rs->tmns", chain[k - 1], rest)
+
+
+def _polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``matrix = isometry @ rest``, ``rest`` symmetric positive semidefinite; for at least as many rows as columns."""
+    q, r = torch.linalg.qr(matrix)
+    u, values, vh = torch.linalg.svd(r)
+    return q @ (u @ vh), (vh.T * values) @ vh
+
+
+def _solve(chain: list[Tensor], k: int, target: Tensor, metrics: Metrics) -> Tensor:
+    """The core k that minimises the error while the others, isometries by now, stay as they are."""
+    core = chain[k]
+    r, m, n, s = core.shape
+    left = _merge(chain[:k], core)[0]  # (I<, J<, r)
+    right = _merge(chain[k + 1 :], core)[..., 0]  # (s, I>, J>)
+    wanted = project(target, left, right, m, n)
+    metric, outputs = metrics
+    if metric is None and outputs is None:
+        return wanted  # the normal matrix is the identity
+    if metric is None or outputs is not None:
+        return improve_core(core, wanted, left, right, metric, outputs)
+    if max(r * n * s, n * min(r * right.shape[2], left.shape[1] * s)) > DIRECT_UNKNOWNS:
+        return improve_core(core, wanted, left, right, metric)
+    normal = _normal_matrix(left, right, metric, n)
+    start = core.transpose(0, 1).reshape(m, -1)
+    residual = wanted.transpose(0, 1).reshape(m, -1) - start @ normal
+    return (start + proximal_step(normal, residual)).reshape(m, r, n, s).transpose(0, 1)
+
+
+def _merge(cores: list[Tensor], like: Tensor) -> Tensor:
+    """Neighbouring cores as one, shape (r, I, J, s); a single one where there are none."""
+    merged = cores[0] if cores else like.new_ones(1, 1, 1, 1)
+    for core in cores[1:]:
+        r, i, j, _ = merged.shape
+        _, m, n, s = core.shape
+        merged = torch.einsum("rijt,tmns->rimjns", merged, core).reshape(r, i * m, j * n, s)
+    return merged
+
+
+def _normal_matrix(left: Tensor, right: Tensor, metric: Tensor, n: int) -> Tensor:
+    """H of the module's docstring, shape (r·n·s, r·n·s)."""
+    (_, x, r), (s, _, y) = left.shape, right.shape
+    right = right.permute(1, 2, 0)  # (I>, J>, s)
+    if r * y <= x * s:  # the side that leaves the smaller intermediate goes first
+        half = _sandwich(metric.reshape(x, n * y, x, n * y), left)
+        half = half.reshape(r * n, y, r * n, y).permute(1, 0, 3, 2)
+        full = _sandwich(half, right).reshape(s, r, n, s, r, n).permute(1, 2, 0, 4, 5, 3)
+    else:
+        half = _sandwich(metric.reshape(x * n, y, x * n, y).permute(1, 0, 3, 2), right)
+        half = half.reshape(s, x, n, s, x, n).permute(1, 2, 0, 4, 5, 3).reshape(x, n * s, x, n * s)
+        full = _sandwich(half, left)
+    return full.reshape(r * n * s, r * n * s)
+
+
+def _sandwich(c: Tensor, factor: Tensor) -> Tensor:
+    """``Σ factor[a, z, r] c[z, p, z', p'] factor[a, z', r']``, shape (r, p, r', p'), in chunks of r."""
+    a, z, r = factor.shape
+    p = c.shape[1]
+    per_index = a * p * z * p if a < r else r * z * z
+    chunks = []
+    for rows in factor.split(max(1, _CHUNK // per_index), dim=2):
+        if a < r:
+            half = torch.einsum("azr,zpZP->arpZP", rows, c)
+            chunks.append(torch.einsum("arpZP,aZR->rpRP", half, factor))
+        else:
+            gram = torch.einsum("azr,aZR->zZrR", rows, factor)
+            chunks.append(torch.einsum("zpZP,zZrR->rpRP", c, gram))
+    return torch.cat(chunks)
+
+
+def _norm(matrix: Tensor, metric: Tensor | None, outputs: Tensor | None) -> float:
+    """``‖G^½ matrix C^½‖_F``."""
+    return math.sqrt(max(0.0, float((weigh(matrix, metric, outputs) * matrix).sum())))
+
+
+def check_metric(metric: Tensor, spec: Spec) -> Tensor:
+    """``metric`` itself, after checking that it is a finite (in_features, in_features) matrix.
+
+    Raises:
+        SpecError: It is not, or its diagonal has a negative entry.
+    """
+    check_types("fit", metric=(metric, Tensor))
+    if tuple(metric.shape) != (spec.in_features, spec.in_features):
+        raise SpecError(f"metric of shape {tuple(metric.shape)}; needed ({spec.in_features}, {spec.in_features}).")
+    if not torch.isfinite(metric).all():
+        raise SpecError("metric holds NaN or infinity: the calibration activations of this layer are not finite.")
+    if metric.diagonal().min() < 0:
+        raise SpecError(INDEFINITE)
+    return metric
+
+
+def is_large_table(weight: Tensor, outputs: Tensor | None) -> bool:
+    """Whether these are many rows that have weights: their problems are small, so that fp32 does, at half the memory.
+
+    Linear layers are fitted in fp64 whatever their size.
+    """
+    return outputs is not None and outputs.dim() == 1 and weight.numel() > TABLE
+
+
+def check_outputs(outputs: Tensor, spec: Spec) -> Tensor:
+    """``outputs`` itself, after checking that it is a finite (out_features, out_features) or (out_features,).
+
+    Raises:
+        SpecError: It is not, or a weight on its diagonal is negative.
+    """
+    n = spec.out_features
+    if tuple(outputs.shape) not in ((n, n), (n,)):
+        raise SpecError(f"outputs: a metric of shape {tuple(outputs.shape)}; needed ({n}, {n}), or ({n},).")
+    if not torch.isfinite(outputs).all():
+        raise SpecError("outputs: the metric holds NaN or infinity: this layer's gradients or counts are not finite.")
+    if (outputs if outputs.dim() == 1 else outputs.diagonal()).min() < 0:
+        raise SpecError(f"outputs: {INDEFINITE}")
+    return outputs
+
+
+def _check_cores(cores: Sequence[Tensor], spec: Spec) -> Sequence[Tensor]:
+    shapes = tuple(tuple(core.shape) for core in cores)
+    if shapes != spec.core_shapes:
+        raise SpecError(f"weighted_als: cores of shapes {shapes}; the spec needs {spec.core_shapes}.")
+    return cores

@@ -1,0 +1,127 @@
+"""One core of weighted alternating least squares by conjugate gradients, in the metrics of inputs and outputs.
+
+For a core X between its merged neighbours, ``E`` the linear map from X to the matrix, the error is that of
+
+    Eᵀ(G E(X) C) = Eᵀ(G W C)
+
+with C the metric of the inputs and G that of the outputs. The normal matrix is never formed: it has as many rows as the
+core has numbers, and with a G that is no multiple of the identity it no longer splits over the output index.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tensorfold.algebra.solvers.normal_equations import conjugate_gradients, proximal_step
+
+_ITERATIONS = 20
+
+
+def project(matrix: Tensor, left: Tensor, right: Tensor, m: int, n: int) -> Tensor:
+    """A matrix (M, N) contracted with the merged cores around one site, shape (r, m, n, s)."""
+    (a, x, r), (s, b, y) = left.shape, right.shape
+    t = matrix.reshape(a, m, b, x, n, y)
+    if r * b * y <= s * a * x:  # the side that shrinks it more goes first
+        return torch.einsum("rmbny,sby->rmns", torch.einsum("axr,ambxny->rmbny", left, t), right)
+    return torch.einsum("axr,amxns->rmns", left, torch.einsum("ambxny,sby->amxns", t, right))
+
+
+def expand(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The matrix (M, N) of a core between its merged neighbours; the transpose of :func:`project`."""
+    (a, x, _), (_, b, y), (_, m, n, _) = left.shape, right.shape, core.shape
+    if a * x <= b * y:
+        out = torch.einsum("amxns,sby->ambxny", torch.einsum("axr,rmns->amxns", left, core), right)
+    else:
+        out = torch.einsum("axr,rmbny->ambxny", left, torch.einsum("rmns,sby->rmbny", core, right))
+    return out.reshape(a * m * b, x * n * y)
+
+
+def weigh(matrix: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Tensor:
+    """``G M C`` for M of shape (out, in); G is a matrix, or the vector of a diagonal one; None is the identity."""
+    if inputs is not None:
+        matrix = matrix @ inputs
+    if outputs is None:
+        return matrix
+    return outputs[:, None] * matrix if outputs.dim() == 1 else outputs @ matrix
+
+
+def improve_core(
+    core: Tensor, wanted: Tensor, left: Tensor, right: Tensor, inputs: Tensor | None, outputs: Tensor | None = None
+) -> Tensor:
+    """The core after a few preconditioned conjugate-gradient steps from the current one; each lowers the error.
+
+    The preconditioner is the Kronecker product of the normal matrix's marginals on the core's four axes: exact where
+    the core spans all inputs and outputs.
+
+    Args:
+        core: Shape (r, m, n, s).
+        wanted: Right-hand side, the same shape.
+        left, right: Merged neighbours, (a, x, r) and (s, b, y).
+        inputs: C, (x n y, x n y), the identity if None.
+        outputs: G, (a m b, a m b), or (a m b,) for a diagonal one; the identity if None.
+    """
+    _, m, n, _ = core.shape
+    inverses = _marginal_inverses(left, right, inputs, outputs, m, n)
+
+    def normal(v: Tensor) -> Tensor:
+        return project(weigh(expand(v, left, right), inputs, outputs), left, right, m, n)
+
+    return conjugate_gradients(core, wanted, normal, lambda v: _precondition(v, inverses), _ITERATIONS)
+
+
+def _marginal_inverses(
+    left: Tensor, right: Tensor, inputs: Tensor | None, outputs: Tensor | None, m: int, n: int
+) -> tuple[Tensor, ...]:
+    """Inverses of the marginals on r, m, n and s; vectors where they are diagonal, however long that axis is."""
+    (a, x, _), (_, b, y) = left.shape, right.shape
+    on_left, on_core, on_right = _marginals(inputs, (x, n, y), left)
+    to_left, to_core, to_right = _marginals(outputs, (a, m, b), left)
+    grams = (
+        torch.einsum("axr,axR->rR", left, _on_sides(left, to_left, on_left)),
+        to_core,
+        on_core,
+        torch.einsum("bys,byS->sS", right.permute(1, 2, 0), _on_sides(right.permute(1, 2, 0), to_right, on_right)),
+    )
+    return tuple(_inverse(gram) for gram in grams)
+
+
+def _inverse(gram: Tensor) -> Tensor:
+    # A preconditioner may have any scale; each is brought to 1, since the product of four would leave fp32's range.
+    gram = gram / (gram if gram.dim() == 1 else gram.diagonal()).mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    if gram.dim() == 1:
+        return torch.where(gram > 0, 1 / gram, torch.ones_like(gram))
+    return proximal_step(gram, torch.eye(len(gram), dtype=gram.dtype, device=gram.device), -8)
+
+
+def _precondition(core: Tensor, inverses: tuple[Tensor, ...]) -> Tensor:
+    for axis, inverse in enumerate(inverses):
+        core = _on_axis(core, inverse, axis)
+    return core
+
+
+def _on_axis(tensor: Tensor, metric: Tensor, axis: int) -> Tensor:
+    """A metric, or the vector of a diagonal one, applied to one axis."""
+    if metric.dim() == 1:
+        return tensor * metric.reshape(-1, *([1] * (tensor.dim() - 1 - axis)))
+    return torch.tensordot(metric, tensor, dims=([1], [axis])).movedim(0, axis)
+
+
+def _marginals(metric: Tensor | None, sizes: tuple[int, int, int], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Partial traces of a metric on three parts of its index; vectors of diagonals where it is diagonal."""
+    if metric is None:
+        metric = like.new_ones(1).expand(sizes[0] * sizes[1] * sizes[2])
+    if metric.dim() == 1:
+        parts = metric.reshape(sizes)
+        return parts.sum((1, 2)), parts.sum((0, 2)), parts.sum((0, 1))
+    parts = metric.reshape(*sizes, *sizes)
+    return (
+        torch.einsum("xnyXny->xX", parts),
+        torch.einsum("xnyxNy->nN", parts),
+        torch.einsum("xnyxnY->yY", parts),
+    )
+
+
+def _on_sides(factor: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
+    """A merged neighbour (out, in, bond) with its marginal metrics applied to both sides."""
+    return _on_axis(_on_axis(factor, outputs, 0), inputs, 1)

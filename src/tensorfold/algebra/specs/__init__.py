@@ -1,0 +1,1 @@
+"""Shapes of structured matrices, without weights."""

@@ -1,0 +1,1 @@
+"""Activations and gradients in, second moments out."""

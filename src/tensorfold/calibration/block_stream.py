@@ -1,0 +1,289 @@
+"""Calibration: text in, second moments of layer inputs out, one transformer block at a time.
+
+The hidden states of all calibration windows are carried from block to block, so each block is measured on the output
+of the blocks already folded before it, and no activation of any other block is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tensorfold.calibration.block_calls import BlockChain, Passed, check_finite, input_of
+from tensorfold.data.tokens import Encoder, begin, check_ids
+from tensorfold.errors import InputError
+from tensorfold.models.anatomy import blocks
+from tensorfold.utils.finite import why_not_finite
+
+WINDOW = 1024
+
+Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
+
+
+def calibration_windows(
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], tokens: int, limit: int | None = None
+) -> Tensor:
+    """Equal windows of at most ``limit`` tokens that together hold ``tokens`` of them; shape (windows, length).
+
+    Documents are joined by blank lines. Every window begins with what the tokenizer puts before a document, which is
+    among its tokens. Windows are equal so that one attention mask serves all.
+
+    Raises:
+        InputError: The text is too short.
+    """
+    length = min(WINDOW, limit or WINDOW)
+    encoder = Encoder(tokenizer)
+    opening = len(encoder.prefix)
+    if tokens < max(2, opening + 1):
+        raise InputError(f"calibration: tokens={tokens}; needed at least {max(2, opening + 1)}.")
+    if length <= opening:
+        raise InputError(
+            f"calibration: windows of {length} tokens, and the tokenizer puts {opening} before every document; needed "
+            "a model with a longer context."
+        )
+    ids = encoder.first("\n\n".join(documents), tokens)
+    if len(ids) < min(tokens, length):
+        raise InputError(
+            f"calibration: the text has {len(ids)} tokens; needed at least {min(tokens, length)}. Give a longer text."
+        )
+    tokens = min(tokens, len(ids))
+    count = min(-(-tokens // length), tokens // (opening + 1))
+    each = min(tokens // count, length) - opening
+    return begin(encoder.prefix, torch.tensor(ids[opening:])[: count * each].reshape(count, each))
+
+
+def token_counts(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], vocabulary: int) -> Tensor:
+    """How often the text uses each token; int64, shape (vocabulary,).
+
+    Special tokens count as often as the most frequent one: chats and documents are built of them, and text has none.
+
+    Raises:
+        InputError: The tokenizer gives a token that the vocabulary lacks.
+    """
+    counts = torch.zeros(vocabulary, dtype=torch.int64)
+    encoder = Encoder(tokenizer)
+    for document in documents:
+        ids = torch.tensor(encoder(document), dtype=torch.int64)
+        check_ids(vocabulary, ids, "calibration", tokenizer)
+        counts += ids.bincount(minlength=vocabulary)
+    special = [index for index in tokenizer.all_special_ids if index < vocabulary]
+    counts[special] = counts.max()
+    return counts
+
+
+class BlockStream:
+    """What the blocks so far hand on of every calibration window, at the entrance of the next transformer block.
+
+    ``hidden`` are the hidden states, shape (windows, length, width) or what the architecture has in its place; they are
+    written by every :meth:`advance`, and nothing is in them before the first one. ``position`` is the index of the
+    block whose entrance the stream stands at. Everything else that a block is given is made by the model itself, for
+    the very windows that are run; see :mod:`tensorfold.calibration.block_calls`.
+
+    Args:
+        model: In evaluation mode, and without gradients, for as long as the stream is used.
+        windows: Token indices, shape (windows, length).
+        allocate: Makes the tensor for ``hidden`` from shape and dtype; on the model's device if None.
+        batch: Most windows that :meth:`run` is given at a time.
+
+    Raises:
+        InputError: Blocks run one by one do not make of the last windows what the whole model makes of them.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, windows: Tensor, allocate: Allocate | None = None, batch: int = 1
+    ) -> None:
+        self.model = model
+        self.name, self.blocks = blocks(model)
+        self.device = next(model.get_input_embeddings().parameters()).device
+        check_ids(model, windows, "calibration")
+        self.windows = windows.to(self.device)
+        self.position = 0
+        with torch.no_grad():
+            self._chain = BlockChain(model, self.name, self.blocks, self.windows[:1])
+            self._chain.check(self.windows[-batch:])
+        shape, dtype = (len(windows), *self._chain.shape), self._chain.dtype
+        self.hidden = allocate(shape, dtype) if allocate else torch.empty(shape, dtype=dtype, device=self.device)
+        self._passed: list[Passed] = []  # by window, beside the hidden states
+
+    def calls(self, index: int) -> bool:
+        """Whether text goes through block ``index``; cross-attention to images is left out, and changes nothing."""
+        return self._chain.calls(index)
+
+    def run(self, index: int, chosen: Tensor | slice) -> Tensor:
+        """Output of block ``index``, at whose entrance the stream stands, for the windows that ``chosen`` indexes;
+        shape (windows, length, width)."""
+        return self._run(index, torch.arange(len(self.windows))[chosen]).hidden
+
+    def _run(self, index: int, chosen: Tensor) -> Passed:
+        before = None
+        if index:
+            parts = [self._passed[k] for k in chosen.tolist()]
+            before = Passed.together(self.hidden[chosen.to(self.hidden.device)].to(self.device), parts)
+        return self._chain.run(index, self.windows[chosen.to(self.device)], before)
+
+    def pass_on(self, index: int, k: int) -> Tensor:
+        """Put what block ``index`` makes of window ``k`` in the place of what it was given, and return its output.
+
+        ``position`` has to be set once this was done for every window.
+        """
+        passed = self._run(index, torch.tensor([k]))
+        self.hidden[k : k + 1] = passed.hidden
+        rest = Passed(passed.hidden.new_empty(0), passed.others, passed.shared)
+        self._passed[k:] = [rest] if index == 0 else [rest, *self._passed[k + 1 :]]
+        return passed.hidden
+
+    def moments(self, index: int, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """Second moments of the inputs that block ``index`` gives to ``modules``; see :func:`second_moments`."""
+
+        def forward() -> None:
+            for k in range(len(self.windows)):
+                self.run(index, slice(k, k + 1))
+
+        return second_moments(forward, modules, model=self.model)
+
+    def advance(self, index: int) -> None:
+        """Replace the hidden states by the output of block ``index`` as it now is.
+
+        Raises:
+            InputError: The block's output is not finite.
+        """
+        for k in range(len(self.windows)):
+            check_finite(self.pass_on(index, k), f"{self.name}.{index}", self.model)
+        self.position = index + 1
+
+    def advance_to(self, index: int) -> None:
+        """Carry the hidden states to the entrance of block ``index``, through the blocks before it as they now are."""
+        while self.position < index:
+            self.advance(self.position)
+
+    def stages(self, index: int, modules: Mapping[str, nn.Module]) -> list[list[str]]:
+        """The modules of block ``index`` in the order in which one window meets them, those given the very same tensor
+        together; what it does not meet is in the last stage."""
+        met: list[tuple[Any, list[str]]] = []
+
+        def hook(name: str) -> Callable[..., None]:
+            def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                given = input_of(args, kwargs)
+                if any(name in stage for _, stage in met):
+                    return
+                if met and met[-1][0] is given:
+                    met[-1][1].append(name)
+                else:
+                    met.append((given, [name]))
+
+            return record
+
+        with ExitStack() as hooks, torch.no_grad():
+            for name, module in modules.items():
+                hooks.callback(module.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
+            self.run(index, slice(0, 1))
+        stages = [stage for _, stage in met] or [[]]
+        stages[-1] += [name for name in modules if not any(name in stage for stage in stages)]
+        return stages
+
+    def outside(self, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """Second moments of the inputs of modules outside the blocks, from whole passes through the model."""
+
+        def forward() -> None:
+            for window in self.windows.split(1):
+                self.model(window, use_cache=False)
+
+        return second_moments(forward, modules, model=self.model)
+
+
+def second_moments(
+    forward: Callable[[], None],
+    modules: Mapping[str, nn.Module],
+    all_called: bool = True,
+    model: nn.Module | None = None,
+) -> dict[str, Tensor]:
+    """Run ``forward`` and return, for each module, ``C = Xᵀ X / tokens`` of the inputs X it saw, in fp32.
+
+    Modules that are given the very same tensors (query, key and value; gate and up) share one accumulation and one
+    result. Shape of each C: (in_features, in_features).
+
+    Args:
+        all_called: Whether a module that is never called is an error; otherwise it has none.
+        model: What the modules are part of, to say why their inputs are not finite.
+
+    Raises:
+        InputError: A module saw NaN or infinity, or was never called; the message names it.
+    """
+    sums: dict[frozenset[str], Tensor] = {}  # by the modules that were given the same tensor
+    tokens: dict[frozenset[str], int] = {}
+    given: list[tuple[Any, Tensor, set[str]]] = []  # a tensor, its vectors, and who has been given it so far
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = input_of(args, kwargs)
+            if given and given[0][0] is x and name not in given[0][2]:
+                given[0][2].add(name)
+                return
+            add()
+            flat = x.detach().reshape(-1, x.shape[-1]).float()
+            # A copy, which nothing changes in place before it is known who else is given it.
+            given[:] = [(x, flat.clone() if flat.data_ptr() == x.data_ptr() else flat, {name})]
+
+        return hook
+
+    def add() -> None:
+        for _, flat, names in given:
+            key = frozenset(names)
+            if key not in sums:
+                sums[key], tokens[key] = torch.zeros(flat.shape[-1], flat.shape[-1], device=flat.device), 0
+            sums[key].addmm_(flat.T, flat)
+            tokens[key] += flat.shape[0]
+        given.clear()
+
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in modules.items():
+            hooks.callback(module.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
+        forward()
+        add()
+    averages: dict[tuple[frozenset[str], ...], Tensor] = {}
+    found = {}
+    for name in modules:
+        keys = tuple(key for key in sums if name in key)
+        if not sum(tokens[key] for key in keys):
+            if all_called:
+                raise InputError(f"{name}: not called on the calibration text, so it has no statistics; exclude it.")
+            continue
+        if keys not in averages:
+            total = sums[keys[0]] if len(keys) == 1 else torch.stack([sums[key] for key in keys]).sum(0)
+            averages[keys] = total / sum(tokens[key] for key in keys)
+            if not torch.isfinite(averages[keys]).all():
+                raise not_finite_inputs(name, model or modules[name])
+        found[name] = averages[keys]
+    return found
+
+
+def not_finite_inputs(name: str, model: nn.Module) -> InputError:
+    """What to raise for a module whose inputs are not finite."""
+    return InputError(f"{name}: its inputs on the calibration text hold NaN or infinity; {why_not_finite(model)}.")
+
+
+def inputs_of(forward: Callable[[], None], module: nn.Module, model: nn.Module) -> Tensor:
+    """Run ``forward`` and return the vectors that ``module`` was applied to, fp32, shape (vectors, in_features).
+
+    Raises:
+        InputError: It saw NaN or infinity, or was never called.
+    """
+    seen: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = input_of(args, kwargs)
+        seen.append(x.detach().reshape(-1, x.shape[-1]).float())
+
+    with ExitStack() as hooks, torch.no_grad():
+        hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        forward()
+    if not seen:
+        raise InputError(f"{type(module).__name__}: not called on the calibration text; exclude the table tied to it.")
+    if not all(bool(part.isfinite().all()) for part in seen):
+        raise not_finite_inputs(type(module).__name__, model)
+    return torch.cat(seen)

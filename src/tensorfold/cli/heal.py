@@ -1,0 +1,148 @@
+"""``tensorfold heal``: its options, and how they, a recipe and ``--set`` make one set of settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+
+from tensorfold.cli.bench import DtypeChoice
+from tensorfold.errors import InputError
+
+if TYPE_CHECKING:
+    from tensorfold.recipes.settings import HealSettings
+
+
+def heal(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="The folded model.")],
+    train: Annotated[
+        list[str] | None,
+        typer.Option("--train", help="Text to train on; give it again for more. Default: the recipe's."),
+    ] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="The dense model, to be distilled from.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Directory to write [DIR-healed]; checkpoints lie in OUT.heal.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", help="Its 'heal' settings; stages before the last stay in OUT.stage-N."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps end to end.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Sequences in a step, over all devices.")] = None,
+    micro_batch: Annotated[int | None, typer.Option("--micro-batch", help="Sequences in one forward pass.")] = None,
+    block: Annotated[int | None, typer.Option("--block", help="Tokens in a sequence.")] = None,
+    blockwise_tokens: Annotated[
+        int | None, typer.Option("--blockwise-tokens", help="First fit each block to the teacher's on so many tokens.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, as in a recipe.")
+    ] = None,
+    report_to: Annotated[str, typer.Option("--report-to", help="none, tensorboard, wandb, …")] = "none",
+    dtype: Annotated[
+        DtypeChoice | None, typer.Option("--dtype", help="Load model and teacher in this type. Default: as stored.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
+    ] = False,
+) -> None:
+    """Train a folded model to win quality back. Killed and started again, it goes on from its last checkpoint."""
+    given = {
+        "steps": steps,
+        "lr": lr,
+        "batch": batch,
+        "micro_batch": micro_batch,
+        "block": block,
+        "blockwise_tokens": blockwise_tokens,
+    }
+    chosen = _chosen(set_ or [], {key: value for key, value in given.items() if value is not None})
+    named = chosen.pop("text", None)
+    if train and named is not None:
+        raise InputError("heal: got --train and --set text; needed one of the two.")
+    if recipe is None and not train and named is None:
+        raise InputError("heal: no text to train on; give --train TEXT, or a recipe with a text under heal.")
+    stages = _stages(recipe, chosen, teacher is not None)
+
+    if teacher is None and any(settings.needs_teacher for settings, _ in stages):
+        raise InputError("heal: the settings compare with a teacher, and none was given; give --teacher MODEL.")
+
+    from accelerate import PartialState
+
+    from tensorfold.healing.heal import heal as heal_model
+    from tensorfold.hf.loading import load
+    from tensorfold.hf.sources import find_model
+    from tensorfold.recipes.recipe import Recipe
+
+    source = find_model(model)
+    beside = source.path.rstrip("/") if Path(source.path).is_dir() else source.name.rpartition("/")[2]
+    target = Path(f"{beside}-healed") if out is None else out
+    started_from, kind = None, None if dtype is None else dtype.value
+    for number, (settings, overrides) in enumerate(stages, start=1):
+        stage = target if number == len(stages) else Path(f"{target}.stage-{number}")
+        report = heal_model(
+            source.model(kind) if started_from is None else load(started_from),
+            [Path(name) for name in train or [named or settings.text]],
+            teacher if kind is None or teacher is None else find_model(teacher).model(kind),
+            tokenizer=source.tokenizer(),
+            settings=settings,
+            out=stage,
+            progress=sys.stderr.isatty(),
+            report_to=report_to,
+            **overrides,
+        )
+        started_from = stage
+    if PartialState().is_main_process:
+        typer.echo(json.dumps(report.to_dict()) if as_json else str(report))
+        if recipe is not None and Recipe.load(recipe).eval is not None:
+            typer.echo(f"how the recipe judges it: tensorfold eval {target} --recipe {recipe}", err=True)
+
+
+def _chosen(pairs: list[str], given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that options of their own and ``--set`` choose, each once."""
+    from tensorfold.recipes.settings import HealSettings
+    from tensorfold.utils.validation import check_keys
+
+    values: dict[str, Any] = dict(given)
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError(f"heal: --set {pair!r}; needed KEY=VALUE, for example --set kl=1.")
+        try:
+            parsed = yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError, ValueError):
+            raise InputError(f"heal: --set {pair!r}; the value is not valid YAML.") from None
+        name = key.strip().replace("-", "_")
+        if name in values:
+            raise InputError(f"heal: --set {pair!r}, and {name}={values[name]!r} besides; needed one of the two.")
+        values[name] = tuple(parsed) if isinstance(parsed, list) else parsed
+    check_keys("heal", values, [field.name for field in dataclasses.fields(HealSettings)])
+    return values
+
+
+def _stages(recipe: str | None, chosen: dict[str, Any], teacher: bool) -> list[tuple[HealSettings, dict[str, Any]]]:
+    """The settings of each stage of a recipe, or the defaults, and those of the ``chosen`` ones that change it.
+
+    Raises:
+        InputError: The recipe has none, or one that is chosen cannot be had, or does nothing in any stage.
+    """
+    from tensorfold.recipes.recipe import Recipe
+    from tensorfold.recipes.settings import HEAL_NEEDS, HealSettings
+    from tensorfold.utils.effects import check_effects, has_effect
+
+    stages = (HealSettings(),) if recipe is None else Recipe.load(recipe).heal
+    if not stages:
+        raise InputError(f"heal: the recipe {recipe} has no settings under 'heal'; give options instead.")
+    whole = [dataclasses.replace(stage, **chosen) for stage in stages]
+    whole = [settings.compared if teacher else settings for settings in whole]
+    for name in chosen:
+        if not any(has_effect(name, settings, HEAL_NEEDS) for settings in whole):
+            check_effects("heal", [name], whole[0], HEAL_NEEDS)
+    return [
+        (stage, {name: value for name, value in chosen.items() if has_effect(name, settings, HEAL_NEEDS)})
+        for stage, settings in zip(stages, whole, strict=True)
+    ]

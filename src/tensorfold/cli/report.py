@@ -1,0 +1,39 @@
+"""``tensorfold report``: one HTML page about model directories."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folded or healed models, and the dense one to compare with.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="HTML file to write; one that is there is replaced.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="What every model goes on from. Default: Once upon a time.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="New tokens in a sample, at most.")] = 48,
+    samples: Annotated[
+        bool, typer.Option("--samples/--no-samples", help="Without samples no model has to be loaded.")
+    ] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
+    ] = False,
+) -> None:
+    """Write one self-contained HTML page: sizes, perplexities, errors, spectra, losses, samples.
+
+    Perplexities are those that `tensorfold eval DIR --text TEXT --record` noted in the directories.
+    """
+    from tensorfold.report.page import PROMPT, write_report
+
+    used = (PROMPT if prompt is None else prompt) if samples else None
+    write_report(directories, out, prompt=used, tokens=tokens, progress=sys.stderr.isatty())
+    size = out.stat().st_size
+    found = {"out": str(out), "models": [str(path) for path in directories], "bytes": size}
+    typer.echo(json.dumps(found) if as_json else f"written to {out} ({size / 1e6:.1f} MB)")

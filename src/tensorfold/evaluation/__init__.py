@@ -1,0 +1,1 @@
+"""Perplexity, accuracy and samples of a model, by named protocols."""

@@ -1,0 +1,1 @@
+"""Handing a folded model on to other tools."""

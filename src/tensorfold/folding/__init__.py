@@ -1,0 +1,1 @@
+"""From a plan to a folded model, in memory or from disk to disk."""

@@ -1,0 +1,258 @@
+"""Which matrix gets which spec. Needs shapes only, so it works on the meta device without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tensorfold.algebra.specs.any_spec import AnySpec, check_size
+from tensorfold.errors import InputError, SpecError
+from tensorfold.folding.tables import module_table
+from tensorfold.hf.ties import disagreement
+from tensorfold.methods.all import Method
+from tensorfold.methods.auto import Auto
+from tensorfold.models.anatomy import (
+    ALREADY_FOLDED,
+    Matrix,
+    check_foldable,
+    check_not_quantised,
+    check_unshared,
+    count_parameters,
+    empty_model,
+    match,
+    matrices,
+    without_weights,
+)
+from tensorfold.models.sizes import stored_bytes
+from tensorfold.models.surgery import keep_layers, split_linear, untie_head
+from tensorfold.recipes.recipe import Recipe, Rule
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Linear layers that share what an :class:`Auto` may keep; the plan gives them equal fractions."""
+
+    method: Auto
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parameter counts of the whole model (a tied head once) and the spec of every folded module.
+
+    ``parameters_before`` is of the model as given, ``parameters_after`` of what is there afterwards: a head that the
+    recipe unties is counted once before and by itself after. ``bytes_before`` and ``bytes_after`` are of everything
+    that a checkpoint holds, stored orders included: ``other_bytes`` of all that is not targeted, and
+    ``targeted_bytes`` of each targeted matrix as it was. ``dense`` are the parameters of targeted matrices that a
+    search leaves as they are. ``str(plan)`` is the table people read.
+    """
+
+    parameters_before: int
+    parameters_after: int
+    modules: dict[str, AnySpec]
+    methods: dict[str, Method] = field(repr=False)
+    targeted_before: int = 0
+    split: dict[str, list[int]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    budgets: tuple[Budget, ...] = field(default=(), repr=False)
+    dense: int = 0
+    bytes_before: int = 0
+    other_bytes: int = field(default=0, repr=False)
+    targeted_bytes: dict[str, int] = field(default_factory=dict, repr=False)
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes of one targeted matrix afterwards, in the dtype that it had, with its stored orders."""
+        dense, spec = self.targeted_bytes[name], self.modules.get(name)
+        if spec is None:  # left as it is
+            return dense
+        return spec.parameters * dense // spec.dense_parameters + spec.order_bytes
+
+    @property
+    def bytes_after(self) -> int:
+        return self.other_bytes + sum(self.bytes_of(name) for name in self.targeted_bytes)
+
+    @property
+    def kept(self) -> float:
+        """Fraction of the targeted matrices' parameters that stays."""
+        folded = self.dense + sum(spec.parameters for spec in self.modules.values())
+        return folded / self.targeted_before if self.targeted_before else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: whole-model counts and, by module, modes, ranks, parameters and bytes."""
+        return {
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "modules": {name: {**_shape(spec), "bytes": self.bytes_of(name)} for name, spec in self.modules.items()},
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
+        }
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self, errors: Mapping[str, float] | None = None, error_name: str = "error") -> str:
+        """The folded modules, with their errors where there are any, and the sizes of the whole model."""
+        sizes = (self.parameters_before, self.parameters_after), (self.bytes_before, self.bytes_after)
+        return module_table(self.modules, *sizes, self.kept, errors, error_name, self.warnings)
+
+
+def _shape(spec: AnySpec) -> dict[str, Any]:
+    shape = {"out_modes": list(spec.out_modes), "in_modes": list(spec.in_modes), "ranks": list(spec.ranks)}
+    return {**shape, **spec.to_dict(), "parameters": spec.parameters}
+
+
+def plan(
+    model_or_config: PreTrainedModel | PreTrainedConfig, recipe: Recipe | Method | Mapping[str, Any] | str | Path
+) -> Plan:
+    """Choose the spec of every matrix that ``recipe`` targets; changes nothing and needs no weights.
+
+    Raises:
+        InputError: A target matches nothing, a matrix is shared, or the model cannot be folded.
+        SpecError: A method cannot meet its shape or budget on a matrix; the message names the module.
+    """
+    recipe = Recipe.of(recipe)
+    model = skeleton(model_or_config)
+    check_foldable(model)
+    said = disagreement(model)
+    if model is model_or_config and recipe.changes_modules:
+        model = without_weights(model)
+    return prepare(model, recipe, said)[0]
+
+
+def skeleton(model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrainedModel:
+    """The model itself, or one built from its configuration on the meta device."""
+    if isinstance(model_or_config, PreTrainedModel):
+        return model_or_config
+    if not isinstance(model_or_config, PreTrainedConfig):
+        raise InputError(f"got {type(model_or_config).__name__}; needed a transformers model or its configuration.")
+    stored = getattr(model_or_config, "quantization_config", None)
+    if isinstance(stored, dict) and stored.get("quant_method") == "tensorfold":
+        raise InputError(ALREADY_FOLDED)
+    check_not_quantised(model_or_config, type(model_or_config).__name__)
+    return empty_model(model_or_config)
+
+
+def prepare(model: PreTrainedModel, recipe: Recipe, said: str | None = None) -> tuple[Plan, dict[str, Matrix]]:
+    """The plan and the matrices it is about, after untying, dropping layers and splitting fused matrices in place.
+
+    Args:
+        said: What :func:`~.ties.disagreement` says of the model as it was given; a warning of the plan.
+
+    Raises:
+        InputError, SpecError: As :func:`plan`.
+    """
+    check_foldable(model)
+    before, bytes_before = count_parameters(model), stored_bytes(model)
+    untied = untie_head(model) if recipe.untie else None
+    added = count_parameters(model) - before
+    if recipe.layers is not None:
+        keep_layers(model, recipe.layers)
+    methods, split, budgets = _assign(model, recipe)
+    chosen = {name: matrix for name, matrix in matrices(model).items() if name in methods}
+    check_unshared(model, chosen.values())
+    specs = {name: _spec(matrix, methods[name]) for name, matrix in chosen.items()}
+    targeted = sum(matrix.parameter.numel() for matrix in chosen.values())
+    after = count_parameters(model) - targeted + sum(spec.parameters for spec in specs.values())
+    warnings = (
+        *([said] if said and not recipe.untie else []),
+        *_untying(untied, added, after - before),
+        *_warnings(specs),
+    )
+    bytes_ = {name: matrix.parameter.nbytes for name, matrix in chosen.items()}
+    return Plan(
+        before,
+        after,
+        specs,
+        methods,
+        targeted,
+        split,
+        warnings,
+        budgets,
+        bytes_before=bytes_before,
+        other_bytes=stored_bytes(model) - sum(bytes_.values()),
+        targeted_bytes=bytes_,
+    ), chosen
+
+
+def _assign(
+    model: PreTrainedModel, recipe: Recipe
+) -> tuple[dict[str, Method], dict[str, list[int]], tuple[Budget, ...]]:
+    """Which method folds which matrix, the sizes of the parts of every matrix that was split for it, and budgets."""
+    methods: dict[str, Method] = {}
+    split: dict[str, list[int]] = {}
+    budgets = []
+    available = matrices(model)
+    for place, rule in enumerate(recipe.fold):
+        before = set(methods)
+        targets = match(rule.targets, available)
+        excluded = match(rule.exclude, available) if rule.exclude is not None else []
+        _check_rule(place, rule, targets, excluded, methods.keys() | split.keys())
+        for name in targets:
+            if name in excluded or name in methods or name in split:
+                continue
+            if rule.split is None:
+                methods[name] = rule.method
+            else:
+                check_unshared(model, [available[name]])
+                parts = split_linear(model, name, rule.split)
+                methods.update(dict.fromkeys(parts, rule.method))
+                split[name] = [model.get_submodule(part).weight.shape[0] for part in parts]  # type: ignore[union-attr]
+        if isinstance(rule.method, Auto):
+            new = {name: matrix for name, matrix in matrices(model).items() if name in methods.keys() - before}
+            methods.update({name: rule.method.concrete(matrix.group) for name, matrix in new.items()})
+            linear = tuple(name for name, matrix in new.items() if matrix.kind == "linear")
+            budgets += [Budget(rule.method, linear)] if linear else []
+    return methods, split, tuple(budgets)
+
+
+def _check_rule(
+    place: int, rule: Rule, targets: Collection[str], excluded: Collection[str], taken: Collection[str]
+) -> None:
+    """Raise :class:`InputError` for an entry of a recipe, or an ``exclude`` in it, that changes nothing."""
+    where, left = f"recipe: fold[{place}] (targets: {rule.targets})", set(targets) - set(excluded)
+    if not left:
+        raise InputError(f"{where} excludes every matrix it targets; nothing is left to fold.")
+    if rule.exclude is not None and len(left) == len(targets):
+        raise InputError(f"{where}: exclude: {rule.exclude} has no effect here; it needs to name some of the targets.")
+    if left <= set(taken):
+        raise InputError(f"{where} has no effect: entries before it fold all it targets. Put it first, or drop it.")
+
+
+def _untying(untied: Matrix | None, added: int, growth: int) -> Iterator[str]:
+    """What untying cost, and whether folding made up for it."""
+    if untied is not None and added:
+        end = f"and the model is {growth:,} larger than before" if growth > 0 else "no more than folding took away"
+        yield f"untying {untied.tied_head} from {untied.name} added {added:,} parameters, {end}"
+
+
+def _warnings(specs: Mapping[str, AnySpec]) -> Iterator[str]:
+    """Shapes that cannot reach full rank whatever their values, each named once."""
+    for spec in dict.fromkeys(specs.values()):
+        full = min(spec.out_features, spec.in_features)
+        if not spec.is_low_rank and spec.attainable_matrix_rank < full:
+            name = next(name for name, other in specs.items() if other == spec)
+            yield f"{name}: {spec} reaches rank {spec.attainable_matrix_rank} of {full} at most"
+
+
+def _spec(matrix: Matrix, method: Method) -> AnySpec:
+    if method.tables_only and matrix.kind != "embedding":
+        raise SpecError(
+            f"{matrix.name}: {method.name} folds embedding tables, and this is a linear layer; use it with "
+            "targets: embedding or positions, and another method here."
+        )
+    if method.token_order != "own" and matrix.kind != "embedding":
+        raise SpecError(
+            f"{matrix.name}: order: {method.token_order} sorts the tokens of embedding tables, and this is a linear "
+            "layer; use it with targets: embedding or positions, and order: own here."
+        )
+    try:
+        spec = method.spec(matrix.out_features, matrix.in_features)
+        check_size(spec)
+        return spec
+    except SpecError as error:
+        raise SpecError(f"{matrix.name}: {error}") from None

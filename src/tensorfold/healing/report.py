@@ -1,0 +1,114 @@
+"""What healing leaves behind: a report, and a directory with the model, its log and a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tensorfold.data.seen_text import note, noted
+from tensorfold.errors import pass_on_memory
+from tensorfold.healing.checkpoints import digest
+from tensorfold.healing.log import StepLog, loss_plot
+from tensorfold.hf.loading import load, save
+from tensorfold.utils.atomic_files import atomic_directory, check_target
+
+
+@dataclasses.dataclass(frozen=True)
+class HealReport:
+    """What healing did. Losses are cross-entropies in nats a token on the held-out end of the text, None without one.
+
+    ``steps``: taken end to end, all of them unless patience ended. ``step``: the one whose weights were kept, the best
+    by validation; 0 is before the first. ``tokens``: trained on in all steps. ``kept``: the weights of ``steps``, of
+    ``blocks`` alone, or of the ``start``, where nothing was better than what came in. ``helped``: whether the
+    validation loss is lower than it was; None without a validation split. ``window``: tokens in a sequence, of which
+    the first are ``prefix``, what the tokenizer puts before a document. ``bytes``: of the model where it is stored.
+    """
+
+    steps: int
+    step: int
+    tokens: int
+    validation_loss_before: float | None
+    validation_loss: float | None
+    text: str
+    seconds: float
+    parameters: int
+    trained_parameters: int
+    blockwise: dict[str, Any] | None = None
+    out: str | None = None
+    kept: str | None = None
+    helped: bool | None = None
+    window: int | None = None
+    prefix: tuple[int, ...] = ()
+    bytes: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefix", tuple(self.prefix))  # JSON gives a list
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {**dataclasses.asdict(self), "prefix": list(self.prefix)}
+
+    def __str__(self) -> str:
+        before, after = (
+            "unknown" if each is None else f"{each:.4f}" for each in (self.validation_loss_before, self.validation_loss)
+        )
+        lines = [f"validation loss {before} → {after} on the end of {self.text}"]
+        if self.helped is False:
+            what = "the model is as it came in" if self.kept == "start" else "this is worse than what came in, or equal"
+            lines = [f"nothing helped: {what} ({lines[0]})"]
+        if self.prefix:
+            lines += [f"every window of {self.window} tokens begins with token {' '.join(map(str, self.prefix))}"]
+        if self.blockwise is not None:
+            healed = sum(block["healed"] for block in self.blockwise["blocks"])
+            lines += [f"{healed} of {len(self.blockwise['blocks'])} blocks, {self.blockwise['tokens']:,} tokens a pass"]
+        if self.steps:
+            kept = f"kept those of step {self.step}" if self.step else "kept none of them"
+            lines += [f"{self.steps} steps, {self.tokens:,} tokens; {kept}"]
+        lines += [f"{self.trained_parameters:,} of {self.parameters:,} parameters trained, {self.seconds:.0f} s"]
+        return "\n".join([*lines, f"written to {self.out}"] if self.out else lines)
+
+
+def card_of(directory: Path) -> dict[str, Any]:
+    """The ``tensorfold.json`` of a directory, empty where there is none to read; without a ``heal`` that is none."""
+    try:
+        card = json.loads((directory / "tensorfold.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        pass_on_memory(error)
+        return {}
+    if not isinstance(card, dict):
+        return {}
+    needed = {field.name for field in dataclasses.fields(HealReport) if field.default is dataclasses.MISSING}
+    healed = card.get("heal", ...)
+    return card if healed is ... or (isinstance(healed, dict) and needed <= healed.keys()) else {**card, "heal": None}
+
+
+def finished(target: Path, identity: Mapping[str, Any], model: PreTrainedModel) -> HealReport:
+    """The report of a run that was over already, with its weights in ``model``."""
+    done = card_of(target)["heal"]
+    if done.get("identity") != digest(identity):
+        check_target(target)
+    result = load(target)
+    model.load_state_dict(result.state_dict())
+    note(model, noted(result))
+    shutil.rmtree(f"{target}.heal", ignore_errors=True)
+    return HealReport(
+        **{field.name: done[field.name] for field in dataclasses.fields(HealReport) if field.name in done}
+    )
+
+
+def write(target: Path, work: Path, model: PreTrainedModel, tokenizer: Any, card: dict[str, Any]) -> None:
+    """Model, log and plot at once; the working directory goes when they are there."""
+    with atomic_directory(target) as partial:
+        save(model, tokenizer, partial / "model", card)
+        for path in (partial / "model").iterdir():
+            path.rename(partial / path.name)
+        (partial / "model").rmdir()
+        shutil.copy(work / "log.jsonl", partial / "heal.jsonl")
+        (partial / "loss.svg").write_text(loss_plot(StepLog(work / "log.jsonl").records), encoding="utf-8")
+    shutil.rmtree(work, ignore_errors=True)

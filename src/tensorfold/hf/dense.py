@@ -1,0 +1,144 @@
+"""From a folded model back to the plain transformers model it stands for."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
+from tensorfold.hf.loading import reason
+from tensorfold.hf.quantizer import TensorfoldQuantizer
+from tensorfold.hf.ties import settled_config
+from tensorfold.models.anatomy import check_no_adapter, dense_weight
+from tensorfold.nn import FoldedModule, GradedEmbedding, MPOEmbedding, StackedLinear, TokenMPSEmbedding
+
+
+def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """A copy of the model's configuration that says nothing of folding, and of the head's tie what the weights say."""
+    folded = isinstance(model.get_input_embeddings(), FoldedModule)  # its ties are those of its configuration
+    config = copy.deepcopy(model.config) if folded else settled_config(model)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+@torch.no_grad()
+def plain_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model that the architecture itself has, with every folded matrix multiplied out and nothing of ours in it.
+
+    Linear layers, ``Conv1D`` and embeddings are the architecture's own again, parts of a fused matrix are one matrix,
+    scalars and index orders are in the weights, tied heads are tied. Products are taken in float32 at least.
+
+    Args:
+        model: Folded or not; stays as it is. Tensors that were not folded are shared with the result.
+
+    Raises:
+        InputError: The model is quantised by something else.
+        TensorfoldError: Its weights are not those of its configuration.
+    """
+    check_floating(model)
+    with torch.device("meta"):
+        plain: PreTrainedModel = type(model)._from_config(plain_config(model))
+    try:
+        plain.load_state_dict(_plain_state(model, plain), strict=True, assign=True)
+    except RuntimeError as error:
+        pass_on_memory(error)
+        raise TensorfoldError(
+            f"{type(model).__name__}: its weights do not fit the plain {type(plain).__name__} of its configuration "
+            f"({reason(error)}); save it with save_pretrained and export what was saved."
+        ) from error
+    _fill_buffers(plain, model)
+    plain.tie_weights()
+    if model.can_generate():
+        plain.generation_config = copy.deepcopy(model.generation_config)
+    return plain.train(model.training)
+
+
+def become_plain(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Turn a folded model into the plain one that :func:`plain_model` gives, in place.
+
+    Args:
+        dtype: Of the weights afterwards; their own if None.
+
+    Raises:
+        InputError: The model is in int8, or quantised by something else.
+    """
+    plain = plain_model(model)
+    for name in _replaced(model):  # and no others, on which hooks may hang
+        model.set_submodule(name, plain.get_submodule(name))
+    for own in ("_tied_weights_keys", "resize_token_embeddings"):
+        model.__dict__.pop(own, None)
+    model.all_tied_weights_keys = plain.all_tied_weights_keys
+    return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
+
+
+def check_floating(model: PreTrainedModel) -> None:
+    """Raise :class:`InputError` for weights packed by another quantizer, or in int8 by ours, or with an adapter."""
+    check_no_adapter(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, TensorfoldQuantizer) and quantizer.quantization_config.int8:
+        raise InputError("the model is in int8; needed floating-point weights: start from what was quantised.")
+    if quantizer is not None and not isinstance(quantizer, TensorfoldQuantizer):
+        method = getattr(model.config.quantization_config, "quant_method", "unknown method")
+        raise InputError(f"the model is quantised ({method}); needed floating-point weights: load it dequantised.")
+
+
+def _plain_state(model: PreTrainedModel, plain: PreTrainedModel) -> dict[str, Tensor]:
+    replaced = _replaced(model)
+    inside = tuple(f"{name}." for name in replaced)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
+    products: dict[int, Tensor] = {}  # by first core: a tied head is multiplied out once
+    for name, module in replaced.items():
+        key = id(next(module.parameters()))
+        if key not in products:
+            transposed = isinstance(plain.get_submodule(name), Conv1D)
+            weight = _weight(module)
+            products[key] = (weight.T if transposed else weight).contiguous()
+        state[f"{name}.weight"] = products[key]
+        bias = _bias(module)
+        if bias is not None:
+            state[f"{name}.bias"] = bias
+    return state
+
+
+def _replaced(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Folded modules and matrices that were split into parts, by name; a part belongs to its matrix."""
+    ours = {name: module for name, module in model.named_modules() if isinstance(module, FoldedModule | StackedLinear)}
+    return {name: module for name, module in ours.items() if name.rpartition(".")[0] not in ours}
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """Shape (out, in)."""
+    if isinstance(module, StackedLinear):
+        return torch.cat([_weight(part) for part in module])
+    if isinstance(module, FoldedModule):
+        dtype = module.cores[0].dtype
+        return module.to_dense(torch.promote_types(dtype, torch.float32)).to(dtype)
+    return dense_weight(module)
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    if isinstance(module, StackedLinear):
+        biases = [bias for part in module if (bias := _bias(part)) is not None]
+        return torch.cat(biases) if biases else None
+    return getattr(module, "bias", None)
+
+
+def _fill_buffers(plain: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Give ``plain`` the buffers that no checkpoint holds, such as rotary frequencies."""
+    known = dict(model.named_buffers())
+    for name, buffer in list(plain.named_buffers()):
+        if not buffer.is_meta:
+            continue
+        owner, _, attribute = name.rpartition(".")
+        value = known.get(name)
+        if value is None:
+            # Only a replaced embedding can have taken a buffer with it, and all it had was its scale.
+            embedding = model.get_submodule(owner)
+            assert isinstance(embedding, MPOEmbedding | TokenMPSEmbedding | GradedEmbedding)
+            value = torch.full(buffer.shape, embedding.scale, dtype=buffer.dtype, device=model.device)
+        setattr(plain.get_submodule(owner), attribute, value)

@@ -1,0 +1,121 @@
+"""Putting folded modules into a transformers model so that it initialises, ties, saves and loads like any other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from tensorfold.algebra.solvers.graded import GradedSpec
+from tensorfold.algebra.solvers.solve import Factors
+from tensorfold.algebra.solvers.token_mps import TokenMPSSpec
+from tensorfold.algebra.specs.any_spec import AnySpec, check_size
+from tensorfold.algebra.specs.spec import Spec
+from tensorfold.errors import InputError
+from tensorfold.models.anatomy import Matrix, embedding_scale, matrices
+from tensorfold.models.surgery import mark_initialised, split_linear
+from tensorfold.nn import GradedEmbedding, MPOEmbedding, MPOLinear, TokenMPSEmbedding
+
+Folded = MPOLinear | MPOEmbedding | TokenMPSEmbedding | GradedEmbedding
+
+
+def empty_module(matrix: Matrix, spec: AnySpec) -> Folded:
+    """A folded module of this spec on the meta device, with the bias or scale of the one it replaces.
+
+    Raises:
+        InputError: The spec is not one of a matrix of this kind.
+    """
+    dtype = matrix.parameter.dtype
+    if matrix.kind == "embedding":
+        if isinstance(spec, TokenMPSSpec):
+            return TokenMPSEmbedding(spec, scale_of(matrix), device="meta", dtype=dtype)
+        if isinstance(spec, GradedSpec):
+            return GradedEmbedding(spec, scale_of(matrix), device="meta", dtype=dtype)
+        return MPOEmbedding(spec, scale_of(matrix), device="meta", dtype=dtype)
+    if not isinstance(spec, Spec):
+        raise InputError(f"{matrix.name}: {spec} is a table's, and this is a linear layer; needed an MPO's spec.")
+    return MPOLinear(spec, matrix.bias is not None, device="meta", dtype=dtype)
+
+
+@torch.no_grad()
+def solved_module(matrix: Matrix, spec: AnySpec, factors: Factors) -> Folded:
+    """The module that a method's solution makes of the matrix, in its dtype, on its device, with its bias or scale."""
+    module = empty_module(matrix, spec).to_empty(device=matrix.parameter.device)
+    module.load_factors(factors)
+    if isinstance(module, MPOLinear) and module.bias is not None and matrix.bias is not None:
+        module.bias.copy_(matrix.bias)
+    return module
+
+
+def scale_of(matrix: Matrix) -> float:
+    """The embedding's constant factor.
+
+    Raises:
+        InputError: The embedding does more than look up and scale.
+    """
+    scale = embedding_scale(matrix.module)
+    if scale is None:
+        raise InputError(
+            f"{matrix.name}: {type(matrix.module).__name__} is more than a table lookup; exclude the embedding."
+        )
+    return scale
+
+
+def swap(model: PreTrainedModel, matrix: Matrix, module: Folded) -> None:
+    """Replace the matrix's module; a tied output head is replaced by the head over the same cores, and tied again."""
+    set_module(model, matrix.name, module)
+    if matrix.tied_head is None:
+        return
+    assert isinstance(module, MPOEmbedding | TokenMPSEmbedding | GradedEmbedding)
+    old = model.get_submodule(matrix.tied_head)
+    set_module(model, matrix.tied_head, module.head(getattr(old, "bias", None)))
+    tied = {f"{matrix.tied_head}.{name}": f"{matrix.name}.{name}" for name, _ in module.named_parameters()}
+    weight = f"{matrix.tied_head}.weight"
+    others = {key: value for key, value in (model._tied_weights_keys or {}).items() if key != weight}
+    # transformers searches keys that do not end in "weight" as regular expressions, hence the escapes and the end mark.
+    patterns = {re.escape(key) + "$": re.escape(value) + "$" for key, value in tied.items()}
+    model._tied_weights_keys = {**others, **patterns}
+    expanded = {key: value for key, value in model.all_tied_weights_keys.items() if key != weight}
+    model.all_tied_weights_keys = {**expanded, **tied}
+
+
+def install(
+    model: PreTrainedModel, specs: Mapping[str, AnySpec], tied: Mapping[str, str], split: Mapping[str, list[int]]
+) -> None:
+    """Replace modules by empty folded ones, as a saved configuration describes them.
+
+    Raises:
+        InputError: The configuration names a module that the model lacks, or gives it another shape.
+    """
+    for name, sizes in split.items():
+        if name not in matrices(model):
+            raise InputError(f"checkpoint: its configuration splits {name!r}, which {type(model).__name__} lacks.")
+        split_linear(model, name, sizes)
+    available = matrices(model)
+    for name, spec in specs.items():
+        matrix = available.get(name)
+        if matrix is None:
+            raise InputError(f"checkpoint: its configuration folds {name!r}, which {type(model).__name__} lacks.")
+        if (matrix.out_features, matrix.in_features) != (spec.out_features, spec.in_features):
+            raise InputError(
+                f"checkpoint: {name} is folded as {spec.out_features}×{spec.in_features}, but the model's "
+                f"configuration makes it {matrix.out_features}×{matrix.in_features}; they do not belong together."
+            )
+        check_size(spec)
+        if matrix.tied_head != tied.get(name):
+            raise InputError(
+                f"checkpoint: {name} is tied to {tied.get(name)!r} in the folded configuration, but to "
+                f"{matrix.tied_head!r} by tie_word_embeddings; the two must agree."
+            )
+        swap(model, matrix, empty_module(matrix, spec))
+
+
+def set_module(model: PreTrainedModel, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another, as one that needs no initialisation."""
+    model.set_submodule(name, module)
+    mark_initialised(model, name)
+    # A device map may not part what is computed at once.
+    model._no_split_modules = {*(model._no_split_modules or ()), type(module).__name__}

@@ -1,0 +1,100 @@
+"""Whether output head and input table are one weight: what the configuration says, and what the weights say."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tensorfold.errors import InputError
+from tensorfold.models.anatomy import is_promised, tied_head
+
+
+def disagreement(model: PreTrainedModel) -> str | None:
+    """What to say where configuration and weights disagree on the tie of head and table; None where they agree."""
+    head = tied_head(model)
+    if (head is not None) == is_promised(model):
+        return None
+    if head is None:
+        return (
+            "the configuration ties the output head to the input table, but the head has a weight of its own: it stays "
+            "its own, and the configuration says so from now on"
+        )
+    return (
+        f"{head} shares the input table's weight, which the configuration does not say: they stay tied, and the "
+        "configuration says so from now on"
+    )
+
+
+def settle(model: PreTrainedModel) -> None:
+    """Let the configuration say of the tie of head and table what the weights say, in place, so that it is saved so.
+
+    Two tensors of equal values that are promised to be one become one.
+
+    Raises:
+        InputError: Head and table share a weight in a class that cannot say so; nothing has been changed.
+    """
+    head = tied_head(model)
+    if (head is not None) == is_promised(model):
+        if head is not None:
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        return
+    if head is None:
+        _cut_promises(model)
+        return
+    before = [(config, config.tie_word_embeddings) for config in _configs(model) if _has_tie(config)]
+    for config, _ in before:
+        config.tie_word_embeddings = True
+    promised = model.get_expanded_tied_weights_keys(all_submodels=False)
+    if f"{head}.weight" not in promised:
+        for config, value in before:
+            config.tie_word_embeddings = value
+        raise InputError(
+            f"{type(model).__name__}: {head} shares the input table's weight by assignment, which this class cannot "
+            "save and load as tied; give the head a copy of its own, or fold with untie (--untie)."
+        )
+    model.all_tied_weights_keys = {**model.all_tied_weights_keys, **promised}
+
+
+def settled_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """A copy of the model's configuration that says of the tie what the weights say."""
+    config, tied = copy.deepcopy(model.config), tied_head(model) is not None
+    if tied != is_promised(model):
+        for part in (config, config.get_text_config()):
+            if _has_tie(part):
+                part.tie_word_embeddings = tied
+    return config
+
+
+@torch.no_grad()
+def _cut_promises(model: PreTrainedModel) -> None:
+    """Break every promise of a tie; lesser ones than the head's, which one setting governs too, get copies."""
+    for target in model.all_tied_weights_keys:
+        tensor = model.get_parameter_or_buffer(target)
+        source = model.get_parameter_or_buffer(model.all_tied_weights_keys[target])
+        if tensor is source:
+            owner, _, attribute = target.rpartition(".")
+            own = tensor.detach().clone()
+            value = torch.nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else own
+            setattr(model.get_submodule(owner), attribute, value)
+    for config in _configs(model):
+        if _has_tie(config):
+            config.tie_word_embeddings = False
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module._tied_weights_keys, module.all_tied_weights_keys = {}, {}
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Configurations of the model and of the models inside it, each once."""
+    found: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            for config in (module.config, module.config.get_text_config()):
+                found[id(config)] = config
+    return list(found.values())
+
+
+def _has_tie(config: PreTrainedConfig) -> bool:
+    return isinstance(getattr(config, "tie_word_embeddings", None), bool)

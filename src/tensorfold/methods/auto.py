@@ -1,0 +1,82 @@
+"""The method that chooses for itself: what ``--keep`` stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Le
+
+from tensorfold.algebra.specs.spec import Spec
+from tensorfold.methods.all import Graded, LowRank
+from tensorfold.methods.base import LINEAR, TEXT, Keep, Method
+from tensorfold.utils.effects import Needs
+from tensorfold.utils.validation import strict
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a fold spends on calibration text.
+
+    Args:
+        gradient_tokens: Tokens of the backward pass, which takes three to four times as long as a forward one; None is
+            all of them.
+        staged: Whether the matrices of a block are folded in the order in which they are applied, each measured behind
+            those before it, instead of all at once.
+        feedback: Whether each is fitted to the dense model's output from what the folded model gives it.
+        heads: Whether value heads of attention may become smaller, in the basis that keeps most; needs the two above.
+            Not under a budget of bytes.
+        shapes: Whether matrices may share one basis, with pivots, among groups of their columns, or of their rows if
+            they have more of those, ``Σ_k A_k ⊗ b_kᵀ`` with A_k of shape (out, groups), where that is nearer. Only
+            under a budget of parameters: groups take more multiply–adds than they have parameters.
+    """
+
+    gradient_tokens: int | None
+    staged: bool
+    feedback: bool
+    heads: bool = False
+    shapes: bool = False
+
+
+EFFORTS = {
+    "low": Effort(2048, staged=False, feedback=False),
+    "medium": Effort(8192, staged=True, feedback=True, heads=True),
+    "high": Effort(None, staged=True, feedback=True, heads=True, shapes=True),
+}
+
+
+@strict
+class Auto(Method):
+    """The best structure known for each matrix, with one budget for all linear layers of a rule.
+
+    Linear layers become low rank with pivots (``LowRank(pivots=True)``), which no unpivoted low rank of that size
+    comes near; embedding tables :class:`Graded`. With calibration text, ranks follow from what each matrix costs the
+    model's loss, a matrix that would gain nothing stays dense, and all are fitted in the metrics of their inputs and of
+    the loss's gradients; value heads of attention lose dimensions, in the basis in which they are needed least
+    (``algebra.smaller_heads``), where that costs less than rank. Without, all have the same ``keep``.
+
+    Args:
+        keep: Fraction of the parameters of all matrices together that stays.
+        effort: How much time calibration takes: ``low``, ``medium`` or ``high``.
+        floor: Least that a linear layer keeps, as a fraction of an equal share.
+        budget: What ``keep`` is a fraction of where there is text: ``parameters``; ``multiply-adds``, of which these
+            structures make one for every parameter, as the dense matrix does; or ``bytes``, which count the stored
+            order of rows as well.
+    """
+
+    name: ClassVar[str] = "auto"
+    needs_of_use: ClassVar[Needs] = dict.fromkeys(("effort", "floor", "budget"), (TEXT, LINEAR))
+
+    keep: Keep
+    effort: Literal["low", "medium", "high"] = "medium"
+    floor: Annotated[float, Ge(0), Le(1)] = 0.5
+    budget: Literal["parameters", "multiply-adds", "bytes"] = "parameters"
+
+    def concrete(self, group: str) -> Method:
+        if group == "embedding":
+            return Graded(keep=self.keep)
+        return LowRank(keep=self.keep, pivots=group != "positions")
+
+    def spec(self, out_features: int, in_features: int) -> Spec:
+        """That of a linear layer with an equal share of the budget."""
+        return LowRank(keep=self.keep, pivots=True).spec(out_features, in_features)

@@ -1,0 +1,240 @@
+"""Changes to a dense model before it is folded: untying the head, dropping layers, splitting fused matrices, reordering
+hidden units.
+
+All but the second leave the model's function as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tensorfold.errors import InputError, pass_on_memory
+from tensorfold.models.anatomy import Matrix, blocks, dense_weight, is_plain_linear, matrices
+from tensorfold.nn import StackedLinear
+
+_LAYER_INDEX = re.compile(r"layer_?(idx|id|index|number)$")
+
+
+@torch.no_grad()
+def untie_head(model: PreTrainedModel) -> Matrix | None:
+    """Give an output head that is tied to the input table its own copy of the weight, (vocabulary, width), in place.
+
+    An untied model stays as it is: a recipe that asks for this must do for all models of a family, which tie their
+    heads at one size and not at another. ``tie_word_embeddings`` also governs lesser ties, such as that of the bias in
+    BERT's head; transformers would not make those again on loading, so they go with it.
+
+    Returns:
+        The table that was tied, with the head's name as its ``tied_head``; None if there was nothing to untie.
+    """
+    table = next((matrix for matrix in matrices(model).values() if matrix.tied_head is not None), None)
+    if table is None:
+        return None
+    # A head that was tied by assignment alone is in no list of transformers'.
+    for target in {*model.all_tied_weights_keys, f"{table.tied_head}.weight"}:
+        shared = model.get_parameter_or_buffer(target)
+        own = shared.detach().clone()
+        owner, _, attribute = target.rpartition(".")
+        value = nn.Parameter(own, shared.requires_grad) if isinstance(shared, nn.Parameter) else own
+        setattr(model.get_submodule(owner), attribute, value)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            for config in (module.config, module.config.get_text_config()):
+                if getattr(config, "tie_word_embeddings", False):
+                    config.tie_word_embeddings = False
+            module._tied_weights_keys, module.all_tied_weights_keys = {}, {}
+    return table
+
+
+def fewer_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
+    """A copy of ``config`` with only the given layers, in the given order; of a model of text and images, text layers.
+
+    Raises:
+        InputError: An index is out of range or repeated.
+    """
+    out = copy.deepcopy(config)
+    text = out.get_text_config(decoder=True)
+    total = getattr(text, "num_hidden_layers", None)
+    if not isinstance(total, int):
+        raise InputError(f"layers: {type(text).__name__} has no num_hidden_layers; its layers cannot be dropped.")
+    if not layers or len(set(layers)) != len(layers) or not all(0 <= index < total for index in layers):
+        raise InputError(f"layers: got {list(layers)}; needed different indices from 0 to {total - 1}.")
+    for name, value in list(vars(text).items()):
+        # Per-layer settings (Gemma's layer_types, SmolLM3's no_rope_layers) follow their layers.
+        per_layer = isinstance(value, list | tuple) and len(value) == total and name != "architectures"
+        if per_layer and not name.endswith("token_id"):
+            setattr(text, name, type(value)(value[index] for index in layers))
+    text.num_hidden_layers = len(layers)
+    if hasattr(text, "attention_types"):
+        raise InputError(f"layers: {type(text).__name__} gives its layers' kinds in a form that cannot be cut short.")
+    return out
+
+
+def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Keep only the given blocks, in place: DistilGPT2's way of being small (0, 2, 4, 7, 9, 11 of GPT-2's twelve).
+
+    Raises:
+        InputError: An index is out of range or repeated, or the model has no list of blocks, or its configuration
+            describes another model than the one with these blocks. Nothing is changed then.
+    """
+    config = fewer_layers(model.config, layers)
+    name, chain = blocks(model)
+    _check_described(model, config, name, len(chain), layers)
+    kept = nn.ModuleList(chain[index] for index in layers)
+    for position, block in enumerate(kept):
+        for module in block.modules():
+            for attribute in [key for key in vars(module) if _LAYER_INDEX.search(key)]:
+                setattr(module, attribute, position)
+    owners = [model, *(model.get_submodule(name[:end]) for end in range(len(name)) if name[end] == ".")]
+    model.set_submodule(name, kept)
+    # The model around the text model has the latter's settings in a part of its own, the same object or a copy.
+    texts = {id(t): t for each in owners if isinstance(each, PreTrainedModel) for t in [_text_config(each)]}
+    for key, value in vars(config.get_text_config(decoder=True)).items():
+        for text in texts.values():
+            if getattr(text, key, None) != value:
+                setattr(text, key, value)
+
+
+def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    return model.config.get_text_config(decoder=True)
+
+
+def _check_described(
+    model: PreTrainedModel, config: PreTrainedConfig, name: str, total: int, layers: Sequence[int]
+) -> None:
+    """Raise :class:`InputError` unless ``config`` is that of the model with these blocks: names and shapes of weights.
+
+    Some settings count layers in ways of their own: where cross-attention is, or which layers share keys and values.
+    """
+    place = {f"{name}.{old}.": f"{name}.{new}." for new, old in enumerate(layers)}
+    wanted = {}
+    for key, tensor in model.state_dict().items():
+        if not key.startswith(f"{name}."):
+            wanted[key] = tensor.shape
+            continue
+        block = f"{name}.{key.removeprefix(f'{name}.').partition('.')[0]}."
+        if block in place:
+            wanted[place[block] + key.removeprefix(block)] = tensor.shape
+    try:
+        with torch.device("meta"):
+            found = {key: tensor.shape for key, tensor in type(model)(copy.deepcopy(config)).state_dict().items()}
+    # Every architecture fails in its own way.
+    except Exception as error:
+        pass_on_memory(error)
+        raise InputError(
+            f"layers: {type(model).__name__} cannot be built with layers {list(layers)} of its {total} "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); keep all layers, or others."
+        ) from error
+    wrong = next((key for key in {**wanted, **found} if wanted.get(key) != found.get(key)), None)
+    if wrong is not None:
+        raise InputError(
+            f"layers: with layers {list(layers)} of its {total}, the configuration of {type(model).__name__} describes "
+            f"another {wrong} than the one there is; keep all layers, or others."
+        )
+
+
+def split_linear(model: PreTrainedModel, name: str, parts: int | Sequence[int]) -> list[str]:
+    """Replace a fused linear layer by its parts, in place and without changing what it computes.
+
+    Args:
+        parts: Number of equal parts, or their sizes.
+
+    Returns:
+        Names of the parts: ``NAME.0``, ``NAME.1``, …
+
+    Raises:
+        InputError: The layer is no plain linear layer, or the parts do not add up to its output.
+    """
+    module = model.get_submodule(name)
+    if not is_plain_linear(module):
+        raise InputError(f"split: {name} is a {type(module).__name__}; needed a plain linear layer.")
+    weight, bias = dense_weight(module), getattr(module, "bias", None)
+    rows = weight.shape[0]
+    sizes = [rows // parts] * parts if isinstance(parts, int) else list(parts)
+    if sum(sizes) != rows or min(sizes) < 1:
+        raise InputError(f"split: {name} has {rows} outputs; {parts} does not divide them into parts.")
+    stacked = StackedLinear()
+    for start, size in zip(itertools.accumulate([0, *sizes[:-1]]), sizes, strict=True):
+        part = nn.Linear(weight.shape[1], size, bias is not None, device="meta")
+        part.weight = nn.Parameter(weight[start : start + size].detach().clone())
+        if bias is not None:
+            part.bias = nn.Parameter(bias[start : start + size].detach().clone())
+        part._is_hf_initialized = True  # type: ignore[assignment]
+        stacked.append(part)
+    stacked.train(module.training)
+    model.set_submodule(name, stacked)
+    mark_initialised(model, name)
+    return [f"{name}.{index}" for index in range(len(sizes))]
+
+
+def mark_initialised(model: PreTrainedModel, name: str) -> None:
+    """Tell transformers that a module that was put in place of another needs no initialisation.
+
+    Neither do parents whose initialiser reaches into their children by name (GPT-2's) and would look for the dense
+    weight. All other parents are left to it: it fills the buffers that no checkpoint holds, such as position indices.
+    """
+    module, above = model.get_submodule(name), name.rpartition(".")[0]
+    module._is_hf_initialized = True  # type: ignore[assignment]
+    parent = model.get_submodule(above)
+    if any(tensor.is_meta for tensor in itertools.chain(module.parameters(), module.buffers())):
+        paths = [".".join(above.split(".")[:end]) for end in range(above.count(".") + 1, -1, -1)]
+        owners = [owner for path in paths if isinstance(owner := model.get_submodule(path), PreTrainedModel)]
+        try:
+            owners[0]._init_weights(parent)
+        except AttributeError:
+            parent._is_hf_initialized = True  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class HiddenUnits:
+    """Matrices that meet in one MLP's hidden layer: rows of ``ups`` and columns of ``down`` are the same units."""
+
+    ups: list[Matrix]
+    down: Matrix
+
+
+def hidden_units(model: PreTrainedModel, available: Mapping[str, Matrix]) -> list[HiddenUnits]:
+    """The hidden layers of the MLPs among ``available``: one contracting matrix and the expanding ones beside it.
+
+    An MLP with anything else as wide as its hidden layer, such as BitNet's norm, is left out: it would have to follow.
+    """
+    families: dict[str, list[Matrix]] = {}
+    for matrix in available.values():
+        if matrix.group == "mlp":
+            families.setdefault(matrix.name.rpartition(".")[0], []).append(matrix)
+    found = []
+    for parent, members in families.items():
+        downs = [m for m in members if m.out_features < m.in_features]
+        if len(downs) != 1:
+            continue
+        down = downs[0]
+        shape = (down.in_features, down.out_features)
+        ups = [m for m in members if (m.out_features, m.in_features) == shape]
+        own = {id(m.parameter) for m in members} | {id(m.bias) for m in ups if m.bias is not None}
+        beside = model.get_submodule(parent).parameters()
+        others = [p for p in beside if id(p) not in own and down.in_features in p.shape]
+        if 1 <= len(ups) <= 2 and len(ups) + 1 == len(members) and not others:
+            found.append(HiddenUnits(ups, down))
+    return found
+
+
+@torch.no_grad()
+def reorder_hidden(units: HiddenUnits, order: Tensor) -> None:
+    """Put the hidden units in another order, in place: rows (and biases) going in, columns coming out.
+
+    Elementwise activations and gates commute with it, so the MLP computes what it did (TQCompressor, arXiv 2401.16367).
+    """
+    for matrix in units.ups:
+        weight = dense_weight(matrix.module)
+        weight.copy_(weight[order])
+        if matrix.bias is not None:
+            matrix.bias.copy_(matrix.bias[order])
+    weight = dense_weight(units.down.module)
+    weight.copy_(weight[:, order])

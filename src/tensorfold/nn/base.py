@@ -1,0 +1,98 @@
+"""What every module that stands in for a dense weight has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensorfold.algebra.orders.stored_orders import order_dtype
+from tensorfold.algebra.solvers.solve import Factors
+from tensorfold.errors import SpecError
+from tensorfold.nn.owners import Cores
+
+ORDERS = ("out_position", "in_order", "position")  # names of the buffers that hold them
+
+
+class StoresOrders(nn.Module):
+    """A module with orders of rows or columns among its buffers: int64 in memory, which indexing is fastest with, and
+    whole numbers of the smallest type that fits in a state dictionary, and so in files.
+
+    Files with orders in int64, as earlier versions wrote them, load as well.
+    """
+
+    spec: Any
+
+    def _orders(self) -> dict[str, int]:
+        """The largest number that each order among the buffers may hold."""
+        sizes = {"in_order": self.spec.in_features}
+        return {name: sizes.get(name, self.spec.out_features) for name in ORDERS if self._buffers.get(name) is not None}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, largest in self._orders().items():
+            if (key := prefix + name) in destination:
+                destination[key] = destination[key].to(order_dtype(largest))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        for name in self._orders():
+            if (key := prefix + name) in state_dict:
+                state_dict[key] = state_dict[key].to(torch.int64)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def widen_orders(self) -> None:
+        """Hold orders in int64 that were put in their place as they are stored."""
+        for name in self._orders():
+            self._buffers[name] = self.get_buffer(name).to(torch.int64)
+
+    def share_orders(self, table: nn.Module) -> None:
+        """Use the orders of the table whose tied head this is; they are stored with the table alone."""
+        for name in self._orders():
+            self.register_buffer(name, table._buffers[name], persistent=False)
+
+
+class FoldedModule(StoresOrders, ABC):
+    """Cores in place of a dense weight: how other code recognises a folded module, whatever its structure.
+
+    Attributes:
+        cores: The factors, in the order of the sites.
+        scalars: One number per bond index, where the structure has them.
+    """
+
+    cores: Cores
+    scalars: nn.Parameter | None
+
+    @abstractmethod
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix, shape (out_features, in_features), multiplied out in ``dtype`` (the cores' own if None)."""
+
+    @abstractmethod
+    def load_factors(self, factors: Factors) -> None:
+        """Copy a solver's output into the parameters."""
+
+
+def in_table(index: Tensor, size: int) -> Tensor:
+    """``index`` itself, integers of shape (n,), once torch has checked, as for nn.Embedding, that all are in [0, size).
+
+    A column of zeros, as long as the table and stored as one, is looked up: that operation has its own check in eager
+    mode, in compiled code and in exported graphs, and asks for no value on the way. Others count negative indices from
+    the end, some only when compiled.
+    """
+    return index + F.embedding(index, index.new_zeros(1, 1).expand(size, 1)).squeeze(-1)
+
+
+def store(parameter: Tensor, values: Tensor) -> None:
+    """Copy a solver's numbers into a parameter.
+
+    Raises:
+        SpecError: They are too large for its dtype.
+    """
+    parameter.copy_(values)
+    if parameter.dtype is torch.float16 and not bool(parameter.isfinite().all()):
+        raise SpecError(
+            f"factors with numbers up to {float(values.abs().max()):.1e}, and {parameter.dtype} ends at "
+            f"{torch.finfo(parameter.dtype).max:.0f}; load the model in bfloat16 or float32."
+        )

@@ -1,0 +1,120 @@
+"""What is noted beside a model's weights: evaluations, steps of healing, timings."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
+from tensorfold.utils.atomic_files import check_path, is_disk_full
+
+CARD = "tensorfold.json"
+EVALUATIONS = "tensorfold-evaluations.jsonl"
+HEAL_LOG = "heal.jsonl"
+BENCH = "tensorfold-bench.json"
+
+
+def check_recordable(directory: str | Path) -> Path:
+    """The directory, if evaluations can be noted in it: for calling it before a long computation.
+
+    Raises:
+        InputError: It is no directory of a model, or cannot be written.
+    """
+    check_path(directory)
+    path = Path(directory)
+    if not (path / "config.json").is_file():
+        raise InputError(f"{directory}: not a model's directory; needed one with a config.json to record in.")
+    file = path / EVALUATIONS
+    if file.exists() and not file.is_file():
+        raise InputError(f"{file} is not a file; remove it.")
+    if not os.access(file if file.exists() else path, os.W_OK):
+        raise InputError(f"{file} cannot be written; give the directory write permission, or leave the recording out.")
+    return path
+
+
+def record_evaluation(directory: str | Path, result: Mapping[str, Any]) -> None:
+    """Append one evaluation to the file :data:`EVALUATIONS` of a model's directory.
+
+    The line is one write at the file's end, so that processes evaluating the same model do not mix theirs. A line cut
+    short by a full disk has no end; the next record starts on a line of its own, and readers pass the torn one over.
+
+    Raises:
+        InputError: As :func:`check_recordable`.
+        TensorfoldError: The disk is full.
+    """
+    file = check_recordable(directory) / EVALUATIONS
+    line = (json.dumps(dict(result)) + "\n").encode()
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            status = os.fstat(descriptor)
+            if stat.S_ISREG(status.st_mode) and status.st_size:
+                os.lseek(descriptor, -1, os.SEEK_END)
+                if os.read(descriptor, 1) != b"\n":
+                    line = b"\n" + line
+            whole = os.write(descriptor, line) == len(line)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        pass_on_memory(error)
+        if is_disk_full(error):
+            raise TensorfoldError(f"The disk is full: nothing was recorded in {file}. Free some space.") from error
+        raise InputError(f"{file} cannot be written ({error.strerror}).") from error
+    if not whole:
+        raise TensorfoldError(f"The disk is full: nothing was recorded in {file}. Free some space.")
+
+
+def read_object(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no file.
+
+    Raises:
+        InputError: The file holds something else, or cannot be read.
+    """
+    text = _read(file)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InputError(f"{file.name} is not valid JSON") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{file.name} holds no JSON object")
+    return value
+
+
+def read_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """The JSON objects in a file, one a line, and how many lines are something else; none where there is no file.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    objects, others = [], 0
+    for line in (_read(file) or "").split("\n"):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            objects.append(value)
+        else:
+            others += 1
+    return objects, others
+
+
+def _read(file: Path) -> str | None:
+    if not file.exists():
+        return None
+    if not file.is_file():
+        raise InputError(f"{file.name} is not a file")
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        pass_on_memory(error)
+        raise InputError(f"{file.name} cannot be read ({error.strerror})") from None

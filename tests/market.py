@@ -1,0 +1,63 @@
+"""One market of structures, and every path through each; module tests of all folders go through it."""
+
+from tensorfold.algebra.contraction.costs import Machine, default_machine
+from tensorfold.algebra.contraction.paths import Order
+from tensorfold.algebra.contraction.search import fastest_path
+from tensorfold.algebra.specs.spec import Spec
+from tensorfold.methods.all import MPO, Kronecker, LowRank
+
+# name -> spec; names are the methods', shapes cover expanding, contracting, square, prime and degenerate matrices.
+MARKET = {
+    "kronecker-1": Kronecker(factor=(12, 8)).spec(48, 16),
+    "kronecker-mirrored": Kronecker(factor=(12, 8)).spec(16, 48),
+    "kronecker-3": Kronecker(factor=(8, 4), terms=3).spec(32, 24),
+    "kronecker-scalars": Kronecker(factor=(6, 4), terms=4, scalars=True).spec(24, 20),
+    "kronecker-keep": Kronecker(keep=0.5).spec(32, 48),
+    "kronecker-padded": Kronecker(factor=(8, 4), terms=2, pad=True).spec(53, 18),
+    "kronecker-ordered": Kronecker(factor=(12, 8), terms=2, order="cluster").spec(48, 16),
+    "low-rank": LowRank(rank=5).spec(31, 17),
+    "low-rank-full": LowRank(rank=16).spec(40, 16),
+    "low-rank-keep": LowRank(keep=0.6).spec(24, 36),
+    "mpo-1": MPO(bond=1, sites=1).spec(7, 5),
+    "mpo-2": MPO(bond=6, sites=2).spec(16, 24),
+    "mpo-3": MPO(bond=9, sites=3).spec(64, 27),
+    "mpo-4-keep": MPO(keep=0.9, sites=4).spec(36, 48),
+    "mpo-prime": MPO(bond=7, sites=2).spec(53, 31),
+    "mpo-ordered": MPO(bond=7, sites=3, order="frequency").spec(53, 31),
+    "mpo-modes": MPO(bond=8, out_modes=(5, 13), in_modes=(8, 16)).spec(65, 128),
+    "mpo-rank-full": Spec.from_modes((4, 6), (3, 5), 12),
+    "small-factor-first": Spec((3, 16), (1, 16), (1,)),
+    "turned-factor": Spec((4, 8), (16, 1), (4,)),
+    "reordered": Spec.kronecker(24, 20, (6, 4), 2, reordered=("out", "in")),
+}
+
+# Machines on which little but one thing matters, so that between them every kind of step is somewhere the best.
+MACHINES = {
+    "processor": Machine(),
+    "accelerator": default_machine("cuda"),
+    "no-copies": Machine(permuted=1.0),
+    "few-calls": Machine(call=1.0),
+    "no-batches": Machine(rows=1e6, columns=1e6, permuted=1e12),
+    "free-batches": Machine(rows=0.0, columns=0.0, depth=0.0, call=0.0),
+}
+
+
+def orders(sites):
+    """Every order of contracting that many sites one at a time."""
+    for start in range(sites):
+        for pattern in range(2 ** (sites - 1)):
+            moves = "".join("LR"[pattern >> k & 1] for k in range(sites - 1))
+            if moves.count("L") == start:
+                yield Order(start, moves, 0)
+
+
+def paths_of(spec):
+    forced = [None, "materialise", *orders(spec.sites)]
+    return {
+        (path.steps, path.permutation): path
+        for machine in MACHINES.values()
+        for tokens in (1, 7, 600)
+        for training in (False, True)
+        for force in forced
+        for path in [fastest_path(spec, tokens, training, machine, force)]
+    }.values()
