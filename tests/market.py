@@ -4,7 +4,7 @@ from tensorfold.algebra.contraction.costs import Machine, default_machine
 from tensorfold.algebra.contraction.paths import Order
 from tensorfold.algebra.contraction.search import fastest_path
 from tensorfold.algebra.specs.spec import Spec
-from tensorfold.methods.all import MPO, Kronecker, LowRank
+from tensorfold.methods import MPO, Kronecker, LowRank
 
 # name -> spec; names are the methods', shapes cover expanding, contracting, square, prime and degenerate matrices.
 MARKET = {

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tensorfold.hf.int8 import quantize
     from tensorfold.hf.loading import load
     from tensorfold.hf.vocabulary import append_tokens
-    from tensorfold.methods.all import MPO, Graded, Kronecker, LowRank, TokenMPS
+    from tensorfold.methods import MPO, Graded, Kronecker, LowRank, TokenMPS
     from tensorfold.methods.auto import Auto
     from tensorfold.recipes.recipe import Recipe, Rule
     from tensorfold.report.page import write_report
@@ -35,17 +35,17 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it. No module has the name of a function, so neither hides the other.
 _HOME = {
     "Auto": "methods.auto",
-    "Graded": "methods.all",
+    "Graded": "methods",
     "InputError": "errors",
-    "Kronecker": "methods.all",
-    "LowRank": "methods.all",
-    "MPO": "methods.all",
+    "Kronecker": "methods",
+    "LowRank": "methods",
+    "MPO": "methods",
     "Recipe": "recipes.recipe",
     "Rule": "recipes.recipe",
     "Spec": "algebra.specs.spec",
     "SpecError": "errors",
     "TensorfoldError": "errors",
-    "TokenMPS": "methods.all",
+    "TokenMPS": "methods",
     "append_tokens": "hf.vocabulary",
     "bench": "benchmark.run",
     "evaluate": "evaluation.perplexity",

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import tensorfold
 from tensorfold import Kronecker, LowRank
-from tensorfold.methods.all import Method
+from tensorfold.methods import Method
 from tensorfold.models.anatomy import empty_model
 
 LOG = Path(__file__).with_suffix(".jsonl")

@@ -25,7 +25,7 @@ from tensorfold.algebra.statistics import Statistics
 from tensorfold.calibration.block_stream import token_counts
 from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
-from tensorfold.methods.all import MPO, Kronecker, LowRank
+from tensorfold.methods import MPO, Kronecker, LowRank
 
 LOG = Path(__file__).with_suffix(".jsonl")
 KEEPS = (0.5, 0.3, 0.1)

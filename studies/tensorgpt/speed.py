@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from tensorfold.benchmark.memory import peak_of_call
 from tensorfold.benchmark.timing import Spread, interleave
-from tensorfold.methods.all import TokenMPS
+from tensorfold.methods import TokenMPS
 from tensorfold.nn import TokenMPSEmbedding
 from tensorfold.nn.token_mps import CHUNK_BYTES
 

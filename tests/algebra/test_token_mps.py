@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tensorfold.algebra.solvers.token_mps import TokenMPSSpec, powers_of_two, rows, token_mps_svd
 from tensorfold.algebra.specs.any_spec import spec_from_dict
 from tensorfold.errors import SpecError
-from tensorfold.methods.all import LowRank, TokenMPS
+from tensorfold.methods import LowRank, TokenMPS
 from tensorfold.nn import FoldedModule, MPOLinear, TokenMPSEmbedding, TokenMPSHead
 
 TEN = (2,) * 10

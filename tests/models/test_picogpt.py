@@ -18,7 +18,7 @@ from tensorfold.data.token_cache import TokenCache
 from tensorfold.data.tokens import Encoder
 from tensorfold.errors import InputError
 from tensorfold.evaluation.perplexity import evaluate
-from tensorfold.methods.all import MPO
+from tensorfold.methods import MPO
 from tensorfold.models.anatomy import count_parameters, matrices
 from tensorfold.models.picogpt import PicoGPTConfig, PicoGPTForCausalLM, character_tokenizer
 from tensorfold.models.picogpt.modeling import sinusoids

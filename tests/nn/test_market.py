@@ -12,7 +12,7 @@ from tensorfold.algebra.contraction.paths import FORMS, cheapest_order
 from tensorfold.algebra.contraction.search import fastest_path
 from tensorfold.algebra.solvers.solve import relative_error
 from tensorfold.algebra.specs.spec import Spec
-from tensorfold.methods.all import MPO, Kronecker, LowRank
+from tensorfold.methods import MPO, Kronecker, LowRank
 from tensorfold.nn import MPOEmbedding, MPOLinear
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

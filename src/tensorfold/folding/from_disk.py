@@ -31,7 +31,7 @@ from tensorfold.hf.on_disk import NotStoredError, Stored, find_stored, own_tenso
 from tensorfold.hf.quantizer import mark_folded
 from tensorfold.hf.shard_writer import ShardWriter
 from tensorfold.hf.sources import Source, find_model
-from tensorfold.methods.all import Method
+from tensorfold.methods import Method
 from tensorfold.methods.base import NOTHING
 from tensorfold.models.anatomy import Matrix, check_foldable, dense_weight
 from tensorfold.recipes.recipe import Recipe

@@ -38,7 +38,7 @@ from tensorfold.hf import ties
 from tensorfold.hf.described import check_described
 from tensorfold.hf.modules import empty_module, swap
 from tensorfold.hf.quantizer import mark_folded
-from tensorfold.methods.all import Method
+from tensorfold.methods import Method
 from tensorfold.methods.base import NOTHING
 from tensorfold.models.anatomy import Matrix, check_foldable, dense_weight, matrices
 from tensorfold.models.modes import evaluation_mode

@@ -20,7 +20,7 @@ from tensorfold.errors import InputError
 from tensorfold.folding.budgets import check_budgets, searched
 from tensorfold.folding.plan import Plan, plan
 from tensorfold.hf.modules import scale_of
-from tensorfold.methods.all import Method
+from tensorfold.methods import Method
 from tensorfold.methods.base import Use, check_use
 from tensorfold.models.anatomy import Matrix, context_length, matrices
 from tensorfold.models.modes import evaluation_mode

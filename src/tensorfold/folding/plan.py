@@ -13,7 +13,7 @@ from tensorfold.algebra.specs.any_spec import AnySpec, check_size
 from tensorfold.errors import InputError, SpecError
 from tensorfold.folding.tables import module_table
 from tensorfold.hf.ties import disagreement
-from tensorfold.methods.all import Method
+from tensorfold.methods import Method
 from tensorfold.methods.auto import Auto
 from tensorfold.models.anatomy import (
     ALREADY_FOLDED,

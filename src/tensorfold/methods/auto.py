@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Le
 
 from tensorfold.algebra.specs.spec import Spec
-from tensorfold.methods.all import Graded, LowRank
+from tensorfold.methods import Graded, LowRank
 from tensorfold.methods.base import LINEAR, TEXT, Keep, Method
 from tensorfold.utils.effects import Needs
 from tensorfold.utils.validation import strict

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tensorfold.errors import InputError, pass_on_memory
-from tensorfold.methods.all import METHODS, Method
+from tensorfold.methods import METHODS, Method
 from tensorfold.methods.auto import Auto
 from tensorfold.methods.base import TEXT
 from tensorfold.recipes.settings import HEAL_NEEDS, CalibrateSettings, EvalSettings, HealSettings
