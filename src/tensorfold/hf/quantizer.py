@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -87,6 +88,7 @@ class TensorfoldQuantizer(HfQuantizer):
 
             install_int8(model, config.int8)
         _own_resizing(model)
+        _lift_restrictions(model, config)
         # Earlier versions stored a tied head's orders beside the table's.
         old = [rf"^{re.escape(head)}\.({'|'.join(ORDERS)})$" for head in config.tied.values()]
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *old}
@@ -142,9 +144,21 @@ def mark(model: PreTrainedModel, config: TensorfoldConfig) -> None:
     """Give a model in memory this configuration, and the quantizer that writes it."""
     model.config.quantization_config = config
     model.hf_quantizer = TensorfoldQuantizer(config, pre_quantized=True)
-    model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = NAME  # type: ignore[assignment]
     _own_resizing(model)
+    _lift_restrictions(model, config)
+
+
+def _lift_restrictions(model: PreTrainedModel, config: TensorfoldConfig) -> None:
+    """Allow what transformers and PEFT refuse or leave out for packed weights: casts, and gradients at the inputs.
+
+    Cores are ordinary parameters. Codes are no floating-point numbers and no cast touches them, but they cannot be
+    trained, so for int8 the mark stays that keeps ``Trainer`` off.
+    """
+    model.is_quantized = bool(config.int8)  # type: ignore[assignment]
+    for name, cast in (("half", nn.Module.half), ("float", nn.Module.float)):
+        if config.int8:
+            setattr(model, name, partial(cast, model))  # a bound method would not be pickled
 
 
 def _own_resizing(model: PreTrainedModel) -> None:
