@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tensorfold
 from tensorfold import Recipe
-from tensorfold.cli.demo_run import MAX_TOKENS
+from tensorfold.cli.demo import MAX_TOKENS
 from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
 

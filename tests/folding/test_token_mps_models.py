@@ -74,6 +74,7 @@ def test_gpt2_plan_says_what_it_does():
         "modes": [2] * 10,
         "rank": 4,
         "parameters": 50257 * 232,
+        "bytes": 4 * 50257 * 232,
     }
     assert "50257 × MPS(2^10, rank 4)" in str(plan)
     assert "30.2%" in str(plan)

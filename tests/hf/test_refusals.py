@@ -123,7 +123,7 @@ def test_a_norm_over_the_hidden_units_keeps_them_in_place(tiny):
 
 
 def test_the_demo_replaces_nothing_but_a_demo(tmp_path):
-    from tensorfold.cli.demo_run import _is_of_a_demo
+    from tensorfold.cli.demo import _is_of_a_demo
 
     assert not _is_of_a_demo(tmp_path)
     card = tmp_path / "tensorfold.json"

@@ -229,7 +229,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Directory to write.")] = Path("tensorfold-demo"),
 ) -> None:
     """Fold the real SmolLM2-135M and show what it gained and what it cost."""
-    from tensorfold.cli.demo_run import run_demo
+    from tensorfold.cli.demo import run_demo
 
     run_demo(out)
 

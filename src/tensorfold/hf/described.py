@@ -7,7 +7,7 @@ import copy
 import torch
 from transformers import PreTrainedModel
 
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, pass_on_memory
 
 
 def check_described(model: PreTrainedModel) -> None:
@@ -19,7 +19,8 @@ def check_described(model: PreTrainedModel) -> None:
     try:
         with torch.device("meta"):
             described = type(model)(copy.deepcopy(model.config))
-    except Exception:  # a class that is not built from its configuration alone; what is wrong with one shows elsewhere
+    except Exception as error:  # a class not built from its configuration alone; what is wrong with one shows elsewhere
+        pass_on_memory(error)
         return
     own, wanted = (
         {name: tuple(p.shape) for name, p in m.named_parameters(remove_duplicate=False)} for m in (model, described)

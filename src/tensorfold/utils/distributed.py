@@ -94,7 +94,8 @@ class Ranks:
         for tensor in tensors:
             own = tensor.detach()
             sent = own.to(self.device)
-            torch.distributed.broadcast(sent, owner)
+            # gloo knows no 16-bit integers, which stored orders may be.
+            torch.distributed.broadcast(sent.view(torch.uint8) if sent.dtype is torch.int16 else sent, owner)
             if sent is not own:
                 own.copy_(sent)
 
