@@ -4,7 +4,7 @@ import dataclasses
 
 import tensorfold
 from tensorfold import Recipe
-from tensorfold.cli import demo_run as demo
+from tensorfold.cli import demo
 
 
 def test_the_demo(command, monkeypatch, workplace, dense_directory):
