@@ -1,5 +1,7 @@
 """The weights decide whether the head is tied to the table; the configuration follows, and that is said."""
 
+import tempfile
+
 import pytest
 import torch
 from torch import nn
@@ -49,9 +51,27 @@ def equal_values(make):
     return model
 
 
+def read_with_own_head(make):
+    """As transformers reads a directory whose configuration promises a tie that its weights do not keep."""
+    model = own_head(make)
+    with tempfile.TemporaryDirectory() as directory:
+        model.config.tie_word_embeddings, model.all_tied_weights_keys = False, {}
+        model.save_pretrained(directory)
+        model.config.tie_word_embeddings = True
+        model.config.save_pretrained(directory)
+        return type(model).from_pretrained(directory)
+
+
+def said_otherwise_since(make):
+    """Tied when it was made, and a configuration that was changed afterwards."""
+    model = make(True)
+    model.config.tie_word_embeddings = False
+    return model
+
+
 MODELS = {
     f"{state.__name__}-{make.__name__}": (state, make)
-    for state in (own_head, tied_by_hand, equal_values)
+    for state in (own_head, tied_by_hand, equal_values, read_with_own_head, said_otherwise_since)
     for make in (llama, gpt2)
 }
 
@@ -115,6 +135,27 @@ def test_a_tie_that_cannot_be_said_is_refused_and_nothing_changed():
         tensorfold.fold(model, {"fold": [MLP]})
     assert torch.equal(logits(model), before)
     assert model.config.tie_word_embeddings is False
+
+
+def test_a_tie_that_cannot_be_said_leaves_all_layers_where_they_are():
+    class Untied(LlamaForCausalLM):
+        _tied_weights_keys = None
+
+    model = Untied(LlamaConfig(**{**llama(False).config.to_dict(), "num_hidden_layers": 2}))
+    model.lm_head.weight = model.model.embed_tokens.weight
+    for act in (tensorfold.plan, tensorfold.fold):
+        with pytest.raises(InputError, match=r"lm_head shares.*--untie"):
+            act(model, {"fold": [MLP], "layers": [0]})
+    assert len(model.model.layers) == model.config.num_hidden_layers == 2
+
+
+def test_int8_that_is_refused_leaves_the_configuration_as_it_was():
+    model = own_head(llama)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"up_proj holds NaN"):
+        tensorfold.quantize(model)
+    assert model.config.tie_word_embeddings is True
+    assert model.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 def pruned(model):

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tensorfold.algebra.specs.any_spec import AnySpec, check_size
 from tensorfold.errors import InputError, SpecError
 from tensorfold.folding.tables import module_table
-from tensorfold.hf.ties import disagreement
+from tensorfold.hf.ties import check_sayable, disagreement
 from tensorfold.methods import Method
 from tensorfold.methods.auto import Auto
 from tensorfold.models.anatomy import (
@@ -118,6 +118,8 @@ def plan(
     recipe = Recipe.of(recipe)
     model = skeleton(model_or_config)
     check_foldable(model)
+    if not recipe.untie:
+        check_sayable(model)
     said = disagreement(model)
     if model is model_or_config and recipe.changes_modules:
         model = without_weights(model)

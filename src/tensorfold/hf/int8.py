@@ -16,8 +16,9 @@ from tensorfold.hf import ties
 from tensorfold.hf.described import check_described
 from tensorfold.hf.modules import set_module
 from tensorfold.hf.quantizer import TensorfoldConfig, mark
-from tensorfold.models.anatomy import check_no_adapter, dense_weight, embedding_scale, is_plain_linear, tied_head
+from tensorfold.models.anatomy import check_no_adapter, dense_weight, embedding_scale, is_plain_linear
 from tensorfold.models.sizes import stored_bytes
+from tensorfold.models.tied_heads import tied_head
 from tensorfold.nn import FoldedModule
 from tensorfold.nn.int8 import Int8Embedding, Int8Folded, Int8Linear
 from tensorfold.utils.validation import check_types
@@ -66,12 +67,13 @@ def quantize(model: PreTrainedModel, bits: int = 8) -> Int8Report:
         raise InputError("quantize: the model is quantised already; load its floating-point weights.")
     if stored is None:
         check_described(model)
-        ties.settle(model)
     before = stored_bytes(model)
     names = _targets(model)
     for name in names:
         if not all(bool(parameter.isfinite().all()) for parameter in model.get_submodule(name).parameters()):
             raise InputError(f"quantize: {name} holds NaN or infinity; repair the checkpoint.")
+    if stored is None:
+        ties.settle(model)
     install_int8(model, names)
     old = stored or TensorfoldConfig({})
     mark(model, TensorfoldConfig(old.modules, old.tied, old.split, int8=names))

@@ -8,23 +8,33 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tensorfold.errors import InputError
-from tensorfold.models.anatomy import is_promised, tied_head
+from tensorfold.models.tied_heads import is_promised, is_said, tied_head
 
 
 def disagreement(model: PreTrainedModel) -> str | None:
     """What to say where configuration and weights disagree on the tie of head and table; None where they agree."""
     head = tied_head(model)
-    if (head is not None) == is_promised(model):
-        return None
-    if head is None:
+    if head is None and is_promised(model):
         return (
             "the configuration ties the output head to the input table, but the head has a weight of its own: it stays "
             "its own, and the configuration says so from now on"
         )
+    if head is None or is_said(model):
+        return None
     return (
         f"{head} shares the input table's weight, which the configuration does not say: they stay tied, and the "
         "configuration says so from now on"
     )
+
+
+def check_sayable(model: PreTrainedModel) -> None:
+    """Raise :class:`InputError` if head and table share a weight in a class that cannot say so when it is saved."""
+    head = tied_head(model)
+    if head is not None and f"{head}.weight" not in _ties_once_said(model):
+        raise InputError(
+            f"{type(model).__name__}: {head} shares the input table's weight by assignment, which this class cannot "
+            "save and load as tied; give the head a copy of its own, or fold with untie (--untie)."
+        )
 
 
 def settle(model: PreTrainedModel) -> None:
@@ -33,38 +43,43 @@ def settle(model: PreTrainedModel) -> None:
     Two tensors of equal values that are promised to be one become one.
 
     Raises:
-        InputError: Head and table share a weight in a class that cannot say so; nothing has been changed.
+        InputError: As :func:`check_sayable`; nothing has been changed.
     """
-    head = tied_head(model)
-    if (head is not None) == is_promised(model):
-        if head is not None:
-            model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    check_sayable(model)
+    if tied_head(model) is None:
+        if is_promised(model):
+            _cut_promises(model)
         return
-    if head is None:
-        _cut_promises(model)
+    model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    if is_said(model):
         return
-    before = [(config, config.tie_word_embeddings) for config in _configs(model) if _has_tie(config)]
-    for config, _ in before:
-        config.tie_word_embeddings = True
-    promised = model.get_expanded_tied_weights_keys(all_submodels=False)
-    if f"{head}.weight" not in promised:
-        for config, value in before:
-            config.tie_word_embeddings = value
-        raise InputError(
-            f"{type(model).__name__}: {head} shares the input table's weight by assignment, which this class cannot "
-            "save and load as tied; give the head a copy of its own, or fold with untie (--untie)."
-        )
+    promised = _ties_once_said(model)
+    for config in _configs(model):
+        if _has_tie(config):
+            config.tie_word_embeddings = True
     model.all_tied_weights_keys = {**model.all_tied_weights_keys, **promised}
 
 
 def settled_config(model: PreTrainedModel) -> PreTrainedConfig:
     """A copy of the model's configuration that says of the tie what the weights say."""
     config, tied = copy.deepcopy(model.config), tied_head(model) is not None
-    if tied != is_promised(model):
+    if tied != is_said(model):
         for part in (config, config.get_text_config()):
             if _has_tie(part):
                 part.tie_word_embeddings = tied
     return config
+
+
+def _ties_once_said(model: PreTrainedModel) -> dict[str, str]:
+    """The ties that the class makes where its configurations say ``tie_word_embeddings``."""
+    before = [(config, config.tie_word_embeddings) for config in _configs(model) if _has_tie(config)]
+    try:
+        for config, _ in before:
+            config.tie_word_embeddings = True
+        return model.get_expanded_tied_weights_keys(all_submodels=True)
+    finally:
+        for config, value in before:
+            config.tie_word_embeddings = value
 
 
 @torch.no_grad()

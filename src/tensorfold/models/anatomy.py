@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tensorfold.errors import InputError, pass_on_memory
 from tensorfold.models.direct_reads import is_read_directly
+from tensorfold.models.tied_heads import is_promised, tied_head
 from tensorfold.nn import FoldedModule
 from tensorfold.utils.validation import nearest
 
@@ -155,7 +156,9 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
         empty[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
     twin: PreTrainedModel = copy.deepcopy(model, empty)
     if tied_head(model) is None and is_promised(model):
-        twin.all_tied_weights_keys = {}
+        for module in twin.modules():
+            if isinstance(module, PreTrainedModel):
+                module._tied_weights_keys, module.all_tied_weights_keys = {}, {}
     elif tied_head(model) is not None:
         twin.get_output_embeddings().weight = twin.get_input_embeddings().weight
     return twin
@@ -283,32 +286,6 @@ def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
             group = "" if not inside or gate else "attention" if _ATTENTION.search(name) else "mlp"
             out[name] = Matrix(name, module, rows, columns, "linear", group)
     return out
-
-
-def tied_head(model: PreTrainedModel) -> str | None:
-    """Name of the output head, where it is one weight with the input table.
-
-    Weights are asked where there are any: one tensor, or, where the configuration promises a tie, two of equal values.
-    On the meta device the promise counts.
-    """
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or table is None:
-        return None
-    name = next((name for name, module in model.named_modules() if module is head), None)
-    own, shared = getattr(head, "weight", None), getattr(table, "weight", None)
-    if not isinstance(own, Tensor) or not isinstance(shared, Tensor):
-        return None
-    if own is shared or (is_promised(model) and (own.is_meta or torch.equal(own, shared))):
-        return name
-    return None
-
-
-def is_promised(model: PreTrainedModel) -> bool:
-    """Whether the configuration says that output head and input table are one weight."""
-    names = {id(module): name for name, module in model.named_modules()}
-    table, head = (names.get(id(m)) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
-    promised = getattr(model, "all_tied_weights_keys", {})
-    return head is not None and promised.get(f"{head}.weight") == f"{table}.weight"
 
 
 def match(targets: Targets, available: Mapping[str, Matrix]) -> list[str]:

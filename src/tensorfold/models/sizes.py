@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from tensorfold.models.anatomy import tied_head
+from tensorfold.models.tied_heads import tied_head
 
 
 def stored_bytes(model: nn.Module) -> int:
