@@ -249,7 +249,7 @@ def _list_shapes(
     if untie:
         untie_head(empty)
     available = matrices(empty)
-    rows = shape_rows([available[name] for name in match(targets or "mlp", available)])
+    rows = shape_rows([available[name] for name in match(targets or "mlp", available, empty)])
     _emit(as_json, {"shapes": rows}, lambda: shape_table(rows))
 
 

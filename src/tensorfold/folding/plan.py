@@ -191,8 +191,8 @@ def _assign(
     available = matrices(model)
     for place, rule in enumerate(recipe.fold):
         before = set(methods)
-        targets = match(rule.targets, available)
-        excluded = match(rule.exclude, available) if rule.exclude is not None else []
+        targets = match(rule.targets, available, model)
+        excluded = match(rule.exclude, available, model) if rule.exclude is not None else []
         _check_rule(place, rule, targets, excluded, methods.keys() | split.keys())
         for name in targets:
             if name in excluded or name in methods or name in split:

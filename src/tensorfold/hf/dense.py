@@ -7,13 +7,13 @@ import copy
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.hf.loading import reason
 from tensorfold.hf.quantizer import TensorfoldQuantizer
 from tensorfold.hf.ties import settled_config
 from tensorfold.models.anatomy import check_no_adapter, dense_weight
+from tensorfold.models.linear_maps import check_weights, orientation
 from tensorfold.nn import FoldedModule, GradedEmbedding, MPOEmbedding, StackedLinear, TokenMPSEmbedding
 
 
@@ -79,6 +79,7 @@ def become_plain(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Pr
 def check_floating(model: PreTrainedModel) -> None:
     """Raise :class:`InputError` for weights packed by another quantizer, or in int8 by ours, or with an adapter."""
     check_no_adapter(model)
+    check_weights(model)
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, TensorfoldQuantizer) and quantizer.quantization_config.int8:
         raise InputError("the model is in int8; needed floating-point weights: start from what was quantised.")
@@ -95,7 +96,7 @@ def _plain_state(model: PreTrainedModel, plain: PreTrainedModel) -> dict[str, Te
     for name, module in replaced.items():
         key = id(next(module.parameters()))
         if key not in products:
-            transposed = isinstance(plain.get_submodule(name), Conv1D)
+            transposed = orientation(plain.get_submodule(name)) == "in-out"
             weight = _weight(module)
             products[key] = (weight.T if transposed else weight).contiguous()
         state[f"{name}.weight"] = products[key]

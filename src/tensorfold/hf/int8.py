@@ -17,6 +17,7 @@ from tensorfold.hf.described import check_described
 from tensorfold.hf.modules import set_module
 from tensorfold.hf.quantizer import TensorfoldConfig, mark
 from tensorfold.models.anatomy import check_no_adapter, dense_weight, embedding_scale, is_plain_linear
+from tensorfold.models.linear_maps import check_weights
 from tensorfold.models.sizes import stored_bytes
 from tensorfold.models.tied_heads import tied_head
 from tensorfold.nn import FoldedModule
@@ -62,6 +63,7 @@ def quantize(model: PreTrainedModel, bits: int = 8) -> Int8Report:
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"quantize: got {type(model).__name__}; needed a transformers model (PreTrainedModel).")
     check_no_adapter(model)
+    check_weights(model)
     stored = getattr(model.config, "quantization_config", None)
     if stored is not None and (not isinstance(stored, TensorfoldConfig) or stored.int8):
         raise InputError("quantize: the model is quantised already; load its floating-point weights.")

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from tensorfold.errors import InputError, pass_on_memory
 from tensorfold.models.direct_reads import is_read_directly
+from tensorfold.models.linear_maps import check_weights, orientation, other_weights
 from tensorfold.models.tied_heads import is_promised, tied_head
 from tensorfold.nn import FoldedModule
 from tensorfold.utils.validation import nearest
@@ -34,6 +34,7 @@ ALREADY_FOLDED = "the model is already folded; start from the dense model, or he
 _MOST_BLOCKS = 10_000
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_NOTHING = "targets: {!r} matches nothing in this model; {}{}"
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,12 @@ def dense_weight(module: nn.Module) -> Tensor:
     """The weight as (out, in); GPT-2's ``Conv1D`` stores (in, out), and here is the one place that turns it."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.T if isinstance(module, Conv1D) else weight
+    return weight.T if orientation(module) == "in-out" else weight
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether the module computes ``x Wᵀ + b`` and nothing else."""
-    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+    return orientation(module) is not None
 
 
 def _is_plain_embedding(module: nn.Module) -> bool:
@@ -233,6 +234,7 @@ def check_foldable(model: PreTrainedModel) -> None:
     if getattr(model, "hf_quantizer", None) is not None:
         method = getattr(getattr(config, "quantization_config", None), "quant_method", "unknown method")
         raise InputError(f"the model is quantised ({method}); needed floating-point weights: load it dequantised.")
+    check_weights(model)
 
 
 def check_no_adapter(model: PreTrainedModel) -> None:
@@ -288,13 +290,14 @@ def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
     return out
 
 
-def match(targets: Targets, available: Mapping[str, Matrix]) -> list[str]:
+def match(targets: Targets, available: Mapping[str, Matrix], model: PreTrainedModel | None = None) -> list[str]:
     """Names of the matrices that ``targets`` select, in model order.
 
     Args:
         targets: ``mlp``, ``attention``, ``embedding``, ``positions`` (a learned table that is a plain ``nn.Embedding``
             with a row for each position), ``all-linear`` (every linear layer in the blocks, not the output head), a
             list of these and of name suffixes, or ``{"regex": pattern}`` searched in the full name.
+        model: Whose other weights a message names.
 
     Raises:
         InputError: Unknown group, bad pattern, or nothing matches.
@@ -314,11 +317,11 @@ def match(targets: Targets, available: Mapping[str, Matrix]) -> list[str]:
         for item in items:
             hit = [name for name, matrix in available.items() if _selects(item, matrix)]
             if not hit:
-                raise InputError(f"targets: {item!r} matches nothing in this model; {_known(item, available)}")
+                raise InputError(_NOTHING.format(item, _known(item, available), other_weights(model)))
             chosen.update(hit)
         names, missed = [name for name in available if name in chosen], str(targets)
     if not names:
-        raise InputError(f"targets: {targets!r} matches nothing in this model; {_known(missed, available)}")
+        raise InputError(_NOTHING.format(targets, _known(missed, available), other_weights(model)))
     return names
 
 
