@@ -71,7 +71,7 @@ def dtypes(random: Random, templates: Path) -> Iterator[Any]:
                 parameter.mul_(scale ** (1 / 3))
     what = f"{name} in {dtype}, weights × {scale ** (1 / 3):.0f}, --to {to}"
     yield what
-    own = logits_of(model)
+    own, exact = logits_of(model), logits_of(copy.deepcopy(model).to(torch.float64))
     export = export_int8 if to == "int8" else export_dense
     try:
         export(model, "out")
@@ -80,7 +80,9 @@ def dtypes(random: Random, templates: Path) -> Iterator[Any]:
         return
     got = logits_of(tensorfold.load("out"))
     difference = float((got - own).abs().max() / own.abs().max())
-    most = 0.5 if to == "int8" else {"float32": 1e-3, "float64": 1e-3}.get(dtype, 0.2)
+    # Rounding to half precision, which a few layers of large weights make much of, is as far from the truth either way.
+    rounding = float((own - exact).abs().max() / own.abs().max())
+    most = 0.5 if to == "int8" else 1e-3 if dtype in ("float32", "float64") else 0.2 + 2 * rounding
     fine = got.isfinite().all() and difference <= most
     yield ("accepted" if fine else "wrong", f"differs by {difference:.1e} of the largest logit")
 
@@ -188,7 +190,7 @@ def memory(random: Random, templates: Path) -> Iterator[Any]:
         ["eval", name, "--text", text, "--protocol", "disjoint-64", "--max-tokens", "400"],
         ["fold", str(templates / "dense"), "--keep", "0.5", "--out", "out"],
         ["fold", str(templates / "dense"), "--keep", "0.5", "--calibrate", text, "--tokens", "200", "--out", "out"],
-        ["export", name, "--to", "dense", "--out", "out"],
+        ["export", str(templates / "folded"), "--to", "dense", "--out", "out"],
         ["sample", name, "--tokens", "2", "--prompt", "Rain"],
         ["heal", str(templates / "folded"), "--train", text, "--steps", "1", "--batch", "8", "--block", "64",
          "--out", "out"],

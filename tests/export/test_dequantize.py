@@ -54,6 +54,8 @@ def test_a_folded_model_becomes_dense(tied, loaded, tmp_path):
 
 
 def test_in_another_dtype():
+    model = folded(True).to(torch.float64)  # which its configuration does not know
+    assert model.dequantize().dtype is torch.float64
     assert folded(True).dequantize(dtype=torch.bfloat16).dtype is torch.bfloat16
 
 

@@ -107,15 +107,17 @@ class TensorfoldQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
-        """The model itself, dense: what ``model.dequantize()`` of transformers does, in place.
+    def dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        """The model itself, dense and in the dtype that it has or is given: what ``model.dequantize()`` does, in place.
 
         Raises:
             InputError: The model is in int8.
         """
         from tensorfold.hf.dense import become_plain
 
-        return become_plain(model, dtype)
+        become_plain(model, dtype)
+        self.remove_quantization_config(model)
+        return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         return None, {}
