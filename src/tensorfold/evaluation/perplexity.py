@@ -28,6 +28,7 @@ from tensorfold.models.anatomy import context_length
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.models.sizes import stored_bytes
 from tensorfold.utils.finite import why_not_finite
+from tensorfold.utils.torch_modes import in_usual_modes
 from tensorfold.utils.validation import check_types
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ def check_judge(
         raise InputError(f"protocol {protocol}: got nothing to judge by; needed {needed}.")
 
 
+@in_usual_modes
 def evaluate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

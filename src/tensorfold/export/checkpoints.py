@@ -24,6 +24,7 @@ from tensorfold.hf.loading import load, reason
 from tensorfold.models.anatomy import count_parameters
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.utils.atomic_files import atomic_directory, check_target
+from tensorfold.utils.torch_modes import in_usual_modes
 
 # Of a float32 model, in units of its largest logit where that is above 1.
 TOLERANCE = {"dense": 1e-4, "onnx": 1e-3}
@@ -115,6 +116,7 @@ class ExportReport:
         )
 
 
+@in_usual_modes
 def export_dense(
     model: PreTrainedModel, out: str | Path, tokenizer: Any = None, *, name: str = "the model"
 ) -> ExportReport:
@@ -147,6 +149,7 @@ def export_dense(
     return ExportReport("dense", str(out), parameters, size, difference, round(time.monotonic() - started, 3))
 
 
+@in_usual_modes
 def export_onnx(
     model: PreTrainedModel, out: str | Path, tokenizer: Any = None, *, name: str = "the model"
 ) -> ExportReport:
@@ -190,6 +193,7 @@ def export_onnx(
     return ExportReport("onnx", str(out), parameters, size, difference, round(time.monotonic() - started, 3))
 
 
+@in_usual_modes
 def export_int8(
     model: PreTrainedModel, out: str | Path, tokenizer: Any = None, *, name: str = "the model"
 ) -> ExportReport:

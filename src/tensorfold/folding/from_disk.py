@@ -39,6 +39,7 @@ from tensorfold.utils.atomic_files import check_target
 from tensorfold.utils.distributed import Ranks
 from tensorfold.utils.memory import release_file_pages
 from tensorfold.utils.terminal import progress_bar
+from tensorfold.utils.torch_modes import in_usual_modes
 from tensorfold.utils.validation import check_types
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Stream:
     chosen: Mapping[str, Matrix]
 
 
+@in_usual_modes
 def fold_directory(
     source: str | Path,
     recipe: Recipe | Method | Mapping[str, Any] | str | Path,

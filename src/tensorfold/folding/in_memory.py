@@ -48,6 +48,7 @@ from tensorfold.utils.block_checkpoints import BlockCheckpoints
 from tensorfold.utils.distributed import Ranks
 from tensorfold.utils.memory import release_file_pages, release_heap
 from tensorfold.utils.terminal import progress_bar
+from tensorfold.utils.torch_modes import in_usual_modes
 from tensorfold.utils.validation import check_types
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ class FoldReport:
         return self.plan.table(self.errors, f"{'/'.join(kinds)} error")
 
 
+@in_usual_modes
 def fold(
     model: PreTrainedModel,
     recipe: Recipe | Method | Mapping[str, Any] | str | Path,

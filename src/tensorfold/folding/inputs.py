@@ -29,6 +29,7 @@ from tensorfold.recipes.recipe import Recipe
 from tensorfold.recipes.settings import CalibrateSettings
 from tensorfold.utils.distributed import Ranks
 from tensorfold.utils.fingerprints import describe_configuration, hash_tensor, saved_tensors
+from tensorfold.utils.torch_modes import check_takes_gradients
 from tensorfold.utils.validation import check_types
 
 
@@ -95,7 +96,7 @@ def checked_plan(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> Pl
     for matrix in chosen.values():
         if matrix.parameter.is_meta:
             raise InputError(f"{matrix.name}: has no weights (meta device); load the model's weights first.")
-        if not torch.isfinite(matrix.parameter).all():
+        if not torch.isfinite(matrix.parameter.detach()).all():
             raise InputError(f"{matrix.name}: its weight holds NaN or infinity; repair the checkpoint or exclude it.")
         if matrix.kind == "embedding" and matrix.name in planned.modules:
             scale_of(matrix)
@@ -106,6 +107,7 @@ def _check_loss(model: PreTrainedModel, planned: Plan, available: Mapping[str, M
     """Raise :class:`InputError` if the plan needs gradients of the text's loss and the model has no such loss."""
     tables = [n for n, method in planned.methods.items() if n in available and available[n].group == "embedding"]
     if searched(model, planned) or any(planned.methods[name].fits_text for name in tables):
+        check_takes_gradients(model, "fold with calibration text")
         with evaluation_mode(model), torch.no_grad():
             next_token_logits(model, torch.zeros(1, 2, dtype=torch.long, device=model.device))
 

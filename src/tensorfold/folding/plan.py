@@ -30,6 +30,7 @@ from tensorfold.models.anatomy import (
 from tensorfold.models.sizes import stored_bytes
 from tensorfold.models.surgery import keep_layers, split_linear, untie_head
 from tensorfold.recipes.recipe import Recipe, Rule
+from tensorfold.utils.torch_modes import in_usual_modes
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def _shape(spec: AnySpec) -> dict[str, Any]:
     return {**shape, **spec.to_dict(), "parameters": spec.parameters}
 
 
+@in_usual_modes
 def plan(
     model_or_config: PreTrainedModel | PreTrainedConfig, recipe: Recipe | Method | Mapping[str, Any] | str | Path
 ) -> Plan:

@@ -1,4 +1,4 @@
-"""What ``heal`` is given, looked at before anything is changed: settings, reporters, text."""
+"""What ``heal`` is given, looked at before anything is changed: models, settings, reporters, text."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from tensorfold.data.documents import Memory, Source
 from tensorfold.data.token_cache import TokenCache
 from tensorfold.data.tokens import check_ids
 from tensorfold.errors import InputError
+from tensorfold.hf.dense import check_floating
 from tensorfold.models.anatomy import context_length
 from tensorfold.recipes.settings import HEAL_NEEDS, HealSettings
 from tensorfold.utils.effects import changed, check_effects
+from tensorfold.utils.torch_modes import check_takes_gradients
 from tensorfold.utils.validation import check_keys, check_types
 
 
@@ -34,6 +36,14 @@ def check_reporters(report_to: str | list[str]) -> None:
                 f"heal: the Trainer refuses these settings: report_to={name!r:.100} is unknown or not installed; "
                 f"needed one of {', '.join(known)}."
             )
+
+
+def check_student(model: PreTrainedModel, teacher: PreTrainedModel | str | None) -> None:
+    """Raise :class:`InputError` for a model that cannot be healed, or not with this teacher."""
+    if teacher is model:
+        raise InputError("heal: the teacher is the model itself; needed the dense model, loaded separately.")
+    check_floating(model)
+    check_takes_gradients(model, "heal")
 
 
 def checked_settings(settings: HealSettings | None, overrides: Mapping[str, Any], teacher: bool) -> HealSettings:

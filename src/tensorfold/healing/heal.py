@@ -27,7 +27,7 @@ from tensorfold.data.tokens import check_tokenizer
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.healing.blockwise import heal_blocks
 from tensorfold.healing.checkpoints import begin, clear, damage, digest, fingerprint, holds_work, newest, sealed
-from tensorfold.healing.given import check_reporters, checked_settings, source_of, tokens_of
+from tensorfold.healing.given import check_reporters, check_student, checked_settings, source_of, tokens_of
 from tensorfold.healing.log import Reporter, StepLog
 from tensorfold.healing.losses import HealLoss, cross_entropy
 from tensorfold.healing.report import HealReport, card_of, finished, write
@@ -44,7 +44,6 @@ from tensorfold.healing.trainer import (
     uses_fsdp,
     validation_subset,
 )
-from tensorfold.hf.dense import check_floating
 from tensorfold.hf.sources import find_model
 from tensorfold.models.anatomy import count_parameters
 from tensorfold.models.modes import evaluation_mode
@@ -52,11 +51,13 @@ from tensorfold.models.sizes import stored_bytes
 from tensorfold.recipes.settings import HealSettings
 from tensorfold.utils.atomic_files import check_place, check_target, claimed, is_disk_full
 from tensorfold.utils.distributed import PATIENCE
+from tensorfold.utils.torch_modes import in_usual_modes
 from tensorfold.utils.validation import check_types
 
 log = logging.getLogger(__name__)
 
 
+@in_usual_modes
 def heal(
     model: PreTrainedModel,
     text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
@@ -101,15 +102,13 @@ def heal(
     if card is not None and out is None:
         raise InputError("heal: card has no effect here; it needs out, whose README reports it.")
     settings = checked_settings(settings, overrides, teacher is not None)
-    if teacher is model:
-        raise InputError("heal: the teacher is the model itself; needed the dense model, loaded separately.")
     if settings.needs_teacher and teacher is None:
         raise InputError("heal: the settings compare with a teacher, and none was given; name the dense model.")
     check_types("heal", model=(model, PreTrainedModel), out=(out, str | os.PathLike | None))
     check_types("heal", teacher=(teacher, PreTrainedModel | str | None), settings=(settings, HealSettings | None))
     if tokenizer is not None:
         check_tokenizer(tokenizer)
-    check_floating(model)
+    check_student(model, teacher)
     state = PartialState(cpu=uses_cpu(), timeout=PATIENCE)
     micro_batch(settings, state.num_processes)
     check_reporters(report_to)

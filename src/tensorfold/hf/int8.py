@@ -22,6 +22,7 @@ from tensorfold.models.sizes import stored_bytes
 from tensorfold.models.tied_heads import tied_head
 from tensorfold.nn import FoldedModule
 from tensorfold.nn.int8 import Int8Embedding, Int8Folded, Int8Linear
+from tensorfold.utils.torch_modes import in_usual_modes
 from tensorfold.utils.validation import check_types
 
 Int8 = Int8Linear | Int8Embedding | Int8Folded
@@ -46,6 +47,7 @@ class Int8Report:
         )
 
 
+@in_usual_modes
 def quantize(model: PreTrainedModel, bits: int = 8) -> Int8Report:
     """Turn the weights of linear layers, tables and folded modules into int8 with a scale a row, in place.
 
@@ -72,7 +74,9 @@ def quantize(model: PreTrainedModel, bits: int = 8) -> Int8Report:
     before = stored_bytes(model)
     names = _targets(model)
     for name in names:
-        if not all(bool(parameter.isfinite().all()) for parameter in model.get_submodule(name).parameters()):
+        if any(parameter.is_meta for parameter in model.get_submodule(name).parameters()):
+            raise InputError(f"quantize: {name} has no weights here (meta device); load the model without offloading.")
+        if not all(bool(parameter.detach().isfinite().all()) for parameter in model.get_submodule(name).parameters()):
             raise InputError(f"quantize: {name} holds NaN or infinity; repair the checkpoint.")
     if stored is None:
         ties.settle(model)

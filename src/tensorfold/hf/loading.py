@@ -25,6 +25,7 @@ from tensorfold.hf.quantizer import NAME, TensorfoldConfig
 from tensorfold.models.anatomy import check_not_quantised, count_parameters, empty_model
 from tensorfold.nn import FoldedModule
 from tensorfold.utils.atomic_files import atomic_directory
+from tensorfold.utils.torch_modes import in_usual_modes
 from tensorfold.utils.validation import check_types
 
 CAUSAL_LM = "needed a decoder-only causal language model"
@@ -33,6 +34,7 @@ CAUSAL_LM = "needed a decoder-only causal language model"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
+@in_usual_modes
 def load(path: str | Path, *, dtype: torch.dtype | str | None = None, **options: Any) -> PreTrainedModel:
     """Load a folded or dense causal language model from a directory (or hub id), refusing anything incomplete.
 

@@ -198,6 +198,8 @@ class MPOLinear(MPOModule):
             return self._from_pivots(x, cores, training)
         path = path_for(self.spec, math.prod(x.shape[:-1]), training, x.device, x.dtype, self.way)
         holds = self.holds_matrix and self.way is None and not training and not torch.compiler.is_compiling()
+        # Nothing tells whether tensors that were made under inference mode have changed since.
+        holds = holds and not any(tensor.is_inference() for tensor in self._sources())
         if holds and path.dense < path.seconds:
             return F.linear(x, self._held_matrix(), self.bias)
         if self.spec.has_pivot_rows:
@@ -263,11 +265,15 @@ class MPOLinear(MPOModule):
         """Keep the matrix between forwards without gradients, or drop it and keep none."""
         self.holds_matrix, self._matrix = hold, None
 
+    def _sources(self) -> list[Tensor]:
+        """What the matrix is made of."""
+        others = (self.scalars, self.out_position, self.in_order)
+        return [*self.cores.tensors(), *(tensor for tensor in others if tensor is not None)]
+
     @torch.no_grad()
     def _held_matrix(self) -> Tensor:
         """The matrix as of the parameters' present values; assignments to ``.data`` go unseen."""
-        sources = (*self.cores, self.scalars, self.out_position, self.in_order)
-        now = tuple((t.data_ptr(), t._version) for t in sources if t is not None)
+        now = tuple((tensor.data_ptr(), tensor._version) for tensor in self._sources())
         if self._matrix is None or self._matrix[0] != now:
             self._matrix = None  # not two of them at a time
             self._matrix = now, self.to_dense()
