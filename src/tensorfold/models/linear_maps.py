@@ -30,6 +30,7 @@ Orientation = Literal["out-in", "in-out"]
 
 _IN, _OUT = 5, 3  # features of the stand-in
 _SIZES = {"in_features": _IN, "out_features": _OUT, "nx": _IN, "nf": _OUT}
+_STACKED = "matrices of several experts in one tensor, which are not folded yet"
 _KNOWN: dict[tuple[Any, ...], Orientation | None] = {}  # what the trials of this process have shown
 
 
@@ -105,7 +106,8 @@ def other_weights(model: PreTrainedModel | None) -> str:
         said = _why_not(model, name, module)
         if said is not None:
             found.setdefault(said, name)
-    shown = [f"{name}: {said}" for said, name in found.items()]
+    experts_first = sorted(found.items(), key=lambda entry: not entry[0].endswith(_STACKED))
+    shown = [f"{name}: {said}" for said, name in experts_first]
     rest = f", and {len(shown) - 4} more kinds" if len(shown) > 4 else ""
     return f" No targets are {'; '.join(shown[:4])}{rest}." if shown else ""
 
@@ -119,7 +121,7 @@ def _why_not(model: PreTrainedModel, name: str, module: nn.Module) -> str | None
     stacked = {key: p for key, p in own.items() if p.dim() == 3 and min(p.shape) > 1}
     if stacked:
         shapes = " and ".join(f"{key} {tuple(p.shape)}" for key, p in stacked.items())
-        return f"{shapes} of {kind}, matrices of several experts in one tensor, which are not folded yet"
+        return f"{shapes} of {kind}, {_STACKED}"
     if "weight" in own and is_read_directly(model, name):
         return f"its weight ({kind}) is read by other code past its forward"
     if "weight" in own and orientation(module) is None:
