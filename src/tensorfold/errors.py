@@ -40,7 +40,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         seen.add(id(current))
         if _is_want_of_memory(current):
             return True
-        current = current.__cause__ or current.__context__
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
     return False
 
 

@@ -1,10 +1,12 @@
 """A GGUF file: its header gives the configuration, and it is converted only for its weights or its tokenizer."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from tensorfold.errors import InputError, is_out_of_memory
 from tensorfold.hf import sources
 from tensorfold.hf.sources import find_model
 
@@ -90,3 +92,18 @@ def test_the_conversion_is_made_once_and_holds_the_weights(llama_file, tiny, mon
     assert torch.equal(model.model.embed_tokens.weight, tiny("llama").model.embed_tokens.weight)
     monkeypatch.setattr(sources.AutoModelForCausalLM, "from_pretrained", None)
     assert find_model(str(path)).path == model.name_or_path
+
+
+def test_sizes_that_no_file_has_are_damage_and_no_want_of_memory():
+    """A reader that runs out of memory over them, and then says that shapes differ, has met a damaged file."""
+
+    def read():
+        with sources._reading(Path("own.gguf")):
+            try:
+                raise MemoryError
+            except MemoryError:
+                raise RuntimeError("You set `ignore_mismatched_sizes` to `False`, thus raising an error.")  # noqa: B904
+
+    with pytest.raises(InputError, match="other shapes than it says") as refused:
+        read()
+    assert not is_out_of_memory(refused.value)

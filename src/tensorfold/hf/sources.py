@@ -173,10 +173,12 @@ def _reading(gguf: Path) -> Iterator[None]:
         yield
     # A damaged file fails wherever the reader happens to be: in numpy, struct, gguf or transformers.
     except Exception as error:
-        pass_on_memory(error)
-        why = "its tensors have other shapes than it says" if "ignore_mismatched" in str(error) else reason(error)
+        damaged = "ignore_mismatched" in str(error)  # sizes that no file has can have asked for more than there is
+        if not damaged:
+            pass_on_memory(error)
+        why = "its tensors have other shapes than it says" if damaged else reason(error)
         raise InputError(
             f"{gguf}: cannot be read as a GGUF model ({why}); copy the file again, or give another."
-        ) from error
+        ) from (None if damaged else error)
     finally:
         transformers_logging.set_verbosity(verbosity)
