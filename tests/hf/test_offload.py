@@ -9,7 +9,8 @@ import transformers
 from accelerate import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
 
 import tensorfold
-from tensorfold import MPO, Graded, Kronecker, LowRank, Recipe, Rule, TokenMPS
+from tensorfold import MPO, Graded, InputError, Kronecker, LowRank, Recipe, Rule, TokenMPS
+from tensorfold.export.checkpoints import export_dense, export_int8
 from tensorfold.models.sizes import stored_bytes
 
 IDS = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -139,3 +140,23 @@ def test_modules_are_hooked_as_units(model):
     parts = {type(module).__name__ for module in model.modules() if hasattr(module, "spec")}
     assert parts
     assert parts <= set(model._no_split_modules)
+
+
+NEEDS_ALL_WEIGHTS = {
+    "dense": lambda model, path: export_dense(model, path / "out"),
+    "int8": lambda model, path: export_int8(model, path / "out"),
+    "quantize": lambda model, path: tensorfold.quantize(model),
+    "heal": lambda model, path: tensorfold.heal(model, path, steps=1),
+}
+
+
+@pytest.mark.parametrize("doing", NEEDS_ALL_WEIGHTS)
+def test_offloaded_models_are_saved_and_refused_where_all_weights_are_needed(doing, tiny, tmp_path):
+    model = folded(tiny, "low-rank", "graded", True, False)
+    want = logits(model)
+    placed = place("device_map", model, tmp_path)
+    with pytest.raises(InputError, match="meta device"):
+        NEEDS_ALL_WEIGHTS[doing](placed, tmp_path)
+    torch.testing.assert_close(logits(placed), want, rtol=0, atol=0)
+    placed.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(tensorfold.load(tmp_path / "again")), want, rtol=0, atol=0)

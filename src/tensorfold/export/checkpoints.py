@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.export.engines import check_finite, check_packages, compare, probe, trace
 from tensorfold.hf.beside import carry_over
-from tensorfold.hf.dense import check_floating, plain_config, plain_model
+from tensorfold.hf.dense import check_floating, check_in_memory, plain_config, plain_model
 from tensorfold.hf.int8 import quantize
 from tensorfold.hf.loading import load, reason
 from tensorfold.models.anatomy import count_parameters
@@ -245,8 +245,10 @@ def _expected(model: PreTrainedModel, to: str) -> tuple[dict[str, Any], Tensor]:
     """Random tokens as a model takes them, and the logits that it gives them.
 
     Raises:
-        TensorfoldError: These are not finite.
+        InputError: Weights are offloaded.
+        TensorfoldError: The logits are not finite.
     """
+    check_in_memory(model)
     ids, mask = probe(model, 2, 16)
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     logits = model(**inputs).logits

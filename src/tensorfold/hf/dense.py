@@ -76,9 +76,17 @@ def become_plain(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Pr
     return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
 
 
+def check_in_memory(model: PreTrainedModel) -> None:
+    """Raise :class:`InputError` for a model with weights on the meta device, as accelerate's offloading leaves them."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise InputError(f"{name} is offloaded (meta device); needed weights in memory: load without device_map.")
+
+
 def check_floating(model: PreTrainedModel) -> None:
-    """Raise :class:`InputError` for weights packed by another quantizer, or in int8 by ours, or with an adapter."""
+    """Raise :class:`InputError` for weights packed by another quantizer, in int8 by ours, offloaded, or adapted."""
     check_no_adapter(model)
+    check_in_memory(model)
     check_weights(model)
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, TensorfoldQuantizer) and quantizer.quantization_config.int8:
