@@ -61,7 +61,6 @@ def test_a_copy_casts_itself(model):
 
 
 def test_adapters_of_folded_models_learn_through_checkpointed_blocks(tiny):
-    """PEFT lets gradients into the first block unless the model says that it is quantised."""
     from peft import LoraConfig, get_peft_model
 
     model = tiny("llama")

@@ -152,7 +152,7 @@ def mark(model: PreTrainedModel, config: TensorfoldConfig) -> None:
 
 
 def _lift_restrictions(model: PreTrainedModel, config: TensorfoldConfig) -> None:
-    """Allow what transformers and PEFT refuse or leave out for packed weights: casts, and gradients at the inputs.
+    """Allow the casts that transformers refuses for packed weights.
 
     Cores are ordinary parameters. Codes are no floating-point numbers and no cast touches them, but they cannot be
     trained, so for int8 the mark stays that keeps ``Trainer`` off.
