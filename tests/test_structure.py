@@ -1,6 +1,7 @@
 """Folders import downwards only, in one order; no import circle; no file outgrows a reader; few files at the top."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -98,6 +99,15 @@ def test_tests_mirror_the_folders():
     tests = Path(__file__).parent
     folders = {path.name for path in tests.iterdir() if path.is_dir() and any(path.glob("test_*.py"))}
     assert folders <= set(FOLDERS)
+
+
+def test_the_map_of_the_folders_is_true():
+    """``docs/layout.md`` lists them in their order, and every file that it names is there."""
+    page = (Path(__file__).parents[1] / "docs" / "layout.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == FOLDERS
+    named = re.findall(r"`((?:\w+/)+(?:\w+\.py)?)`", page)
+    assert len(named) > 20
+    assert not [name for name in named if not (PACKAGE / name).exists() and not name.startswith(("tests/", "src/"))]
 
 
 def test_files_stay_readable():
