@@ -20,7 +20,6 @@ from tensorfold.data.documents import find_texts, iter_pieces
 from tensorfold.data.texts import load_text
 from tensorfold.data.token_cache import TokenCache
 from tensorfold.errors import InputError, TensorfoldError
-from tensorfold.utils import atomic_files as cache
 
 PROSE = "The quick brown fox, aged 12, isn't lazy.\n\n  It jumps\tover 3 dogs;\r\nthe cat's asleep - naïve café! "
 
@@ -321,7 +320,6 @@ def test_killed_worker_is_reported(corpus, tmp_path, small_pieces):
     assert os.listdir(tmp_path / "cache") == []
 
 
-@pytest.mark.skipif(cache.fcntl is None, reason="leftovers are only cleared where flock exists")
 def test_kill_and_start_again(corpus, tmp_path, small_pieces):
     arguments = {"cache_dir": tmp_path / "cache", "block_size": 8}
     process = multiprocessing.get_context("fork").Process(

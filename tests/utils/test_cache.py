@@ -8,7 +8,7 @@ import pytest
 
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.utils import atomic_files as cache
-from tensorfold.utils.atomic_files import atomic_directory, cache_directory, write_file
+from tensorfold.utils.atomic_files import atomic_directory, cache_directory, claimed, write_file
 
 
 def names(directory: Path) -> list[str]:
@@ -32,6 +32,19 @@ def test_cache_directory_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_directory("tokens") == tmp_path / "home" / ".cache" / "tensorfold" / "tokens"
     assert cache_directory("tokens").is_dir()
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkeypatch):
+    def unsupported(*_, **__):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr("filelock.lock_descriptor", unsupported)
+    (tmp_path / ".model.0123abcd.partial").mkdir()  # another process's, perhaps at work: nothing can be told of it
+    write(tmp_path / "model")
+    assert names(tmp_path) == [".model.0123abcd.partial", "model"]
+    with claimed(tmp_path / "work", "wait"):
+        assert (tmp_path / "work").is_dir()
+    assert not (tmp_path / "work").exists()
 
 
 def test_cache_directory_that_cannot_be_made(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import itertools
 import os
 import re
@@ -25,17 +24,18 @@ _DEEPEST = 200
 def cache_directory(kind: str) -> Path:
     """Directory for cached files of one ``kind`` (``"tokens"``, …), created when missing.
 
-    ``$TENSORFOLD_CACHE/kind``, else ``$XDG_CACHE_HOME/tensorfold/kind``, else ``~/.cache/tensorfold/kind``.
+    ``$TENSORFOLD_CACHE/kind``, else ``$XDG_CACHE_HOME/tensorfold/kind``, else ``~/.cache/tensorfold/kind``, on macOS
+    too: the places of the XDG base directory specification.
 
     Raises:
         InputError: The directory cannot be created.
     """
     if root := os.environ.get("TENSORFOLD_CACHE"):
         base = Path(root).expanduser()
-    elif root := os.environ.get("XDG_CACHE_HOME"):
-        base = Path(root).expanduser() / "tensorfold"
     else:
-        base = Path.home() / ".cache" / "tensorfold"
+        from platformdirs.unix import Unix
+
+        base = Unix("tensorfold").user_cache_path.expanduser()
     directory = base / kind
     make_directories(directory, remedy="set TENSORFOLD_CACHE to a directory that can be written")
     return directory
@@ -248,16 +248,19 @@ def _try_lock(path: Path) -> int | None:
     Raises:
         BlockingIOError: Another process holds the lock.
     """
+    from filelock import lock_descriptor
+
     descriptor = None
     try:
         descriptor = os.open(path, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        free = lock_descriptor(descriptor, blocking=False)
+    except OSError:
         if descriptor is not None:
             os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise
         return None
+    if not free:
+        os.close(descriptor)
+        raise BlockingIOError(f"{path} is locked by another process")
     return descriptor
 
 
