@@ -1,10 +1,26 @@
 """One market of structures, and every path through each; module tests of all folders go through it."""
 
+import importlib.util
+from pathlib import Path
+
 from tensorfold.algebra.contraction.costs import Machine, default_machine
 from tensorfold.algebra.contraction.paths import Order
 from tensorfold.algebra.contraction.search import fastest_path
+from tensorfold.algebra.specs.graded import GradedSpec
 from tensorfold.algebra.specs.spec import Spec
+from tensorfold.algebra.specs.token_mps import TokenMPSSpec
 from tensorfold.methods import MPO, Kronecker, LowRank
+
+
+def example(name):
+    """A module of ``examples/``."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+own_structure = example("own_structure")
 
 # name -> spec; names are the methods', shapes cover expanding, contracting, square, prime and degenerate matrices.
 MARKET = {
@@ -29,6 +45,21 @@ MARKET = {
     "small-factor-first": Spec((3, 16), (1, 16), (1,)),
     "turned-factor": Spec((4, 8), (16, 1), (4,)),
     "reordered": Spec.kronecker(24, 20, (6, 4), 2, reordered=("out", "in")),
+}
+
+# Every structure; one of one's own adds a row, and goes through the same tests.
+STRUCTURES = {
+    **MARKET,
+    "pivoted": Spec.low_rank(31, 17, 5, pivoted=True),
+    "pivoted-partial": Spec.low_rank(31, 17, 5, pivoted=True, rows=20, columns=12),
+    "partial": Spec.partial(31, 17, rows=20, columns=12),
+    "grouped": Spec((24, 1), (3, 8), (5,), reordered=("in",), pivoted=True),
+    "grouped-rows": Spec((3, 8), (24, 1), (5,), reordered=("out",), pivoted=True),
+    "graded": GradedSpec(40, 12, ((4, 12), (12, 7), (24, 3))),
+    "graded-inexact": GradedSpec(40, 12, ((16, 7), (24, 3))),
+    "token-mps": TokenMPSSpec(40, 12, (2, 2, 3), 2),
+    "token-mps-padded": TokenMPSSpec(40, 11, (2, 2, 3), 2),
+    "block-diagonal": own_structure.BlockDiagonal(24, 32, 4),
 }
 
 # Machines on which little but one thing matters, so that between them every kind of step is somewhere the best.

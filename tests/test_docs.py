@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from documents import DOCUMENTS, GIVEN, ROOT, blocks, reason_to_parse_only, stand_in, words
+from tensorfold.algebra.specs import structure
 from tensorfold.cli.main import app
 
 # What peft says of every layer that it has not made itself.
@@ -100,6 +101,7 @@ def test_other_commands_name_what_there_is(document, command):
         ("heal.py", "DENSE --keep 0.5 --text TEXT --steps 2 --block 32"),
         ("lora.py", "smaller --text TEXT --steps 3 --block 32"),
         ("own_method.py", "DENSE --keep 0.5"),
+        ("own_structure.py", "DENSE"),
     ],
 )
 def test_examples_run(name, arguments, smaller, dense_directory, text_file, monkeypatch, capsys):
@@ -108,6 +110,9 @@ def test_examples_run(name, arguments, smaller, dense_directory, text_file, monk
     if name == "lora.py":
         pytest.importorskip("peft")
     monkeypatch.setattr(sys, "argv", [name, *stand_in(arguments, dense_directory, text_file).split()])
+    # A structure that is defined again here is not to take the place of the one that other tests use.
+    for kind, own in list(structure.STRUCTURES.items()):
+        monkeypatch.setitem(structure.STRUCTURES, kind, own)
     spec = importlib.util.spec_from_file_location("__main__", path)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     out = capsys.readouterr().out

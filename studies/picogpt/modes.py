@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from tensorfold.algebra.specs.spec import Spec, attainable_ranks
+from tensorfold.algebra.specs.bonds import attainable_ranks
+from tensorfold.algebra.specs.spec import Spec
 from tensorfold.errors import InputError
 
 Sites = Literal["paper", 2, 3]

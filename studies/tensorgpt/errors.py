@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tensorfold.algebra.solvers.token_mps import TokenMPSSpec, rows, token_mps_svd
+from tensorfold.algebra.solvers.token_mps import token_mps_svd
+from tensorfold.algebra.specs.token_mps import TokenMPSSpec, rows
 from tensorfold.hf.sources import find_model
 
 LOG = Path(__file__).with_suffix(".jsonl")

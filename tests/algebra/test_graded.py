@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from tensorfold.algebra.solvers.graded import GradedSpec, _basis, _moment, graded_low_rank
+from tensorfold.algebra.solvers.graded import _basis, _moment, graded_low_rank
 from tensorfold.algebra.solvers.solve import Factors
+from tensorfold.algebra.specs.graded import GradedSpec
 from tensorfold.algebra.specs.spec import Spec
 from tensorfold.errors import SpecError
 from tensorfold.nn import FoldedModule, GradedEmbedding, GradedHead, MPOEmbedding

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tensorfold.algebra.solvers import graded_logits
-from tensorfold.algebra.solvers.graded import GradedSpec, graded_low_rank
+from tensorfold.algebra.solvers.graded import graded_low_rank
 from tensorfold.algebra.solvers.graded_logits import match_probabilities
+from tensorfold.algebra.specs.graded import GradedSpec
 from tensorfold.nn import GradedEmbedding
 
 VOCABULARY, WIDTH = 200, 24

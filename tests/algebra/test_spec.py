@@ -11,8 +11,9 @@ from tensorfold.algebra.contraction.apply import apply, rows, to_dense
 from tensorfold.algebra.contraction.paths import cheapest_order
 from tensorfold.algebra.solvers.solve import fit, relative_error
 from tensorfold.algebra.solvers.ttsvd import tt_svd
+from tensorfold.algebra.specs.bonds import attainable_ranks
 from tensorfold.algebra.specs.modes import balanced_modes, divisors, nearest_divisors
-from tensorfold.algebra.specs.spec import Spec, attainable_ranks
+from tensorfold.algebra.specs.spec import Spec
 from tensorfold.errors import SpecError
 
 modes = st.lists(st.integers(1, 5), min_size=1, max_size=4)

@@ -9,8 +9,10 @@ from transformers import LlamaConfig
 
 import tensorfold
 from tensorfold import Recipe, Rule, SpecError, TokenMPS
-from tensorfold.algebra.solvers.token_mps import TokenMPSSpec, powers_of_two, rows, token_mps_svd
+from tensorfold.algebra.solvers.token_mps import token_mps_svd
+from tensorfold.algebra.specs.modes import powers_of_two
 from tensorfold.algebra.specs.token_modes import modes_of_rank, modes_within
+from tensorfold.algebra.specs.token_mps import TokenMPSSpec, rows
 
 # Rivals of the same width, by hand.
 RIVALS = {

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tensorfold.algebra.solvers.token_mps import TokenMPSSpec, powers_of_two, rows, token_mps_svd
-from tensorfold.algebra.specs.any_spec import spec_from_dict
+from tensorfold.algebra.solvers.token_mps import token_mps_svd
+from tensorfold.algebra.specs.modes import powers_of_two
+from tensorfold.algebra.specs.registry import spec_from_dict
+from tensorfold.algebra.specs.token_mps import TokenMPSSpec, rows
 from tensorfold.errors import SpecError
 from tensorfold.methods import LowRank, TokenMPS
 from tensorfold.nn import FoldedModule, MPOLinear, TokenMPSEmbedding, TokenMPSHead
@@ -221,7 +223,7 @@ def test_the_tied_head_is_the_tables_product(embedding, spec, biased):
         *(name for name, _ in embedding.named_parameters()),
     ]
     assert all(a is b for a, b in zip(head.cores, embedding.cores, strict=True))
-    assert len(head.chunks(head.chunk_bytes)) == -(-VOCABULARY // CHUNK)
+    assert len(head.chunks()) == -(-VOCABULARY // CHUNK)
     h = torch.randn(2, 3, spec.width)
     expected = h @ head.to_dense().T + (bias if biased else 0)
     torch.testing.assert_close(head(h), expected, rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from market import MARKET
 from tensorfold import LowRank, Recipe, Rule, Spec, TokenMPS
 from tensorfold.algebra.contraction.search import fastest_path
 from tensorfold.benchmark import memory, rivals
-from tensorfold.benchmark.layers import _dense, bench_layer, groups, way_of
+from tensorfold.benchmark.layers import _dense, bench_layer, groups
 from tensorfold.benchmark.run import bench
 from tensorfold.benchmark.timing import Spread, Timing, in_turn, interleave
 from tensorfold.benchmark.whole import macs, model_macs, prompt, prompt_length, size
@@ -263,7 +263,7 @@ def test_multiply_adds_of_a_held_matrix_are_the_dense_layers():
     layer = MPOLinear(Spec.from_modes((8, 8), (8, 8), 16))
     assert cache_matrices(layer, 1)
     assert macs(layer, 1) == 64 * 64
-    assert way_of(layer, 1) == "held matrix"
+    assert layer.way_taken(1) == "held matrix"
 
 
 def test_the_prompt_fits_the_context(tiny):

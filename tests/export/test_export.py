@@ -21,7 +21,7 @@ from tensorfold.export.checkpoints import export_dense, export_onnx
 from tensorfold.export.engines import PACKAGES
 from tensorfold.hf.dense import plain_model
 from tensorfold.models.anatomy import count_parameters
-from tensorfold.nn import MPOEmbedding, MPOModule, StackedLinear
+from tensorfold.nn import FoldedModule, MPOEmbedding, StackedLinear
 
 LENGTHS = [(1, 1), (1, 5), (3, 21), (2, 128)]
 
@@ -56,7 +56,7 @@ def make(tiny):
             rules += [Rule(targets, method)] if method else []
         tensorfold.fold(model, Recipe(tuple(rules)))
         for module in model.modules():
-            if isinstance(module, MPOModule) and module.scalars is not None:
+            if isinstance(module, FoldedModule) and module.scalars is not None:
                 module.scalars.data.copy_(torch.linspace(0.5, 2.0, len(module.scalars)))
         return model
 
@@ -85,7 +85,7 @@ def assert_same_logits(model, path):
     plain = AutoModelForCausalLM.from_pretrained(path)
     assert type(plain) is type(model)
     torch.testing.assert_close(logits(plain, ids), expected, rtol=0, atol=1e-4)
-    assert not any(isinstance(module, MPOModule | StackedLinear) for module in plain.modules())
+    assert not any(isinstance(module, FoldedModule | StackedLinear) for module in plain.modules())
     return plain
 
 
@@ -275,7 +275,7 @@ def test_the_graph_holds_the_cores_once_and_no_product(graph):
     model, report, path = graph
     file = onnx.load(path / "model.onnx")
     held = {tuple(tensor.dims) for tensor in file.graph.initializer} - {tuple(p.shape) for p in model.parameters()}
-    products = [module.to_dense() for module in model.modules() if isinstance(module, MPOModule)]
+    products = [module.to_dense() for module in model.modules() if isinstance(module, FoldedModule)]
     assert not held & {tuple(shape) for product in products for shape in (product.shape, product.T.shape)}
     numbers = sum(onnx.numpy_helper.to_array(tensor).size for tensor in file.graph.initializer if tensor.data_type == 1)
     folded = count_parameters(model)

@@ -15,7 +15,7 @@ from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.healing.heal import heal
 from tensorfold.healing.log import loss_plot
 from tensorfold.healing.trainer import HealTrainer, choose_trained
-from tensorfold.nn.linear import MPOModule
+from tensorfold.nn import FoldedModule
 from tensorfold.recipes.settings import HealSettings
 
 FAST = {"steps": 3, "batch": 4, "block": 16, "lr": 1e-3, "validation_fraction": 0.1}
@@ -78,7 +78,9 @@ def with_scalars(tiny):
 @pytest.mark.parametrize("freeze_scalars", [False, True])
 def test_what_is_frozen_does_not_move(with_scalars, tokenizer, text_file, train, freeze_scalars):
     model, before = with_scalars, weights(with_scalars)
-    inside = {f"{n}.{p}" for n, m in model.named_modules() if isinstance(m, MPOModule) for p, _ in m.named_parameters()}
+    inside = {
+        f"{n}.{p}" for n, m in model.named_modules() if isinstance(m, FoldedModule) for p, _ in m.named_parameters()
+    }
     heal(
         model, text_file, tokenizer=tokenizer, **{**FAST, "steps": 2}, train=train, freeze_scalars=freeze_scalars,
         schedule="constant",

@@ -15,7 +15,7 @@ from tensorfold.healing import blockwise
 from tensorfold.healing.blockwise import heal_blocks, relative_loss
 from tensorfold.models.anatomy import blocks
 from tensorfold.models.modes import evaluation_mode
-from tensorfold.nn.linear import MPOModule
+from tensorfold.nn import FoldedModule
 from tensorfold.recipes.settings import HealSettings
 from tensorfold.utils import activation_store as activations
 from tensorfold.utils.activation_store import ActivationStore
@@ -113,7 +113,7 @@ def test_only_cores_move(folded, healed):
     cores = {
         f"{name}.{key}"
         for name, module in folded.named_modules()
-        if isinstance(module, MPOModule)
+        if isinstance(module, FoldedModule)
         for key, _ in module.named_parameters()
     }
     moved = {name for name, value in healed[0].named_parameters() if not torch.equal(value, start[name])}
@@ -279,7 +279,7 @@ def test_memory_does_not_grow_with_the_text(folded, dense, windows):
         return sizes
 
     few, many = held(windows[:8]), held(windows)
-    cores = sum(p.numel() * 4 for m in folded.model.layers[0].modules() if isinstance(m, MPOModule) for p in m.cores)
+    cores = sum(p.numel() * 4 for m in folded.model.layers[0].modules() if isinstance(m, FoldedModule) for p in m.cores)
     activation = 32 * 32 * 4
     for index in range(BLOCKS):
         # All that may differ is the order of the windows.

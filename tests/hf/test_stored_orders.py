@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tensorfold
 from tensorfold.algebra.orders.stored_orders import order_bytes, order_dtype
-from tensorfold.algebra.solvers.graded import GradedSpec
+from tensorfold.algebra.specs.graded import GradedSpec
 from tensorfold.algebra.specs.spec import Spec
 from tensorfold.hf.loading import save
 from tensorfold.nn import GradedEmbedding, MPOEmbedding, MPOLinear

@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorfold.algebra.specs.any_spec import AnySpec
+from tensorfold.algebra.specs.structure import Structure
 from tensorfold.benchmark.memory import peak_of_call
 from tensorfold.benchmark.rivals import Rival, competitor
 from tensorfold.benchmark.timing import Clock, Timing, interleave, waiting_for
-from tensorfold.benchmark.whole import holds, macs, size
+from tensorfold.benchmark.whole import macs, size
 from tensorfold.models.anatomy import dense_weight, is_plain_linear
-from tensorfold.nn import FoldedModule, GradedEmbedding, MPOEmbedding, MPOLinear, TokenMPSEmbedding
-
-_TABLES = (MPOEmbedding, TokenMPSEmbedding, GradedEmbedding)
+from tensorfold.nn import FoldedModule, FoldedTable, StructuredLinear
 
 # Outputs of a forward that is still timed: 1 GB in float32, of which several are held.
 _MOST_OUTPUTS = 2**28
@@ -61,7 +59,7 @@ class Layer:
 
     names: list[str]
     kind: str
-    spec: AnySpec
+    spec: Structure
     bias: bool
     dense: str
     bytes: dict[str, int]
@@ -115,9 +113,9 @@ def _beside(name: str, module: FoldedModule, against: nn.Module) -> nn.Module | 
         other = against.get_submodule(name)
     except AttributeError:
         return None
-    table = isinstance(module, _TABLES)
+    table = isinstance(module, FoldedTable)
     if isinstance(other, FoldedModule):
-        return other if _shape(other) == _shape(module) and isinstance(other, _TABLES) == table else None
+        return other if _shape(other) == _shape(module) and isinstance(other, FoldedTable) == table else None
     if not (isinstance(other, nn.Embedding) if table else is_plain_linear(other)):
         return None
     return other if tuple(dense_weight(other).shape) == _shape(module) else None
@@ -129,7 +127,7 @@ def _shape(module: FoldedModule) -> tuple[int, int]:
     return (spec.out_features, spec.in_features)
 
 
-def _spec(module: FoldedModule) -> AnySpec:
+def _spec(module: FoldedModule) -> Structure:
     spec: Any = module.spec
     return spec  # type: ignore[no-any-return]
 
@@ -138,7 +136,7 @@ def _spec(module: FoldedModule) -> AnySpec:
 def _dense(module: FoldedModule) -> nn.Module:
     """The plain layer of its shape, holding its matrix."""
     rows, columns = _shape(module)
-    if isinstance(module, _TABLES):
+    if isinstance(module, FoldedTable):
         table = nn.Embedding(rows, columns, device="meta")
         table.weight = nn.Parameter(module.to_dense() * module.scale)
         return table
@@ -154,7 +152,7 @@ def _inputs(module: FoldedModule, tokens: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     rows, columns = _shape(module)
     core = module.cores[0]
-    if isinstance(module, _TABLES):
+    if isinstance(module, FoldedTable):
         return torch.randint(rows, (tokens,), generator=generator).to(core.device)
     return torch.randn(tokens, columns, generator=generator).to(core.device, core.dtype)
 
@@ -179,11 +177,13 @@ def bench_layer(
     calls: dict[str, Callable[[Tensor], Any]] = {"model": module, "dense": dense}
     notes: list[str] = []
     built = None
-    if isinstance(module, MPOLinear):
+    if module.ways:
         built = copy.copy(module)  # over the same parameters
         built.way = "materialise"
         calls["materialised"] = built
         for rival in rivals:
+            if not (isinstance(module, StructuredLinear) and module.spec.is_chain):
+                continue
             found = competitor(rival, module, _inputs(module, 3))
             if isinstance(found, str):
                 notes.append(f"{rival.name} {found}: left out for {name} ({module.spec})")
@@ -191,12 +191,12 @@ def bench_layer(
                 calls[rival.name] = found
     points = []
     for count in tokens:
-        if count * _shape(module)[0] > _MOST_OUTPUTS and not isinstance(module, _TABLES):
+        if count * _shape(module)[0] > _MOST_OUTPUTS and not isinstance(module, FoldedTable):
             notes.append(f"{name} at {count} tokens has {count * _shape(module)[0]:,} outputs: left out")
         else:
             points.append(_point(module, dense, built, calls, count, rounds, clock, memory))
         advance()
-    label = "nn.Embedding" if isinstance(module, _TABLES) else "nn.Linear"
+    label = "nn.Embedding" if isinstance(module, FoldedTable) else "nn.Linear"
     if group.beside is not None:
         label = f"{type(group.beside).__name__} of the dense model"
     bytes_ = {"model": size(module), "dense": size(dense)}
@@ -207,7 +207,7 @@ def bench_layer(
 def _point(
     module: FoldedModule,
     dense: nn.Module,
-    built: MPOLinear | None,
+    built: FoldedModule | None,
     calls: dict[str, Callable[[Tensor], Any]],
     tokens: int,
     rounds: int,
@@ -223,7 +223,7 @@ def _point(
         counted["materialised"] = macs(built, tokens)
     peaks = {name: peak_of_call(call, device) for name, call in bound.items()} if memory else {}
     return Point(
-        way_of(module, tokens),
+        module.way_taken(tokens),
         Timing(tokens, samples, counted),
         {name: peak for name, peak in peaks.items() if peak is not None} or None,
     )
@@ -231,10 +231,3 @@ def _point(
 
 def _bind(call: Callable[[Tensor], Any], x: Tensor) -> Callable[[], Any]:
     return lambda: call(x)
-
-
-def way_of(module: FoldedModule, tokens: int) -> str:
-    """How the layer applies itself to so many tokens."""
-    if not isinstance(module, MPOLinear):
-        return "own"
-    return "held matrix" if holds(module, tokens) else str(module.chosen(tokens))

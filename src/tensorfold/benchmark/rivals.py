@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorfold.nn import MPOLinear
+from tensorfold.nn import StructuredLinear
 
 Call = Callable[[Tensor], Tensor]
 
@@ -31,7 +31,7 @@ class Rival:
 
     name: str
     module: str
-    build: Callable[[MPOLinear], Call | str]
+    build: Callable[[StructuredLinear], Call | str]
 
     @property
     def missing(self) -> bool:
@@ -45,7 +45,7 @@ class Rival:
             return "of unknown version"
 
 
-def _tensorly_torch(layer: MPOLinear) -> Call | str:
+def _tensorly_torch(layer: StructuredLinear) -> Call | str:
     """Its ``FactorizedLinear`` over a ``BlockTT``, contracted without building the matrix."""
     spec = layer.spec
     if spec.is_padded:
@@ -61,7 +61,7 @@ def _tensorly_torch(layer: MPOLinear) -> Call | str:
     return rival  # type: ignore[no-any-return]
 
 
-def _pyfastkron(layer: MPOLinear) -> Call | str:
+def _pyfastkron(layer: StructuredLinear) -> Call | str:
     """``x (F1 ⊗ F2 ⊗ …)`` with ``Fk`` the transposed factors, laid out beforehand as its kernels want them."""
     spec = layer.spec
     if set(spec.ranks) != {1}:
@@ -112,7 +112,7 @@ def installed() -> tuple[list[Rival], list[str]]:
 
 
 @torch.no_grad()
-def competitor(rival: Rival, layer: MPOLinear, x: Tensor) -> Call | str:
+def competitor(rival: Rival, layer: StructuredLinear, x: Tensor) -> Call | str:
     """The rival's function of the layer's inputs, once it has given the layer's outputs for ``x``; else why not."""
     if layer.spec.reordered:
         return "has no index orders"

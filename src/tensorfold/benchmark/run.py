@@ -23,7 +23,7 @@ from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.hf.dense import plain_model
 from tensorfold.hf.sources import Source, find_model
 from tensorfold.models.anatomy import count_parameters
-from tensorfold.nn import MPOLinear
+from tensorfold.nn import FoldedModule
 from tensorfold.recipes.settings import BENCH_NEEDS, BenchSettings
 from tensorfold.utils.effects import changed, check_effects
 from tensorfold.utils.terminal import progress_bar
@@ -94,7 +94,7 @@ def _bench(
         models["dense"] = against
     elif is_folded(model):
         models["dense"] = plain_model(model)
-    if any(isinstance(module, MPOLinear) for module in model.modules()):
+    if any(isinstance(module, FoldedModule) and module.ways for module in model.modules()):
         models["materialised"] = model
         ways["materialised"] = "materialise"
     prefill = prompt_length(list(models.values()), settings.prefill, settings.decode)

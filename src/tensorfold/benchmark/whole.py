@@ -14,30 +14,22 @@ from tensorfold.benchmark.timing import Clock, Timing, in_turn, waiting_for
 from tensorfold.data.tokens import table_rows
 from tensorfold.errors import InputError
 from tensorfold.models.anatomy import context_length, is_plain_linear
-from tensorfold.nn import (
-    FoldedModule,
-    GradedEmbedding,
-    GradedHead,
-    MPOEmbedding,
-    MPOLinear,
-    TokenMPSEmbedding,
-    TokenMPSHead,
-)
+from tensorfold.nn import FoldedModule
 
 PREFILL = 512
 
 
 def set_ways(model: nn.Module, way: str | None) -> None:
-    """Set ``way`` of every ``MPOLinear`` in the model."""
+    """Set ``way`` of every folded layer that can choose."""
     for module in model.modules():
-        if isinstance(module, MPOLinear):
+        if isinstance(module, FoldedModule) and module.ways:
             module.way = way
 
 
 @contextmanager
 def ways_kept(model: nn.Module, way: str | None) -> Iterator[None]:
-    """Inside, every ``MPOLinear`` has this way, or its own where None; afterwards its own again."""
-    before = {module: module.way for module in model.modules() if isinstance(module, MPOLinear)}
+    """Inside, every folded layer that can choose has this way, or its own where None; afterwards its own again."""
+    before = {m: m.way for m in model.modules() if isinstance(m, FoldedModule) and m.ways}
     if way is not None:
         set_ways(model, way)
     try:
@@ -47,40 +39,16 @@ def ways_kept(model: nn.Module, way: str | None) -> Iterator[None]:
             module.way = own
 
 
-def holds(layer: MPOLinear, tokens: int) -> bool:
-    """Whether the layer applies a matrix that it keeps between forwards, see :func:`tensorfold.nn.cache_matrices`."""
-    path = layer.chosen(tokens)
-    return layer.holds_matrix and layer.way is None and path.dense < path.seconds
-
-
 def macs(module: nn.Module, tokens: int) -> float:
     """Multiply–adds a token of one layer applied to ``tokens`` of them; what is built once a forward is shared.
 
     A layer that is neither folded nor a plain linear layer has none.
     """
-    match module:
-        case MPOLinear():
-            if holds(module, tokens):
-                return module.spec.dense_parameters
-            path = module.chosen(tokens)
-            return path.macs + path.build / tokens
-        case TokenMPSHead():
-            return module.spec.vocabulary * (module.spec.row_macs / tokens + module.spec.width)
-        case GradedHead():
-            return module.spec.macs
-        case MPOEmbedding():
-            total, read = 0, module.spec.in_modes[0]
-            for left, _, columns, right in module.spec.core_shapes[1:]:
-                total += read * left * columns * right
-                read *= columns
-            return total
-        case TokenMPSEmbedding():
-            return module.spec.row_macs
-        case GradedEmbedding():
-            return module.spec.basis * module.spec.width
-        case _ if is_plain_linear(module):
-            assert isinstance(module.weight, Tensor)
-            return module.weight.numel()
+    if isinstance(module, FoldedModule):
+        return module.macs(tokens)
+    if is_plain_linear(module):
+        assert isinstance(module.weight, Tensor)
+        return module.weight.numel()
     return 0
 
 

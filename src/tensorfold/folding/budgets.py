@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from tensorfold.algebra.allocation import Curve, allocate, least, pivoted_costs
 from tensorfold.algebra.orders.stored_orders import order_bytes
 from tensorfold.algebra.solvers.smaller_heads import HeadBasis, PairCurves, joint_curve
-from tensorfold.algebra.specs.any_spec import AnySpec
 from tensorfold.algebra.specs.spec import Spec
+from tensorfold.algebra.specs.structure import Structure
 from tensorfold.errors import InputError, SpecError
 from tensorfold.folding.plan import Budget, Plan
 from tensorfold.folding.value_heads import ValueHeads
@@ -168,7 +168,7 @@ def _of_size(pair: ValueHeads, shrunken: PairCurves, *floors: float) -> tuple[Cu
     return found[0], found[1]
 
 
-def _curve(budget: Budget, spec: AnySpec, size: int, losses: Tensor | None = None) -> Curve:
+def _curve(budget: Budget, spec: Structure, size: int, losses: Tensor | None = None) -> Curve:
     """Losses and costs of one layer from rank 1 on, in parameters of ``size`` bytes; without losses, costs alone.
 
     Args:

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensorfold.algebra.orders.permutation import search_row_order
-from tensorfold.algebra.specs.any_spec import AnySpec
-from tensorfold.algebra.specs.spec import Spec
+from tensorfold.algebra.specs.structure import Structure
 from tensorfold.algebra.statistics import Statistics
 from tensorfold.data.seen_text import CALIBRATION, Seen, note
 from tensorfold.errors import InputError
@@ -98,7 +97,7 @@ class FoldReport:
         return self.plan.bytes_after
 
     @property
-    def modules(self) -> dict[str, AnySpec]:
+    def modules(self) -> dict[str, Structure]:
         return self.plan.modules
 
     def to_dict(self) -> dict[str, Any]:
@@ -311,7 +310,6 @@ def _align_hidden_units(
         views = []
         for matrix in members(units):
             weight, spec = dense_weight(matrix.module).detach(), planned.modules[matrix.name]
-            assert isinstance(spec, Spec)  # of an MLP's linear layer
             inputs = known.get(matrix.name, NOTHING).inputs
             if inputs is not None:
                 weight = weight * inputs.diagonal().sqrt()  # the metric's scale of every input
@@ -333,7 +331,7 @@ def _align_hidden_units(
     return aligned
 
 
-def _replace(model: PreTrainedModel, matrix: Matrix, spec: AnySpec, state: dict[str, Tensor]) -> None:
+def _replace(model: PreTrainedModel, matrix: Matrix, spec: Structure, state: dict[str, Tensor]) -> None:
     folded = empty_module(matrix, spec)
     folded.load_state_dict(state, assign=True)
     folded.requires_grad_(matrix.parameter.requires_grad)

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tensorfold.algebra.specs.any_spec import AnySpec, check_size
+from tensorfold.algebra.specs.registry import check_size
+from tensorfold.algebra.specs.structure import Structure
 from tensorfold.errors import InputError, SpecError
 from tensorfold.folding.tables import module_table
 from tensorfold.hf.ties import check_sayable, disagreement
@@ -54,7 +55,7 @@ class Plan:
 
     parameters_before: int
     parameters_after: int
-    modules: dict[str, AnySpec]
+    modules: dict[str, Structure]
     methods: dict[str, Method] = field(repr=False)
     targeted_before: int = 0
     split: dict[str, list[int]] = field(default_factory=dict)
@@ -102,8 +103,8 @@ class Plan:
         return module_table(self.modules, *sizes, self.kept, errors, error_name, self.warnings)
 
 
-def _shape(spec: AnySpec) -> dict[str, Any]:
-    shape = {"out_modes": list(spec.out_modes), "in_modes": list(spec.in_modes), "ranks": list(spec.ranks)}
+def _shape(spec: Structure) -> dict[str, Any]:
+    shape: dict[str, Any] = dict(spec.modes_and_ranks())
     return {**shape, **spec.to_dict(), "parameters": spec.parameters}
 
 
@@ -234,7 +235,7 @@ def _untying(untied: Matrix | None, added: int, growth: int) -> Iterator[str]:
         yield f"untying {untied.tied_head} from {untied.name} added {added:,} parameters, {end}"
 
 
-def _warnings(specs: Mapping[str, AnySpec]) -> Iterator[str]:
+def _warnings(specs: Mapping[str, Structure]) -> Iterator[str]:
     """Shapes that cannot reach full rank whatever their values, each named once."""
     for spec in dict.fromkeys(specs.values()):
         full = min(spec.out_features, spec.in_features)
@@ -243,7 +244,7 @@ def _warnings(specs: Mapping[str, AnySpec]) -> Iterator[str]:
             yield f"{name}: {spec} reaches rank {spec.attainable_matrix_rank} of {full} at most"
 
 
-def _spec(matrix: Matrix, method: Method) -> AnySpec:
+def _spec(matrix: Matrix, method: Method) -> Structure:
     if method.tables_only and matrix.kind != "embedding":
         raise SpecError(
             f"{matrix.name}: {method.name} folds embedding tables, and this is a linear layer; use it with "

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from tensorfold.algebra.solvers.solve import Factors, relative_error
-from tensorfold.algebra.solvers.token_mps import TokenMPSSpec
-from tensorfold.algebra.specs.any_spec import AnySpec
+from tensorfold.algebra.specs.structure import Structure
 from tensorfold.algebra.statistics import Metrics, Statistics
 from tensorfold.errors import SpecError
 from tensorfold.folding.plan import Plan
 from tensorfold.hf.modules import empty_module, solved_module
 from tensorfold.methods.base import NOTHING
 from tensorfold.models.anatomy import Matrix, dense_weight
-from tensorfold.nn import MPOLinear
+from tensorfold.nn import StructuredLinear
 from tensorfold.utils.distributed import Ranks
 
 # Key of the relative error, a fp64 scalar that travels from rank to rank beside the state of a solved module.
@@ -42,18 +39,17 @@ def solve_matrix(matrix: Matrix, planned: Plan, known: Statistics) -> dict[str, 
 def solve_rows(ranks: Ranks, matrix: Matrix, planned: Plan) -> dict[str, Tensor]:
     """The same of a table whose rows are fitted by themselves, as many by every rank."""
     spec, method = planned.modules[matrix.name], planned.methods[matrix.name]
-    assert isinstance(spec, TokenMPSSpec)
     weight = dense_weight(matrix.module).detach()
-    share = -(-spec.vocabulary // ranks.count)
-    parts = [range(first, min(first + share, spec.vocabulary)) for first in range(0, spec.vocabulary, share)]
+    share = -(-spec.out_features // ranks.count)
+    parts = [range(first, min(first + share, spec.out_features)) for first in range(0, spec.out_features, share)]
 
     def solve(part: range) -> dict[str, Tensor]:
-        cores = method.solve(weight[part.start : part.stop], replace(spec, vocabulary=len(part))).cores
+        cores = method.solve(weight[part.start : part.stop], spec.of_rows(len(part))).cores
         return {str(k): core for k, core in enumerate(cores)}
 
     def unsolved(part: range) -> dict[str, Tensor]:
         dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-        shapes = replace(spec, vocabulary=len(part)).core_shapes
+        shapes = spec.of_rows(len(part)).core_shapes
         return {str(k): weight.new_empty(shape, dtype=dtype) for k, shape in enumerate(shapes)}
 
     solved = dict(ranks.share(parts, len, solve, unsolved))
@@ -64,7 +60,7 @@ def solve_rows(ranks: Ranks, matrix: Matrix, planned: Plan) -> dict[str, Tensor]
 def _state(matrix: Matrix, planned: Plan, factors: Factors, weight: Tensor, known: Statistics) -> dict[str, Tensor]:
     spec, method = planned.modules[matrix.name], planned.methods[matrix.name]
     folded = solved_module(matrix, spec, factors)
-    if known.means is not None and isinstance(folded, MPOLinear) and folded.bias is not None:
+    if known.means is not None and isinstance(folded, StructuredLinear) and folded.bias is not None:
         given, wanted = known.means
         folded.bias.data += (wanted - folded.to_dense(torch.float64) @ given.double()).to(folded.bias.dtype)
     metrics = known.metrics() if matrix.kind == "linear" or method.fits_text else Metrics()
@@ -72,7 +68,7 @@ def _state(matrix: Matrix, planned: Plan, factors: Factors, weight: Tensor, know
     return {**folded.state_dict(), ERROR: torch.tensor(reached, dtype=torch.float64)}
 
 
-def unsolved_state(matrix: Matrix, spec: AnySpec, device: torch.device) -> dict[str, Tensor]:
+def unsolved_state(matrix: Matrix, spec: Structure, device: torch.device) -> dict[str, Tensor]:
     """Uninitialised memory for what :func:`solve_matrix` returns."""
     state = empty_module(matrix, spec).to_empty(device=device).state_dict()
     return {**state, ERROR: torch.empty((), dtype=torch.float64)}

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from tensorfold.algebra.specs.any_spec import AnySpec
+from tensorfold.algebra.specs.structure import Structure
 from tensorfold.utils.terminal import render
 
 
 def module_table(
-    modules: Mapping[str, AnySpec],
+    modules: Mapping[str, Structure],
     parameters: tuple[int, int],
     stored: tuple[int, int],
     kept: float,
@@ -27,7 +27,7 @@ def module_table(
         stored: Bytes of the whole model where it is stored, before and after.
         kept: Fraction of the targeted matrices' parameters that stays.
     """
-    rows: dict[tuple[str, AnySpec], list[str]] = {}
+    rows: dict[tuple[str, Structure], list[str]] = {}
     for name, spec in modules.items():
         rows.setdefault((re.sub(r"\.\d+\.", ".*.", name), spec), []).append(name)
     table = Table(box=None, pad_edge=False)

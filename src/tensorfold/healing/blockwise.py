@@ -25,7 +25,7 @@ from tensorfold.calibration.block_stream import BlockStream
 from tensorfold.errors import InputError
 from tensorfold.models.anatomy import blocks
 from tensorfold.models.modes import evaluation_mode
-from tensorfold.nn.linear import MPOModule
+from tensorfold.nn import FoldedModule
 from tensorfold.recipes.settings import HealSettings
 from tensorfold.utils.activation_store import ActivationStore
 from tensorfold.utils.block_checkpoints import BlockCheckpoints
@@ -319,7 +319,7 @@ def _trained(
     trained: dict[int, dict[str, nn.Parameter]] = {}
     for index, block in enumerate(ours):
         for inner, module in block.named_modules():
-            if not isinstance(module, MPOModule):
+            if not isinstance(module, FoldedModule):
                 continue
             for key, parameter in module.named_parameters():
                 if key.startswith("cores.") or (key == "scalars" and not settings.freeze_scalars):

@@ -24,7 +24,7 @@ from tensorfold.data.token_cache import TokenBlocks
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.healing.checkpoints import STATE, rotate, sealed
 from tensorfold.healing.losses import HealLoss, cross_entropy
-from tensorfold.nn import FoldedModule, GradedEmbedding, MPOEmbedding, TokenMPSEmbedding
+from tensorfold.nn import FoldedModule, FoldedTable
 from tensorfold.recipes.settings import HealSettings
 
 _FEWEST_VALIDATED = 64
@@ -41,7 +41,7 @@ def choose_trained(model: PreTrainedModel, settings: HealSettings) -> list[nn.Pa
     """
     folded = [module for module in model.modules() if isinstance(module, FoldedModule)]
     cores = {id(parameter) for module in folded for parameter in module.parameters()}
-    kinds = nn.Embedding | MPOEmbedding | TokenMPSEmbedding | GradedEmbedding
+    kinds = nn.Embedding | FoldedTable
     tables = [model.get_input_embeddings(), *(each for each in model.modules() if isinstance(each, kinds))]
     embeddings = {id(parameter) for table in tables for parameter in table.parameters()}
     scalars = {id(module.scalars) for module in folded if module.scalars is not None}

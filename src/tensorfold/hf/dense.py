@@ -14,7 +14,7 @@ from tensorfold.hf.quantizer import TensorfoldQuantizer
 from tensorfold.hf.ties import settled_config
 from tensorfold.models.anatomy import check_no_adapter, dense_weight
 from tensorfold.models.linear_maps import check_weights, orientation
-from tensorfold.nn import FoldedModule, GradedEmbedding, MPOEmbedding, StackedLinear, TokenMPSEmbedding
+from tensorfold.nn import FoldedModule, FoldedTable, StackedLinear
 
 
 def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -148,6 +148,6 @@ def _fill_buffers(plain: PreTrainedModel, model: PreTrainedModel) -> None:
         if value is None:
             # Only a replaced embedding can have taken a buffer with it, and all it had was its scale.
             embedding = model.get_submodule(owner)
-            assert isinstance(embedding, MPOEmbedding | TokenMPSEmbedding | GradedEmbedding)
+            assert isinstance(embedding, FoldedTable)
             value = torch.full(buffer.shape, embedding.scale, dtype=buffer.dtype, device=model.device)
         setattr(plain.get_submodule(owner), attribute, value)

@@ -13,7 +13,7 @@ from peft.tuners.lora.config import LoraConfig
 from torch import nn
 
 from tensorfold.errors import InputError
-from tensorfold.nn import FoldedModule, MPOLinear, StackedLinear
+from tensorfold.nn import FoldedModule, StackedLinear, StructuredLinear
 from tensorfold.nn.int8 import Int8Embedding, Int8Folded, Int8Linear
 
 # The starts of LoRA's factors that do not look at the dense weight.
@@ -44,7 +44,7 @@ def _adapters() -> dict[type[nn.Module], Any]:
             )
 
     refused = (FoldedModule, StackedLinear, Int8Linear, Int8Embedding, Int8Folded)
-    return {MPOLinear: FoldedLora, **dict.fromkeys(refused, _refuse)}
+    return {StructuredLinear: FoldedLora, **dict.fromkeys(refused, _refuse)}
 
 
 def _check(config: LoraConfig) -> None:

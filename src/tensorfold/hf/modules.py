@@ -9,43 +9,37 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tensorfold.algebra.solvers.graded import GradedSpec
 from tensorfold.algebra.solvers.solve import Factors
-from tensorfold.algebra.solvers.token_mps import TokenMPSSpec
-from tensorfold.algebra.specs.any_spec import AnySpec, check_size
-from tensorfold.algebra.specs.spec import Spec
+from tensorfold.algebra.specs.registry import check_size
+from tensorfold.algebra.specs.structure import Structure
 from tensorfold.errors import InputError
 from tensorfold.models.anatomy import Matrix, embedding_scale, matrices
 from tensorfold.models.surgery import mark_initialised, split_linear
-from tensorfold.nn import GradedEmbedding, MPOEmbedding, MPOLinear, TokenMPSEmbedding
+from tensorfold.nn import StructuredLinear, StructuredTable, linear_class, table_class
 
-Folded = MPOLinear | MPOEmbedding | TokenMPSEmbedding | GradedEmbedding
+Folded = StructuredLinear | StructuredTable
 
 
-def empty_module(matrix: Matrix, spec: AnySpec) -> Folded:
-    """A folded module of this spec on the meta device, with the bias or scale of the one it replaces.
+def empty_module(matrix: Matrix, spec: Structure) -> Folded:
+    """A folded module of this structure on the meta device, with the bias or scale of the one it replaces.
 
     Raises:
-        InputError: The spec is not one of a matrix of this kind.
+        InputError: The structure is not one of a matrix of this kind.
     """
     dtype = matrix.parameter.dtype
     if matrix.kind == "embedding":
-        if isinstance(spec, TokenMPSSpec):
-            return TokenMPSEmbedding(spec, scale_of(matrix), device="meta", dtype=dtype)
-        if isinstance(spec, GradedSpec):
-            return GradedEmbedding(spec, scale_of(matrix), device="meta", dtype=dtype)
-        return MPOEmbedding(spec, scale_of(matrix), device="meta", dtype=dtype)
-    if not isinstance(spec, Spec):
+        return table_class(spec)(spec, scale_of(matrix), device="meta", dtype=dtype)
+    if spec.tables_only:
         raise InputError(f"{matrix.name}: {spec} is a table's, and this is a linear layer; needed an MPO's spec.")
-    return MPOLinear(spec, matrix.bias is not None, device="meta", dtype=dtype)
+    return linear_class(spec)(spec, matrix.bias is not None, device="meta", dtype=dtype)
 
 
 @torch.no_grad()
-def solved_module(matrix: Matrix, spec: AnySpec, factors: Factors) -> Folded:
+def solved_module(matrix: Matrix, spec: Structure, factors: Factors) -> Folded:
     """The module that a method's solution makes of the matrix, in its dtype, on its device, with its bias or scale."""
     module = empty_module(matrix, spec).to_empty(device=matrix.parameter.device)
     module.load_factors(factors)
-    if isinstance(module, MPOLinear) and module.bias is not None and matrix.bias is not None:
+    if matrix.bias is not None and isinstance(module, StructuredLinear) and module.bias is not None:
         module.bias.copy_(matrix.bias)
     return module
 
@@ -69,7 +63,7 @@ def swap(model: PreTrainedModel, matrix: Matrix, module: Folded) -> None:
     set_module(model, matrix.name, module)
     if matrix.tied_head is None:
         return
-    assert isinstance(module, MPOEmbedding | TokenMPSEmbedding | GradedEmbedding)
+    assert isinstance(module, StructuredTable)  # only tables have tied heads
     old = model.get_submodule(matrix.tied_head)
     set_module(model, matrix.tied_head, module.head(getattr(old, "bias", None)))
     tied = {f"{matrix.tied_head}.{name}": f"{matrix.name}.{name}" for name, _ in module.named_parameters()}
@@ -83,7 +77,7 @@ def swap(model: PreTrainedModel, matrix: Matrix, module: Folded) -> None:
 
 
 def install(
-    model: PreTrainedModel, specs: Mapping[str, AnySpec], tied: Mapping[str, str], split: Mapping[str, list[int]]
+    model: PreTrainedModel, specs: Mapping[str, Structure], tied: Mapping[str, str], split: Mapping[str, list[int]]
 ) -> None:
     """Replace modules by empty folded ones, as a saved configuration describes them.
 

@@ -15,7 +15,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tensorfold.algebra.specs.any_spec import AnySpec, spec_from_dict
+from tensorfold.algebra.specs.registry import spec_from_dict
+from tensorfold.algebra.specs.structure import Structure
 from tensorfold.errors import InputError
 from tensorfold.nn.base import ORDERS, StoresOrders
 
@@ -63,7 +64,7 @@ class TensorfoldConfig(QuantizationConfigMixin):
         self.tied = {str(name): str(head) for name, head in (tied or {}).items()}
 
     @property
-    def specs(self) -> dict[str, AnySpec]:
+    def specs(self) -> dict[str, Structure]:
         return {name: spec_from_dict(data) for name, data in self.modules.items()}
 
 
@@ -136,7 +137,7 @@ class TensorfoldQuantizer(HfQuantizer):
 
 
 def mark_folded(
-    model: PreTrainedModel, specs: Mapping[str, AnySpec], tied: Mapping[str, str], split: Mapping[str, list[int]]
+    model: PreTrainedModel, specs: Mapping[str, Structure], tied: Mapping[str, str], split: Mapping[str, list[int]]
 ) -> None:
     """Give a model that was folded in memory the configuration that ``from_pretrained`` would have given it."""
     mark(model, TensorfoldConfig({name: spec.to_dict() for name, spec in specs.items()}, tied, split))

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from tensorfold.errors import InputError
 from tensorfold.models.anatomy import is_plain_linear
-from tensorfold.nn import TokenMPSEmbedding, TokenMPSHead
+from tensorfold.nn import FoldedModule, StructuredTable
 from tensorfold.utils.validation import check_types
 
 
@@ -31,7 +31,7 @@ def append_tokens(model: PreTrainedModel, vectors: Tensor, head_vectors: Tensor 
     check_types("append_tokens", model=(model, PreTrainedModel), vectors=(vectors, Tensor))
     check_types("append_tokens", head_vectors=(head_vectors, Tensor | None))
     table, head = _growing(model), model.get_output_embeddings()
-    tied = isinstance(head, TokenMPSHead)
+    tied = isinstance(head, FoldedModule) and head.cores is table.cores
     if not (tied or head is None or (isinstance(head, nn.Linear) and is_plain_linear(head))):
         raise InputError(
             f"append_tokens: the output head is a {type(head).__name__} that is not tied to the embedding, and its "
@@ -47,15 +47,15 @@ def append_tokens(model: PreTrainedModel, vectors: Tensor, head_vectors: Tensor 
         new = head.weight.mean(0).expand(len(vectors), -1) if head_vectors is None else head_vectors
         head.weight = _grown(head.weight, new)
         head.out_features = head.weight.shape[0]
-    if isinstance(head, nn.Linear | TokenMPSHead) and head.bias is not None:
+    if (tied or isinstance(head, nn.Linear)) and head.bias is not None:
         head.bias = _grown(head.bias, head.bias.mean().expand(len(vectors)))
     _describe(model, table)
 
 
-def _growing(model: PreTrainedModel) -> TokenMPSEmbedding:
+def _growing(model: PreTrainedModel) -> StructuredTable:
     """The input embedding, if tokens can be added to it."""
     table = model.get_input_embeddings()
-    if not isinstance(table, TokenMPSEmbedding):
+    if not (isinstance(table, StructuredTable) and table.grows):
         dense = isinstance(table, nn.Embedding)
         which = f"output head is a {type(model.get_output_embeddings()).__name__}" if dense else (
             f"input embedding is a {type(table).__name__}"
@@ -71,7 +71,7 @@ def _grown(parameter: Tensor, new: Tensor) -> nn.Parameter:
     return nn.Parameter(torch.cat([parameter, new.to(parameter)]), parameter.requires_grad)
 
 
-def _describe(model: PreTrainedModel, table: TokenMPSEmbedding) -> None:
+def _describe(model: PreTrainedModel, table: StructuredTable) -> None:
     """Let the configuration say how large the table is."""
     model.config.get_text_config().vocab_size = table.num_embeddings
     model.vocab_size = table.num_embeddings  # type: ignore[assignment]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tensorfold.algebra.orders.token_order import TokenOrder
 from tensorfold.algebra.solvers.solve import Factors, factorize
-from tensorfold.algebra.specs.any_spec import AnySpec
+from tensorfold.algebra.specs.structure import Structure
 from tensorfold.algebra.statistics import Statistics
 from tensorfold.errors import InputError, SpecError
 from tensorfold.utils.effects import Need, Needs, changed, check_effects
@@ -57,7 +57,7 @@ class Method(ABC):
             METHODS[cls.name] = cls
 
     @abstractmethod
-    def spec(self, out_features: int, in_features: int) -> AnySpec:
+    def spec(self, out_features: int, in_features: int) -> Structure:
         """The spec for a matrix of this shape; never above ``keep``, and less than one bond step below it.
 
         Raises:

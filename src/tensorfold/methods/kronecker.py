@@ -14,8 +14,9 @@ from tensorfold.algebra.orders.token_order import TokenOrder, token_order
 from tensorfold.algebra.solvers.solve import Factors, fit, norm_ratio
 from tensorfold.algebra.solvers.starts import check_prunable, pruned, random_cores
 from tensorfold.algebra.solvers.ttsvd import tt_svd
+from tensorfold.algebra.specs.bonds import attainable_ranks
 from tensorfold.algebra.specs.modes import divisors
-from tensorfold.algebra.specs.spec import Spec, attainable_ranks
+from tensorfold.algebra.specs.spec import Spec
 from tensorfold.algebra.statistics import Metrics, Statistics
 from tensorfold.errors import InputError, SpecError
 from tensorfold.methods.base import (

@@ -12,8 +12,9 @@ from torch import Tensor
 from tensorfold.algebra.orders.token_order import TokenOrder, token_order
 from tensorfold.algebra.solvers.solve import Factors, fit
 from tensorfold.algebra.solvers.starts import random_cores
+from tensorfold.algebra.specs.bonds import attainable_ranks
 from tensorfold.algebra.specs.modes import balanced_modes
-from tensorfold.algebra.specs.spec import Spec, attainable_ranks
+from tensorfold.algebra.specs.spec import Spec
 from tensorfold.algebra.statistics import Metrics, Statistics
 from tensorfold.errors import InputError
 from tensorfold.methods.base import (

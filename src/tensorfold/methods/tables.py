@@ -8,11 +8,13 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from tensorfold.algebra.solvers.graded import GradedSpec, graded_low_rank
+from tensorfold.algebra.solvers.graded import graded_low_rank
 from tensorfold.algebra.solvers.graded_logits import match_probabilities
 from tensorfold.algebra.solvers.solve import Factors
-from tensorfold.algebra.solvers.token_mps import TokenMPSSpec, token_mps_svd
+from tensorfold.algebra.solvers.token_mps import token_mps_svd
+from tensorfold.algebra.specs.graded import GradedSpec
 from tensorfold.algebra.specs.token_modes import modes_of_rank, modes_within
+from tensorfold.algebra.specs.token_mps import TokenMPSSpec
 from tensorfold.algebra.statistics import COUNT_EXPONENT, Statistics
 from tensorfold.methods.base import (
     NOTHING,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -58,12 +58,19 @@ class FoldedModule(StoresOrders, ABC):
     """Cores in place of a dense weight: how other code recognises a folded module, whatever its structure.
 
     Attributes:
-        cores: The factors, in the order of the sites.
+        spec: Its structure.
+        cores: What is stored of the factors, shapes ``spec.stored_shapes``.
         scalars: One number per bond index, where the structure has them.
+        ways: Names of the ways of computing that can be asked for, besides the one it chooses.
+        way: The way asked for; None to choose by cost.
+        holds_matrix: Whether the matrix is kept between forwards, see :func:`tensorfold.nn.cache_matrices`.
     """
 
     cores: Cores
     scalars: nn.Parameter | None
+    ways: ClassVar[tuple[str, ...]] = ()
+    way: Any = None
+    holds_matrix = False
 
     @abstractmethod
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -72,6 +79,46 @@ class FoldedModule(StoresOrders, ABC):
     @abstractmethod
     def load_factors(self, factors: Factors) -> None:
         """Copy a solver's output into the parameters."""
+
+    def macs(self, tokens: int) -> float:
+        """Multiply–adds a token where ``tokens`` are computed at once; what is built once a forward is shared."""
+        return float(self.spec.macs)
+
+    def way_taken(self, tokens: int) -> str:
+        """The way in which so many tokens are computed, for reports."""
+        return "own"
+
+    def hold_matrix(self, hold: bool) -> None:
+        """Keep the matrix between forwards without gradients, or drop it; without effect where none can be kept."""
+
+    def seconds_saved(self, tokens: int) -> float:
+        """Estimate of what a kept matrix saves in one forward with so many tokens; 0 where none can be kept."""
+        return 0.0
+
+
+class FoldedTable(FoldedModule):
+    """Cores in place of an embedding table.
+
+    Attributes:
+        scale: Constant factor on every row, as Gemma applies it; ``to_dense`` is without it.
+        grows: Whether tokens can be added, because they share no cores with others.
+    """
+
+    scale: float
+    embedding_dim: int
+    grows: ClassVar[bool] = False
+
+    @abstractmethod
+    def append(self, vectors: Tensor) -> None:
+        """Add tokens with these rows, shape (new tokens, width); only where the table ``grows``."""
+
+    @abstractmethod
+    def head(self, bias: Tensor | None = None) -> FoldedModule:
+        """The tied output head ``h ↦ h Eᵀ + bias`` over these very parameters, not copies."""
+
+    def macs(self, tokens: int) -> float:
+        """Multiply–adds of looking up one row."""
+        return float(self.spec.row_macs)
 
 
 def in_table(index: Tensor, size: int) -> Tensor:

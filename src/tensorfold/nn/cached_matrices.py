@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from tensorfold.errors import InputError
-from tensorfold.nn.linear import MPOLinear
+from tensorfold.nn.base import FoldedModule
 
 # What a layer is judged by: generating one token, and reading a prompt.
 _TOKENS = (1, 256)
@@ -20,7 +20,7 @@ def cache_matrices(model: nn.Module, megabytes: float) -> dict[str, int]:
     through ``.data`` are not noticed: call this again after it.
 
     Args:
-        model: Any module; its ``MPOLinear`` layers are looked at.
+        model: Any module; its folded layers are looked at.
         megabytes: The limit; 0, as models come, drops every matrix.
 
     Returns:
@@ -31,15 +31,14 @@ def cache_matrices(model: nn.Module, megabytes: float) -> dict[str, int]:
     """
     if not megabytes >= 0:
         raise InputError(f"cache_matrices: megabytes={megabytes}; needed 0 or more.")
-    gains: list[tuple[float, int, str, MPOLinear]] = []
+    gains: list[tuple[float, int, str, FoldedModule]] = []
     for name, layer in model.named_modules():
-        if not isinstance(layer, MPOLinear):
+        if not isinstance(layer, FoldedModule):
             continue
         layer.hold_matrix(False)
         size = layer.spec.dense_parameters * layer.cores[0].element_size()
-        paths = [layer.chosen(tokens) for tokens in _TOKENS]
-        gain = sum(max(path.seconds - path.dense, 0.0) for path in paths)
-        if gain and layer.way is None:
+        gain = sum(layer.seconds_saved(tokens) for tokens in _TOKENS)
+        if gain:
             gains.append((gain / size, size, name, layer))
     left, kept = megabytes * 1e6, {}
     for _, size, name, layer in sorted(gains, key=lambda entry: (-entry[0], entry[2])):

@@ -24,10 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorfold.algebra.precision import as_given, product_dtype
-from tensorfold.nn.base import FoldedModule, StoresOrders, in_table
-from tensorfold.nn.linear import MPOLinear, MPOModule
+from tensorfold.nn.base import FoldedModule, FoldedTable, StoresOrders, in_table
 from tensorfold.nn.owners import Codes
-from tensorfold.nn.token_mps import TokenMPSEmbedding
 from tensorfold.utils.validation import check_floating
 
 _LARGEST = 127
@@ -152,7 +150,7 @@ class Int8Folded(StoresOrders):
 
     def __init__(self, folded: FoldedModule, shared: Int8Folded | None = None) -> None:
         super().__init__()
-        lead = 2 if isinstance(folded, MPOModule) else 1
+        lead = folded.spec.shared_axes
         self.codes, self.scales, self.others = Codes(), Codes(), Codes()
         for name, tensor in folded.named_parameters():
             key = name.replace(".", "_")
@@ -206,9 +204,10 @@ class Int8Folded(StoresOrders):
 
     def _outputs(self, x: Tensor) -> Tensor:
         folded = self._folded[0]
-        if isinstance(folded, TokenMPSEmbedding):
-            flat = in_table(x.reshape(-1), folded.num_embeddings)
-            rows = folded.rows([self._slices(f"cores_{k}", flat) for k in range(len(folded.cores))])
+        if isinstance(folded, FoldedTable) and folded.spec.reads_slices:
+            flat = in_table(x.reshape(-1), folded.spec.out_features)
+            with as_given(x.device.type):
+                rows = folded.spec.of_slices([self._slices(f"cores_{k}", flat) for k in range(len(folded.cores))])
             return _scaled(rows.reshape(*x.shape, folded.embedding_dim), folded.scale)
         pair = self._low_rank()
         if pair is not None:
@@ -228,12 +227,12 @@ class Int8Folded(StoresOrders):
     def _low_rank(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
         """Codes and scales of U (out, r) and V (r, in), where the matrix is U V and nothing else."""
         folded = self._folded[0]
-        if not isinstance(folded, MPOLinear) or set(self.codes) != {"cores_0", "cores_1"}:
-            return None
         spec = folded.spec
+        if isinstance(folded, FoldedTable) or not spec.is_chain or set(self.codes) != {"cores_0", "cores_1"}:
+            return None
         ends = ((1, spec.out_features, 1), (1, spec.in_features, 1))
         shapes = [self.codes[f"cores_{k}"].shape for k in range(2)]
-        plain = folded.scalars is None and folded.out_position is None and folded.in_order is None
+        plain = folded.scalars is None and not spec.reordered
         if not plain or (tuple(shapes[0][:3]), tuple(shapes[1][1:])) != ends:
             return None
         left, right = self.codes["cores_0"], self.codes["cores_1"]

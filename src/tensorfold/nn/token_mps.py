@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -11,61 +10,41 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from tensorfold.algebra.contraction.apply import add_bias
-from tensorfold.algebra.precision import as_given, autocasts, wide
+from tensorfold.algebra.precision import as_given, autocasts
 from tensorfold.algebra.solvers.solve import Factors
-from tensorfold.algebra.solvers.token_mps import TokenMPSSpec, rows, token_mps_svd
+from tensorfold.algebra.solvers.token_mps import token_mps_svd
+from tensorfold.algebra.specs.structure import Structure
+from tensorfold.algebra.specs.token_mps import TokenMPSSpec
 from tensorfold.errors import SpecError
-from tensorfold.nn.base import FoldedModule, in_table, store
-from tensorfold.nn.owners import Cores
+from tensorfold.nn.structured import StructuredLinear, StructuredModule, StructuredTable
 from tensorfold.utils.validation import check_types
 
 # Bytes of the table that a head holds at a time.
 CHUNK_BYTES = 2**24
 
 
-class TokenMPSModule(FoldedModule):
+class TokenMPSModule(StructuredModule):
     """Cores of shape (vocabulary, left bond, mode, right bond), which embedding and head share."""
 
-    def __init__(self, spec: TokenMPSSpec, device: Any = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        check_types(type(self).__name__, spec=(spec, TokenMPSSpec))
-        self._shape = spec
-        self.cores = Cores(nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in spec.core_shapes)
-        self.scalars = None
-        self._split = spec.split
+    structure: ClassVar[type[Structure]] = TokenMPSSpec
+
+    _spec: TokenMPSSpec
 
     @property
     def spec(self) -> TokenMPSSpec:
         """The table's shape now; its vocabulary is that of the cores, which can grow."""
-        shape = self._shape
-        return TokenMPSSpec(self.cores[0].shape[0], shape.width, shape.modes, shape.rank)
-
-    def rows(self, cores: list[Tensor]) -> Tensor:
-        """Some tokens' core slices → their rows, shape (tokens, width)."""
-        dtype = cores[0].dtype
-        with as_given(cores[0].device.type):
-            return rows([core.to(wide(dtype)) for core in cores], self._split)[:, : self._shape.width].to(dtype)
-
-    def chunks(self, chunk_bytes: int) -> list[tuple[int, int]]:
-        """Ranges of tokens whose rows, padded, take at most ``chunk_bytes``."""
         vocabulary = self.cores[0].shape[0]
-        size = max(1, chunk_bytes // (self._shape.padded_width * self.cores[0].element_size()))
-        return [(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
+        if vocabulary != self._spec.vocabulary:
+            self.spec = self._spec.of_rows(vocabulary)
+        return self._spec
 
-    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The table, shape (vocabulary, width), multiplied out in ``dtype`` (the cores' own if None)."""
-        dtype = dtype or self.cores[0].dtype
-        parts = [[core[a:b].to(dtype) for core in self.cores] for a, b in self.chunks(CHUNK_BYTES)]
-        return torch.cat([self.rows(part) for part in parts])
-
-    @torch.no_grad()
-    def load_factors(self, factors: Factors) -> None:
-        """Copy a solver's output into the parameters."""
-        for parameter, core in zip(self.cores, factors.cores, strict=True):
-            store(parameter, core)
+    @spec.setter
+    def spec(self, spec: TokenMPSSpec) -> None:
+        _ = spec.split  # found once and kept, which torch.compile cannot do in a graph
+        self._spec = spec
 
 
-class TokenMPSEmbedding(TokenMPSModule):
+class TokenMPSEmbedding(TokenMPSModule, StructuredTable):
     """Token index → row of the table ``E`` (vocabulary, width), each row an MPS: TensorGPT, arXiv 2307.00526.
 
     A lookup reads the cores of the tokens asked for, ``spec.parameters_per_token`` numbers and ``spec.row_macs``
@@ -76,23 +55,12 @@ class TokenMPSEmbedding(TokenMPSModule):
         scale: Constant factor on every row, as Gemma applies it.
     """
 
-    def __init__(
-        self, spec: TokenMPSSpec, scale: float = 1.0, device: Any = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__(spec, device, dtype)
-        self.embedding_dim = spec.width
-        self.scale = scale
-        self.reset_parameters()
+    structure: ClassVar[type[Structure]] = TokenMPSSpec
+    grows: ClassVar[bool] = True
 
     @property
     def num_embeddings(self) -> int:
         return self.cores[0].shape[0]
-
-    def reset_parameters(self, std: float = 1.0) -> None:
-        """Random cores whose rows have entries of standard deviation ``std``: ``σ = (std² / Π r)^(1/2N)`` a core."""
-        shape = self._shape
-        for core in self.cores:
-            nn.init.normal_(core, std=(std**2 / math.prod(shape.ranks)) ** (1 / (2 * shape.sites)))
 
     @classmethod
     def from_dense(cls, weight: Tensor, spec: TokenMPSSpec, scale: float = 1.0) -> Self:
@@ -102,24 +70,7 @@ class TokenMPSEmbedding(TokenMPSModule):
             SpecError: ``weight`` has another shape than ``spec``, or is not finite.
         """
         check_types(cls.__name__, weight=(weight, Tensor), spec=(spec, TokenMPSSpec))
-        cores = token_mps_svd(weight.detach(), spec)
-        table = cls(spec, scale, device="meta").to_empty(device=weight.device).to(weight.dtype)
-        table.load_factors(Factors(cores))
-        return table
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Integers of shape ``(...)`` → ``(..., width)``.
-
-        Raises:
-            IndexError: One of them is not in the vocabulary, as ``nn.Embedding`` says it.
-        """
-        return self.cores(self._rows, input)
-
-    def _rows(self, index: Tensor) -> Tensor:
-        flat = in_table(index.reshape(-1), self.num_embeddings)
-        out = self.rows([core.index_select(0, flat) for core in self.cores])
-        out = out.reshape(*index.shape, self.embedding_dim)
-        return out if self.scale == 1.0 else out * torch.tensor(self.scale, dtype=out.dtype, device=out.device)
+        return cls.from_factors(Factors(token_mps_svd(weight.detach(), spec)), spec, weight, scale)
 
     @torch.no_grad()
     def append(self, vectors: Tensor) -> None:
@@ -134,7 +85,7 @@ class TokenMPSEmbedding(TokenMPSModule):
         Raises:
             SpecError: ``vectors`` has another shape, or is not finite.
         """
-        shape = self._shape
+        shape = self._spec
         if not vectors.is_floating_point():
             raise SpecError(f"append: got vectors of {vectors.dtype}; needed floating-point numbers.")
         if vectors.dim() != 2 or vectors.shape[1] != shape.width or not len(vectors):
@@ -142,7 +93,7 @@ class TokenMPSEmbedding(TokenMPSModule):
                 f"append: got vectors of shape {tuple(vectors.shape)}; needed (tokens, {shape.width}), one row for "
                 "each new token."
             )
-        new_tokens = TokenMPSSpec(vectors.shape[0], shape.width, shape.modes, shape.rank)
+        new_tokens = shape.of_rows(vectors.shape[0])
         for k, (old, new) in enumerate(zip(self.cores, token_mps_svd(vectors.detach(), new_tokens), strict=True)):
             self.cores[k] = nn.Parameter(torch.cat([old, new.to(old)]), old.requires_grad)
 
@@ -154,11 +105,8 @@ class TokenMPSEmbedding(TokenMPSModule):
             head.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return head
 
-    def extra_repr(self) -> str:
-        return f"{self.spec}, vocabulary={self.num_embeddings}, width={self.embedding_dim}"
 
-
-class TokenMPSHead(TokenMPSModule):
+class TokenMPSHead(TokenMPSModule, StructuredLinear):
     """``y = h Eᵀ + b`` with every row of E an MPS: logits without the table.
 
     Rows are rebuilt a chunk at a time, forward and backward, so beside the logits and the cores (and their gradients)
@@ -171,6 +119,9 @@ class TokenMPSHead(TokenMPSModule):
         chunk_bytes: Bytes of the table that are held at a time.
     """
 
+    structure: ClassVar[type[Structure]] = TokenMPSSpec
+    ways: ClassVar[tuple[str, ...]] = ()
+
     def __init__(
         self,
         spec: TokenMPSSpec,
@@ -179,23 +130,26 @@ class TokenMPSHead(TokenMPSModule):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(spec, device, dtype)
-        self.in_features = spec.width
+        super().__init__(spec, bias, device, dtype)
         self.chunk_bytes = chunk_bytes
-        self.bias = nn.Parameter(torch.zeros(spec.vocabulary, device=device, dtype=dtype)) if bias else None
 
     @property
     def out_features(self) -> int:
         return self.cores[0].shape[0]
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Hidden states of shape ``(..., width)`` → logits ``(..., vocabulary)``."""
-        return self.cores(self._outputs, input)
+    def chunks(self) -> list[tuple[int, int]]:
+        """Ranges of tokens whose rows, padded, take at most ``chunk_bytes``."""
+        most = self.chunk_bytes // self.cores[0].element_size()
+        return self._spec.chunks(self.cores[0].shape[0], most)
+
+    def macs(self, tokens: int) -> float:
+        """Every row is rebuilt once in a forward, and read by every token."""
+        return float(self.spec.vocabulary * (self.spec.row_macs / tokens + self.spec.width))
 
     def _outputs(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
         if torch.compiler.is_compiling():
-            logits = torch.cat([self._logits(flat, a, b) for a, b in self.chunks(self.chunk_bytes)], dim=-1)
+            logits = torch.cat([self._logits(flat, a, b) for a, b in self.chunks()], dim=-1)
             logits = logits if self.bias is None else add_bias(logits, self.bias)
         else:
             kind = x.device.type
@@ -208,8 +162,10 @@ class TokenMPSHead(TokenMPSModule):
     def _logits(self, x: Tensor, start: int, stop: int) -> Tensor:
         return F.linear(x, self.rows([core[start:stop] for core in self.cores]))
 
-    def extra_repr(self) -> str:
-        return f"{self.spec}, in={self.in_features}, out={self.out_features}, bias={self.bias is not None}"
+    def rows(self, slices: list[Tensor]) -> Tensor:
+        """The rows of some tokens, shape (tokens, width), from their slices of the cores."""
+        with as_given(slices[0].device.type):
+            return self._spec.of_slices(slices)
 
 
 class _ChunkedLogits(torch.autograd.Function):
@@ -222,7 +178,7 @@ class _ChunkedLogits(torch.autograd.Function):
         ctx.save_for_backward(x, *cores)
         logits = x.new_empty(x.shape[0], cores[0].shape[0])
         with as_given(x.device.type):
-            for a, b in head.chunks(head.chunk_bytes):
+            for a, b in head.chunks():
                 table = head.rows([core[a:b] for core in cores]).to(x.dtype)
                 torch.mm(x, table.T, out=logits[:, a:b])
         return logits if bias is None else logits.add_(bias)
@@ -237,7 +193,7 @@ class _ChunkedLogits(torch.autograd.Function):
         grad_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if wants_x else None
         grad_cores = [torch.empty_like(core) for core in cores] if wants_cores else []
         with as_given(x.device.type):
-            for a, b in head.chunks(head.chunk_bytes):
+            for a, b in head.chunks():
                 parts = [core[a:b].detach().requires_grad_(wants_cores) for core in cores]
                 with torch.set_grad_enabled(wants_cores):
                     table = head.rows(parts)

@@ -14,9 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tensorfold.algebra.solvers.pivots import with_identity
-from tensorfold.algebra.specs.any_spec import AnySpec
-from tensorfold.algebra.specs.spec import Spec
+from tensorfold.algebra.specs.structure import Structure
 from tensorfold.algebra.spectrum import bond_spectra
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.hf.loading import folded_skeleton, folding_of, load_config, reason
@@ -52,7 +50,7 @@ class Evaluated:
 class Folded:
     """A folded module: its spec, its spectra by bond, and what the card has of it: its error and its bytes then."""
 
-    spec: AnySpec
+    spec: Structure
     error: float | None
     metric: str | None
     spectra: tuple[Tensor, ...] = ()
@@ -217,7 +215,7 @@ def _text(value: Any) -> str | None:
     return value[:1000] if isinstance(value, str) and value else None
 
 
-def _folded(spec: AnySpec, details: Any, spectra: tuple[Tensor, ...]) -> Folded:
+def _folded(spec: Structure, details: Any, spectra: tuple[Tensor, ...]) -> Folded:
     details = details if isinstance(details, Mapping) else {}
     error, size = number(details.get("error")), whole_number(details.get("bytes"))
     return Folded(spec, error, _text(details.get("metric")), spectra, size)
@@ -237,7 +235,7 @@ def _choices(stored: Any) -> dict[str, Chosen]:
 
 
 def _spectra(
-    files: Sequence[Path], specs: Mapping[str, AnySpec], int8: Container[str], step: Callable[[str], None]
+    files: Sequence[Path], specs: Mapping[str, Structure], int8: Container[str], step: Callable[[str], None]
 ) -> dict[str, tuple[Tensor, ...]]:
     """Spectra of the folded modules that are one chain of cores; ``int8`` names those that hold codes."""
     holders = {}
@@ -246,16 +244,13 @@ def _spectra(
             holders.update(dict.fromkeys(tensors.keys(), file))
     found = {}
     for name, spec in specs.items():
-        if not isinstance(spec, Spec):
+        if not spec.is_chain:
             continue
         step(f"spectra of {name}")
         values = partial(_values, holders, name, name in int8)
         cores = [values(f"cores.{k}", shape) for k, shape in enumerate(spec.stored_shapes)]
-        if spec.pivoted:
-            cores = with_identity(cores, spec)
-        if spec.scalars:
-            cores[0] = cores[0] * values("scalars", (spec.ranks[0],))
-        found[name] = tuple(bond_spectra(cores))
+        scalars = values("scalars", (spec.scalar_count,)) if spec.scalar_count else None
+        found[name] = tuple(bond_spectra(spec.complete(cores, scalars)))
     return found
 
 

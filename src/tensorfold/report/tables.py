@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from tensorfold.algebra.solvers.token_mps import TokenMPSSpec
-from tensorfold.algebra.specs.any_spec import AnySpec
-from tensorfold.algebra.specs.spec import Spec, attainable_ranks
+from tensorfold.algebra.specs.structure import Structure
 from tensorfold.report.facts import Evaluated, Folded, ModelFacts, number, place, whole_number
 
 _MOST_BENCH_ROWS = 60
@@ -72,7 +70,7 @@ def _judged(model: ModelFacts, each: Evaluated, reference: float | None) -> Row:
 
 def bond_rows(model: ModelFacts) -> list[Row]:
     """Spec and bonds of every folded module; equal ones of different blocks share a row."""
-    groups: dict[tuple[str, AnySpec], list[tuple[int | None, Folded]]] = {}
+    groups: dict[tuple[str, Structure], list[tuple[int | None, Folded]]] = {}
     for name, folded in model.modules.items():
         block, matrix = place(name)
         groups.setdefault((matrix, folded.spec), []).append((block, folded))
@@ -85,8 +83,8 @@ def bond_rows(model: ModelFacts) -> list[Row]:
                 "matrix": matrix,
                 "blocks": _ranges([block for block, _ in members if block is not None]) or "outside",
                 "structure": str(spec),
-                "bonds": ", ".join(map(str, spec.ranks)) or "none",
-                "at most": _attainable(spec),
+                "bonds": ", ".join(map(str, spec.modes_and_ranks()["ranks"])) or "none",
+                "at most": ", ".join(map(str, spec.largest_ranks)) or "none",
                 "parameters each": f"{spec.parameters:,}",
                 "kept": f"{spec.parameters / spec.dense_parameters:.1%}",
                 "bytes each": " or ".join(f"{size:,}" for size in sizes) or "unknown",
@@ -141,15 +139,6 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
         yield path, _significant(value)
     elif value is not None:
         yield path, str(value)[:300]
-
-
-def _attainable(spec: AnySpec) -> str:
-    """The largest bonds that the modes allow."""
-    if isinstance(spec, Spec):
-        return ", ".join(map(str, attainable_ranks(spec.out_modes, spec.in_modes))) or "none"
-    if isinstance(spec, TokenMPSSpec):
-        return ", ".join(map(str, replace(spec, rank=spec.largest_rank).ranks)) or "none"
-    return str(spec.width)
 
 
 def _ranges(blocks: Sequence[int]) -> str:

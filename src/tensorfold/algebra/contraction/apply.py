@@ -16,14 +16,13 @@ from torch import Tensor
 
 from tensorfold.algebra.contraction.costs import Machine, blocking, merging
 from tensorfold.algebra.contraction.forms import multiply
-from tensorfold.algebra.contraction.paths import ContractionPath, Form, Step
+from tensorfold.algebra.contraction.paths import Chain, ContractionPath, Form, Step
 from tensorfold.algebra.contraction.search import fastest_path
 from tensorfold.algebra.precision import as_given, product_dtype, wide
-from tensorfold.algebra.specs.spec import Spec
 
 
 def apply(
-    x: Tensor, cores: Sequence[Tensor], spec: Spec, bias: Tensor | None = None, path: ContractionPath | None = None
+    x: Tensor, cores: Sequence[Tensor], spec: Chain, bias: Tensor | None = None, path: ContractionPath | None = None
 ) -> Tensor:
     """``x @ W.T + bias`` for the matrix W that ``cores`` stand for.
 
@@ -63,7 +62,7 @@ def apply(
     return y if bias is None or fused else add_bias(y, bias)
 
 
-def _in_float16(x: Tensor, cores: Sequence[Tensor], spec: Spec, bias: Tensor | None, path: ContractionPath) -> Tensor:
+def _in_float16(x: Tensor, cores: Sequence[Tensor], spec: Chain, bias: Tensor | None, path: ContractionPath) -> Tensor:
     """The result of ``apply`` in float16, from cores in float32. Only a product with the whole matrix is safe in it."""
     if len(path.steps) == 1:
         matrix = _matrix(merge(cores, path.steps[0].tree), spec).half()
@@ -110,17 +109,17 @@ def merge(cores: Sequence[Tensor], tree: Any) -> Tensor:
     return product.reshape(r, m1 * m2, n1 * n2, t)
 
 
-def _matrix(core: Tensor, spec: Spec) -> Tensor:
+def _matrix(core: Tensor, spec: Chain) -> Tensor:
     """The matrix of all sites multiplied together, core (1, rows, columns, 1), without padding."""
     return core.squeeze(-1).squeeze(0)[: spec.out_features, : spec.in_features]
 
 
-def to_dense(cores: Sequence[Tensor], spec: Spec) -> Tensor:
+def to_dense(cores: Sequence[Tensor], spec: Chain) -> Tensor:
     """The matrix itself, shape (out_features, in_features), padding cut off."""
     return _matrix(merge(cores, merging(spec, 0, spec.sites, Machine()).tree), spec)
 
 
-def rows(index: Tensor, cores: Sequence[Tensor], spec: Spec) -> Tensor:
+def rows(index: Tensor, cores: Sequence[Tensor], spec: Chain) -> Tensor:
     """Rows of the matrix, reading only the core slices they need.
 
     Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from tensorfold.algebra.specs.spec import Spec
+from tensorfold.algebra.contraction.paths import Chain
 
 # Sums of fewer numbers, one after the other, are no faster than a copy into another order.
 _SHORTEST_SUM = 16
@@ -66,7 +66,7 @@ def default_machine(device_type: str) -> Machine:
     return Machine() if device_type in ("cpu", "meta") else _GPU
 
 
-def core_shape(spec: Spec, p: int, q: int) -> tuple[int, int, int, int]:
+def core_shape(spec: Chain, p: int, q: int) -> tuple[int, int, int, int]:
     """Shape of sites [p, q) multiplied together: (left bond, outputs, inputs, right bond)."""
     bonds = (1, *spec.ranks, 1)
     return bonds[p], math.prod(spec.out_modes[p:q]), math.prod(spec.in_modes[p:q]), bonds[q]
@@ -83,7 +83,7 @@ class Merging:
 
 
 @lru_cache(maxsize=4096)
-def merging(spec: Spec, p: int, q: int, machine: Machine) -> Merging:
+def merging(spec: Chain, p: int, q: int, machine: Machine) -> Merging:
     """The cheapest tree of pairs for sites [p, q), by dynamic programming over where it splits."""
     if q - p == 1:
         return Merging(p, 0.0, 0, 0)

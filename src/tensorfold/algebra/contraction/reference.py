@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tensorfold.algebra.contraction.paths import Step
-from tensorfold.algebra.specs.spec import Spec
+from tensorfold.algebra.contraction.paths import Chain, Step
 
 
 def equation(sites: int) -> str:
@@ -27,7 +26,7 @@ def equation(sites: int) -> str:
     return f"{','.join(cores)}->{out_modes}{in_modes}"
 
 
-def to_dense(cores: Sequence[Tensor], spec: Spec) -> Tensor:
+def to_dense(cores: Sequence[Tensor], spec: Chain) -> Tensor:
     """The matrix W of the cores, shape (out_features, in_features), padding cut off."""
     matrix = torch.einsum(equation(spec.sites), *cores)  # (m_1 … m_L, n_1 … n_L)
     rows = matrix.shape[: spec.sites].numel()

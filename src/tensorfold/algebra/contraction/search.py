@@ -16,8 +16,7 @@ from typing import Any
 
 from tensorfold.algebra.contraction import forms
 from tensorfold.algebra.contraction.costs import Machine, core_shape, merging
-from tensorfold.algebra.contraction.paths import ContractionPath, Form, Order, Step, cheapest_order
-from tensorfold.algebra.specs.spec import Spec
+from tensorfold.algebra.contraction.paths import Chain, ContractionPath, Form, Order, Step, cheapest_order
 from tensorfold.errors import InputError
 
 # Numbers a core multiplied together within a forward may have, 64 MiB in float32: a vocabulary's table is built only
@@ -44,7 +43,7 @@ Axis = tuple[str, int]
 
 @lru_cache(maxsize=4096)
 def fastest_path(
-    spec: Spec,
+    spec: Chain,
     tokens: int,
     training: bool = False,
     machine: Machine | None = None,
@@ -104,7 +103,7 @@ class _Search:
 
     def __init__(
         self,
-        spec: Spec,
+        spec: Chain,
         tokens: int,
         training: bool,
         machine: Machine,

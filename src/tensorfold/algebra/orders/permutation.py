@@ -18,6 +18,7 @@ from torch import Tensor
 from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.solvers.ttsvd import check_weight, tt_svd
 from tensorfold.algebra.specs.spec import Spec
+from tensorfold.algebra.specs.structure import Structure
 from tensorfold.errors import SpecError
 
 
@@ -95,7 +96,7 @@ def search_permutations(
 
 
 def search_row_order(
-    matrices: Sequence[tuple[Tensor, Spec]], *, starts: int = 2, sweeps: int = 20, tolerance: float = 1e-4
+    matrices: Sequence[tuple[Tensor, Structure]], *, starts: int = 2, sweeps: int = 20, tolerance: float = 1e-4
 ) -> tuple[Tensor, float, float]:
     """One row order for several matrices, such as all those that meet in an MLP's hidden layer (``down`` transposed).
 
@@ -112,13 +113,17 @@ def search_row_order(
     Raises:
         SpecError: A spec has not two sites or pads its weight, or the matrices differ in their number of rows.
     """
+    specs: list[Spec] = []
     for weight, spec in matrices:
-        if spec.sites != 2 or spec.is_padded:
-            raise SpecError(f"search_row_order: {spec} has {spec.sites} sites; needed two, and modes without padding.")
+        if not isinstance(spec, Spec) or spec.sites != 2 or spec.is_padded:
+            raise SpecError(f"search_row_order: got {spec}; needed a chain of two sites, of modes without padding.")
+        specs.append(spec)
         if len(weight) != len(matrices[0][0]):
             raise SpecError(f"search_row_order: {len(weight)} rows beside {len(matrices[0][0])}; needed equally many.")
-    weights = [check_weight(weight, spec).detach().to("cpu", torch.float64) for weight, spec in matrices]
-    specs = [spec for _, spec in matrices]
+    weights = [
+        check_weight(weight, spec).detach().to("cpu", torch.float64)
+        for (weight, _), spec in zip(matrices, specs, strict=True)
+    ]
     norm = math.sqrt(sum(float(w.square().sum()) for w in weights)) or 1.0
 
     def refit(order: Tensor) -> tuple[list[Tensor], float]:

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tensorfold.algebra.solvers.graded import GradedSpec
 from tensorfold.algebra.solvers.solve import Factors
+from tensorfold.algebra.specs.graded import GradedSpec
 
 _LARGEST_RANK = 128  # of the classes that are matched; others are near enough, and their curvatures large
 _PRIOR = 0.2  # share of the average curvature in a row's own, which few states may have shown

@@ -68,14 +68,3 @@ def with_pivots_in_basis(cores: Sequence[Tensor], spec: Spec) -> tuple[list[Tens
     left = torch.einsum("aogr,sbrc->aogs", cores[0].double(), rows.double()).to(cores[0])
     starts = torch.arange(groups, device=order.device)[:, None] * width
     return [left, top.permute(3, 0, 1, 2).to(cores[1])], (starts + order).flatten()
-
-
-def with_identity(stored: Sequence[Tensor], spec: Spec) -> list[Tensor]:
-    """The cores of a pivoted spec as the algebra knows them, shapes ``spec.core_shapes``, from what is stored."""
-    first, last = stored
-    identity = torch.eye(spec.ranks[0], dtype=first.dtype, device=first.device)
-    if spec.has_pivot_rows:
-        return [torch.cat([identity[None, :, None, :], first], dim=1), last]
-    if spec.grouped == "in":
-        return [first, torch.cat([identity[:, None, :, None], last], dim=2)]
-    return [first, torch.cat([identity[:, :, None, None], last], dim=1)]

@@ -13,23 +13,6 @@ from tensorfold.algebra.specs.spec import Spec
 from tensorfold.errors import SpecError
 
 
-def core_std(spec: Spec, std: float) -> float:
-    """Standard deviation of every core so that the matrix has entries of standard deviation ``std``.
-
-    An entry is the sum, over the ``Π r`` paths through the bonds, of a product of L independent core entries of mean 0
-    and variance σ². Two paths differ in at least one factor, so their products are uncorrelated and variances add:
-    ``std² = σ^(2L) · Π r``, whence ``σ = (std² / Π r)^(1/2L)``, for any number of sites and bonds of any sizes. Entries
-    of a row are uncorrelated too, so ``in`` of them times inputs of mean square q give outputs of variance
-    ``in · std² · q``, as a dense layer does: std² = 1/(3·in) is that of a new ``nn.Linear``.
-
-    The MPO paper (arXiv 2603.28534) draws with ``σ = in^(-1/4) · χ^(-(L-1)/2L)``, that is ``std² = in^(-L/2)``. For two
-    sites that is 1/in: right but for a constant, three times the variance of a new ``nn.Linear``. For three sites it is
-    ``in^½`` times less again (11 at 128 inputs, 23 at 512), and so on with every further site. And where a cut is too
-    small to have the bond χ, ``χ^(L-1)`` counts more paths than there are.
-    """
-    return (std**2 / math.prod(spec.ranks)) ** (1 / (2 * spec.sites))
-
-
 def pruned(weight: Tensor, spec: Spec, epsilon: float = 0.0) -> list[Tensor]:
     """Every other row (or column) of the weight, Kronecker ``[1, ε]ᵀ`` (or ``[1, ε]``): Krony-PT's pruning start.
 
@@ -71,5 +54,5 @@ def random_cores(weight: Tensor, spec: Spec, seed: int = 0) -> list[Tensor]:
     mixed = zlib.crc32(weight[0].float().cpu().numpy().tobytes(), seed)
     generator = torch.Generator().manual_seed(mixed)
     mean_square = float(weight.float().square().mean())
-    std = core_std(spec, math.sqrt(mean_square))
+    std = spec.core_std(math.sqrt(mean_square))
     return [torch.randn(shape, generator=generator).to(weight) * std for shape in spec.core_shapes]

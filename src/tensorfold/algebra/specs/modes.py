@@ -58,3 +58,12 @@ def balanced_modes(size: int, sites: int) -> tuple[int, ...]:
         if modes is not None and modes[-1] <= 2 * modes[0]:
             return modes
         padded += 1
+
+
+def powers_of_two(width: int) -> tuple[int, ...]:
+    """As many twos as make up ``width`` or more: TensorGPT's modes, ten of them for 768.
+
+    >>> len(powers_of_two(768)), len(powers_of_two(1024)), len(powers_of_two(1))
+    (10, 10, 1)
+    """
+    return (2,) * max(1, (width - 1).bit_length())

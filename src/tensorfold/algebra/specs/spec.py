@@ -13,25 +13,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from tensorfold.algebra.orders.stored_orders import order_bytes
+from tensorfold.algebra.contraction.paths import cheapest_order
+from tensorfold.algebra.specs.bonds import attainable_ranks, check_ranks, positive_integers
+from tensorfold.algebra.specs.chain import ChainStructure
 from tensorfold.algebra.specs.modes import balanced_modes, nearest_divisors
 from tensorfold.errors import SpecError
 
 
-def attainable_ranks(out_modes: Sequence[int], in_modes: Sequence[int]) -> tuple[int, ...]:
-    """Largest rank each interior unfolding can have: the smaller side of the cut, ``min(prefix, suffix)``.
-
-    >>> attainable_ranks((768, 4), (768, 1))
-    (4,)
-    """
-    sizes = [m * n for m, n in zip(out_modes, in_modes, strict=True)]
-    return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
-
-
 @dataclass(frozen=True)
-class Spec:
+class Spec(ChainStructure):
     """Shape of one matrix product operator; holds no weights.
 
     Args:
@@ -60,6 +52,8 @@ class Spec:
     (3072, 768, 589828, 592896)
     """
 
+    kind: ClassVar[str] = "mpo"
+
     out_modes: tuple[int, ...]
     in_modes: tuple[int, ...]
     ranks: tuple[int, ...] = ()
@@ -71,7 +65,7 @@ class Spec:
 
     def __post_init__(self) -> None:
         for name in ("out_modes", "in_modes", "ranks"):
-            object.__setattr__(self, name, _positive_integers(name, getattr(self, name)))
+            object.__setattr__(self, name, positive_integers(name, getattr(self, name)))
         if not self.out_modes or len(self.out_modes) != len(self.in_modes):
             raise SpecError(
                 f"Spec: got {len(self.out_modes)} out_modes {self.out_modes} and {len(self.in_modes)} in_modes "
@@ -98,7 +92,7 @@ class Spec:
             object.__setattr__(self, name, features)
         if self.scalars and self.sites != 2:
             raise SpecError(f"Spec: scalars sit on the one bond of two sites, got {self.sites} sites; drop scalars.")
-        self._check_ranks()
+        check_ranks(self.out_modes, self.in_modes, self.ranks)
         if self.pivoted and not self._can_pivot:
             raise SpecError(
                 f"Spec: pivoted with out_modes {self.out_modes}, in_modes {self.in_modes}, ranks {self.ranks}, "
@@ -116,24 +110,6 @@ class Spec:
         size = self.out_modes[0] if self.is_low_rank else max(self.out_modes[1], self.in_modes[1])
         sides = (side, "in") if self.is_low_rank and self.in_features > self.in_modes[1] else (side,)
         return self.reordered == sides and self.ranks[0] < size
-
-    def _check_ranks(self) -> None:
-        attainable = attainable_ranks(self.out_modes, self.in_modes)
-        for k, (rank, largest) in enumerate(zip(self.ranks, attainable, strict=True)):
-            if rank > largest:
-                raise SpecError(
-                    f"Spec: bond {k + 1} = {rank} is more than out_modes {self.out_modes} and in_modes "
-                    f"{self.in_modes} can have; the largest attainable there is {largest}."
-                )
-        bonds = (1, *self.ranks, 1)
-        for k, (m, n) in enumerate(zip(self.out_modes, self.in_modes, strict=True)):
-            left, right = bonds[k], bonds[k + 1]
-            for bond, rank, neighbour in ((k + 1, right, left), (k, left, right)):
-                if rank > neighbour * m * n:
-                    raise SpecError(
-                        f"Spec: bond {bond} = {rank} cannot be reached across site {k + 1} with modes ({m}, {n}) from "
-                        f"its other bond {neighbour}; the largest attainable there is {neighbour * m * n}."
-                    )
 
     @classmethod
     def kronecker(
@@ -155,7 +131,7 @@ class Spec:
             SpecError: ``factor`` does not divide the matrix without ``pad``, or is larger than it; or more terms than
                 the rearranged matrix has rank.
         """
-        m1, n1 = _positive_integers("factor", factor)
+        m1, n1 = positive_integers("factor", factor)
         for name, features, part in (("out_features", out_features, m1), ("in_features", in_features, n1)):
             if features % part and not (pad and part < features):
                 remedy = "pass pad=True" if part < features else f"needed at most {features}"
@@ -245,28 +221,11 @@ class Spec:
         return first, (rank, max(1, last[1] - rank), max(1, last[2] - rank), 1)  # one of them is 1
 
     @property
-    def parameters(self) -> int:
-        """Stored numbers: the cores, padding included, and the bond scalars."""
-        return sum(math.prod(shape) for shape in self.stored_shapes) + (self.ranks[0] if self.scalars else 0)
-
-    @property
-    def order_bytes(self) -> int:
-        """Bytes of the stored orders of ``reordered`` sides: a number for every output, and for every input read."""
-        rows = order_bytes(self.out_features, self.out_features) if "out" in self.reordered else 0
-        return rows + (order_bytes(self.inner.in_features, self.in_features) if "in" in self.reordered else 0)
-
-    @property
     def macs(self) -> int:
         """Multiply–adds a token, in the cheapest order of contracting the sites (see ``paths.cheapest_order``)."""
-        from tensorfold.algebra.contraction.paths import cheapest_order
-
         if self.has_pivot_rows:
             return self.parameters
         return cheapest_order(self.out_modes, self.in_modes, self.ranks).macs
-
-    @property
-    def dense_parameters(self) -> int:
-        return self.out_features * self.in_features
 
     @property
     def is_padded(self) -> bool:
@@ -372,16 +331,6 @@ class Spec:
         if self.sites == 1 and self.is_partial:
             return f"{sites[0]} of {self.out_features}×{self.in_features}"
         return " —".join([sites[0], *(f"{r}— {s}" for r, s in zip(self.ranks, sites[1:], strict=True))])
-
-
-def _positive_integers(name: str, values: Any) -> tuple[int, ...]:
-    try:
-        out = tuple(values)
-    except TypeError:
-        raise SpecError(f"Spec: {name}={values!r}; needed a sequence of positive integers.") from None
-    if not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in out):
-        raise SpecError(f"Spec: {name}={out}; needed positive integers.")
-    return out
 
 
 def _kept(out_features: int, in_features: int, rows: int, columns: int) -> tuple[int, int]:

@@ -16,8 +16,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from tensorfold.algebra.solvers.token_mps import TokenMPSSpec, powers_of_two
-from tensorfold.algebra.specs.modes import divisors
+from tensorfold.algebra.specs.modes import divisors, powers_of_two
+from tensorfold.algebra.specs.token_mps import TokenMPSSpec
 
 _LARGEST_PRIME = 7  # of a width that is not padded
 _ANGLES = (np.arange(500) + 0.5) * (math.pi / 500)
