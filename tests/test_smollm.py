@@ -14,7 +14,7 @@ from tensorfold.algebra.solvers.low_rank import error_curve
 from tensorfold.algebra.solvers.solve import fit, relative_error
 from tensorfold.algebra.solvers.ttsvd import tt_svd
 from tensorfold.algebra.specs.spec import Spec
-from tensorfold.calibration.block_stream import BlockStream, calibration_windows, second_moments
+from tensorfold.calibration.block_stream import BlockStream, calibration_windows, input_moments
 from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
 from tensorfold.models.anatomy import count_parameters, matrices
@@ -89,7 +89,7 @@ def test_weighted_als_halves_the_activation_error_of_kronecker_shapes(dense, smo
         stream.advance_to(7)
         mlp = stream.blocks[7].mlp
         modules = {"gate": mlp.gate_proj, "down": mlp.down_proj}
-        moments = stream.moments(7, modules)
+        moments = stream.input_moments(7, modules)
     for name, module in modules.items():
         weight, metric = module.weight.detach(), moments[name]
         rows, columns = weight.shape
@@ -120,7 +120,7 @@ def test_low_rank_with_pivots_is_never_worse_than_whitened_svd(dense, smollm_tok
         stream = BlockStream(dense, windows)
         for block in range(30):
             modules = {name: module for name, module in linears.items() if f"layers.{block}." in name}
-            moments = second_moments(lambda block=block: stream.advance(block), modules)
+            moments = input_moments(lambda block=block: stream.advance(block), modules)
             for name, module in modules.items():
                 weight = module.weight.detach()
                 svd, pivoted = (LowRank(keep=0.6, pivots=pivots).spec(*weight.shape) for pivots in (False, True))

@@ -85,7 +85,7 @@ def main() -> None:
             stream.advance_to(layer)
             mlp = stream.blocks[layer].mlp
             modules = {name: getattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")}
-            moments = stream.moments(layer, modules)
+            moments = stream.input_moments(layer, modules)
             weights = {name: module.weight.detach() for name, module in modules.items()}
             for name, weight in weights.items():
                 record(f"{layer}.{name} (1, 2)", lambda w=weight, c=moments[name]: fits(w, c, (1, 2), 1))

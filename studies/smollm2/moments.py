@@ -32,7 +32,7 @@ def statistics(model: Any, tokenizer: Any) -> Known:
     known, stream = {}, BlockStream(model, windows)
     for index in range(len(stream.blocks)):
         batch = {name: matrix for name, matrix in chosen.items() if int(name.split(".")[2]) == index}
-        moments = stream.moments(index, {name: matrix.module for name, matrix in batch.items()})
+        moments = stream.input_moments(index, {name: matrix.module for name, matrix in batch.items()})
         for name, matrix in batch.items():
             known[name] = (dense_weight(matrix.module).detach().clone(), moments[name], gradients[name].full())
         stream.advance(index)

@@ -26,7 +26,7 @@ from transformers import (
 
 import tensorfold
 from tensorfold import Auto, Graded, InputError, LowRank, Recipe, Rule
-from tensorfold.calibration.block_stream import BlockStream, calibration_windows, second_moments
+from tensorfold.calibration.block_stream import BlockStream, calibration_windows, input_moments
 from tensorfold.healing.blockwise import heal_blocks
 from tensorfold.models.anatomy import by_block, matrices
 from tensorfold.models.modes import evaluation_mode
@@ -91,11 +91,11 @@ def test_every_layer_of_every_block_is_measured_on_its_inputs_in_the_whole_model
         stream = BlockStream(model, windows)
         inside = by_block({n: m for n, m in matrices(model).items() if m.kind == "linear"}, stream.name)
         modules = {n: m.module for batch in inside.values() for n, m in batch.items()}
-        expected = second_moments(lambda: [model(w[None], use_cache=False) for w in windows], modules, False)
+        expected = input_moments(lambda: [model(w[None], use_cache=False) for w in windows], modules, False)
         for index, batch in inside.items():
             stream.advance_to(index)
             met = {n: m.module for n, m in batch.items() if n in expected}
-            for layer, moment in stream.moments(index, met).items():
+            for layer, moment in stream.input_moments(index, met).items():
                 torch.testing.assert_close(moment, expected[layer], rtol=1e-4, atol=1e-6, msg=layer)
     assert len(inside) == len(stream.blocks)
 

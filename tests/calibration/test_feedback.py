@@ -8,7 +8,7 @@ from torch import nn
 
 import tensorfold
 from tensorfold import Auto
-from tensorfold.calibration.block_stream import BlockStream, second_moments
+from tensorfold.calibration.block_stream import BlockStream, input_moments
 from tensorfold.calibration.error_feedback import RIDGE, Reference, _Call, _Sums
 from tensorfold.models.anatomy import Matrix, dense_weight, matrices
 
@@ -144,7 +144,7 @@ def twice(request, tiny):
 def test_moments_of_a_layer_that_is_called_twice_are_of_both_calls(twice):
     mlp, x = twice.model.layers[0].mlp, normal(50, 32, seed=1).float()
     with torch.no_grad():
-        moments = second_moments(lambda: mlp(x), dict(mlp.named_children()))
+        moments = input_moments(lambda: mlp(x), dict(mlp.named_children()))
         both = torch.cat([x, torch.tanh(mlp.again(x))])
     torch.testing.assert_close(moments["again"], both.T @ both / 100)
     torch.testing.assert_close(moments["once"], x.T @ x / 50)

@@ -8,7 +8,7 @@ import torch
 import tensorfold
 from tensorfold import MPO, InputError, Kronecker, LowRank, Recipe, Rule
 from tensorfold.algebra.solvers.solve import relative_error
-from tensorfold.calibration.block_stream import BlockStream, calibration_windows, second_moments
+from tensorfold.calibration.block_stream import BlockStream, calibration_windows, input_moments
 from tensorfold.models.anatomy import dense_weight
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.nn import MPOLinear
@@ -92,10 +92,10 @@ def test_stream_sees_what_the_model_sees(tiny, tokenizer, prose, architecture):
             for name, module in model.named_modules()
             if name.startswith(stream.name + ".") and hasattr(module, "weight") and module.weight.dim() == 2
         }
-        expected = second_moments(lambda: [model(w[None], use_cache=False) for w in windows], modules)
+        expected = input_moments(lambda: [model(w[None], use_cache=False) for w in windows], modules)
         for index in range(len(stream.blocks)):
             inside = {n: m for n, m in modules.items() if n.startswith(f"{stream.name}.{index}.")}
-            for name, moment in stream.moments(index, inside).items():
+            for name, moment in stream.input_moments(index, inside).items():
                 torch.testing.assert_close(moment, expected[name], rtol=1e-4, atol=1e-5)
             stream.advance(index)
 

@@ -137,14 +137,14 @@ class BlockStream:
         self._passed[k:] = [rest] if index == 0 else [rest, *self._passed[k + 1 :]]
         return passed.hidden
 
-    def moments(self, index: int, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-        """Second moments of the inputs that block ``index`` gives to ``modules``; see :func:`second_moments`."""
+    def input_moments(self, index: int, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """Second moments of the inputs that block ``index`` gives to ``modules``; see :func:`input_moments`."""
 
         def forward() -> None:
             for k in range(len(self.windows)):
                 self.run(index, slice(k, k + 1))
 
-        return second_moments(forward, modules, model=self.model)
+        return input_moments(forward, modules, model=self.model)
 
     def advance(self, index: int) -> None:
         """Replace the hidden states by the output of block ``index`` as it now is.
@@ -186,17 +186,17 @@ class BlockStream:
         stages[-1] += [name for name in modules if not any(name in stage for stage in stages)]
         return stages
 
-    def outside(self, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    def input_moments_outside(self, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """Second moments of the inputs of modules outside the blocks, from whole passes through the model."""
 
         def forward() -> None:
             for window in self.windows.split(1):
                 self.model(window, use_cache=False)
 
-        return second_moments(forward, modules, model=self.model)
+        return input_moments(forward, modules, model=self.model)
 
 
-def second_moments(
+def input_moments(
     forward: Callable[[], None],
     modules: Mapping[str, nn.Module],
     all_called: bool = True,

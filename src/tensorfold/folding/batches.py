@@ -106,7 +106,7 @@ def _of_linears(
     plain = {name: batch[name].module for name in stage if name not in corrected}
     known = {}
     if plain:
-        known = {name: Statistics(inputs=moment) for name, moment in stream.moments(index, plain).items()}
+        known = {name: Statistics(inputs=moment) for name, moment in stream.input_moments(index, plain).items()}
     if reference is not None and corrected:
         turned = [name for name in corrected if name in found.turns and not found.turns[name].of_values]
         towards = {name: found.turns[name].weight(batch[name]) for name in turned}
@@ -119,7 +119,7 @@ def _of_linears(
 
 
 def _of_outside(stream: BlockStream, matrices: Mapping[str, Matrix]) -> dict[str, Statistics]:
-    moments = stream.outside({name: matrix.module for name, matrix in matrices.items()})
+    moments = stream.input_moments_outside({name: matrix.module for name, matrix in matrices.items()})
     return {name: Statistics(inputs=moment) for name, moment in moments.items()}
 
 

@@ -17,7 +17,7 @@ from tensorfold.algebra.solvers.low_rank import error_curve
 from tensorfold.algebra.solvers.shared_basis import fit_shared_basis
 from tensorfold.algebra.solvers.smaller_heads import HeadBasis
 from tensorfold.algebra.specs.spec import Spec
-from tensorfold.calibration.block_stream import BlockStream, second_moments
+from tensorfold.calibration.block_stream import BlockStream, input_moments
 from tensorfold.calibration.gradients import gradient_moments
 from tensorfold.calibration.packed_symmetric import Packed
 from tensorfold.folding.budgets import Choice, Heads, divide, low_rank_spec, searched
@@ -204,7 +204,7 @@ def _met(
         stream = BlockStream(model, windows)
         for index, batch in _at_entrances(stream, left):
             # Found now, not when its block is folded; it names the layer.
-            second_moments(lambda index=index: stream.advance(index), {n: m.module for n, m in batch.items()})  # type: ignore[misc]
+            input_moments(lambda index=index: stream.advance(index), {n: m.module for n, m in batch.items()})  # type: ignore[misc]
         warnings.warn(
             f"{len(left)} layers are not called on the first {sample.numel()} tokens of the calibration text, from "
             f"{next(iter(left))} on; each gets an equal share of its budget, and is fitted to its inputs without the "
@@ -233,7 +233,7 @@ def _shapes(
     """
     found = {}
     for index, batch in _at_entrances(stream, matrices):
-        moments = second_moments(lambda index=index: stream.advance(index), {n: m.module for n, m in batch.items()})  # type: ignore[misc]
+        moments = input_moments(lambda index=index: stream.advance(index), {n: m.module for n, m in batch.items()})  # type: ignore[misc]
         for name, matrix in batch.items():
             choice = choices[name]
             if choice.dense or choice.rows or choice.columns:
@@ -314,7 +314,7 @@ def _curves(
         works_on(f"curves of {stream.name}.{index}")
         modules = {name: matrix.module for name, matrix in batch.items()}
         pair = value_heads(stream, index, {name: matrix for name, matrix in batch.items() if name in shrinking})
-        moments = second_moments(lambda index=index: stream.advance(index), modules, all_called=False)  # type: ignore[misc]
+        moments = input_moments(lambda index=index: stream.advance(index), modules, all_called=False)  # type: ignore[misc]
         for name, matrix in batch.items():
             if name not in moments or name not in gradients:
                 continue
