@@ -1,10 +1,11 @@
-"""Single blocks of a model, run as the model itself calls them.
+"""One transformer block at a time, run inside the model's own forward pass.
 
-The model's own forward pass is run on the tokens, but each block before the wanted one gives back at once what it is
-known to put out. So masks, positions, embeddings by layer and whatever else an architecture makes of the tokens are
-those of the very windows at hand, and none of them has to be kept. Kept is what blocks hand on: the hidden states,
-other outputs that the next block is given (router states, chosen keys), and what they write into mappings that all of
-them are given (shared keys and values).
+To run block i on a batch of windows, the whole model is called on their token ids with two changes: the blocks before i
+return outputs stored earlier instead of computing them, and the pass ends behind block i. The model itself thus makes
+masks, positions, embeddings by layer and whatever else its architecture derives from the tokens, for exactly these
+windows, and none of that has to be stored. Stored is what one block hands to the next: its hidden states, its other
+outputs that the next block takes (router states, selected keys), and the entries that blocks write into mappings which
+all of them are given (shared keys and values).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from transformers import PreTrainedModel
 from tensorfold.errors import InputError, pass_on_memory
 from tensorfold.utils.finite import why_not_finite
 
-_EXACT, _ROUNDED = 1e-4, 2e-2  # relative differences of one sum in another order, in fp32 and in less
+# Relative differences that another order of summation may make, in fp32 or wider, and in narrower dtypes.
+_EXACT, _ROUNDED = 1e-4, 2e-2
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -31,7 +33,11 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def output_of(output: Any) -> Tensor:
-    """The first tensor that a module returns: by itself, or in a tuple, a list or a ``ModelOutput``."""
+    """The first tensor that a module returns: by itself, or in a tuple, a list or a ``ModelOutput``.
+
+    Raises:
+        InputError: There is no tensor in it.
+    """
     found = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
     if found is None:
         raise InputError(f"a module returns {type(output).__name__} without a tensor in it; it cannot be calibrated.")
@@ -40,7 +46,10 @@ def output_of(output: Any) -> Tensor:
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """The module computes ``forward``; its hooks stay, and so does a forward that was put on the instance."""
+    """Let a module compute ``forward`` while the context is open; its hooks go on running.
+
+    At the end the module's own forward is back, also one that somebody had put on the instance.
+    """
     own = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -54,12 +63,14 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @dataclass(frozen=True)
 class Passed:
-    """What blocks hand on of one window or several.
+    """What one block hands to the next, for one window or several.
 
     Attributes:
-        hidden: Hidden states, shape (windows, ...).
-        others: By index among the leaves of the last block's output, what the next block is given of it.
-        shared: By argument (position or name) and key, what the blocks so far wrote into mappings.
+        hidden: Hidden states, shape (windows, ...), most often (windows, length, width).
+        others: Tensors beside the hidden states that the next block takes, by their index among the leaves of the
+            block's output.
+        shared: Entries that the blocks so far wrote into mappings among their arguments, by argument (position or
+            name) and key.
     """
 
     hidden: Tensor
@@ -68,7 +79,12 @@ class Passed:
 
     @classmethod
     def together(cls, hidden: Tensor, parts: Sequence[Passed]) -> Passed:
-        """Several windows as one batch; ``hidden`` has the hidden states of all of them."""
+        """One batch of several windows.
+
+        Args:
+            hidden: Hidden states of all of them, shape (windows, ...).
+            parts: One entry a window; its ``hidden`` is not used.
+        """
         if len(parts) == 1:
             return cls(hidden, parts[0].others, parts[0].shared)
         others = {leaf: torch.cat([part.others[leaf] for part in parts]) for leaf in parts[0].others}
@@ -81,7 +97,14 @@ class Passed:
 
 @dataclass
 class _Form:
-    """What a block's output looks like: its leaves, with zeros that take no memory for tensors."""
+    """The structure of a block's output.
+
+    Attributes:
+        spec: Nesting of the leaves in tuples, lists and mappings.
+        leaves: Zeros that take no memory in the place of tensors; other leaves as they were.
+        main: Index of the leaf with the hidden states.
+        carried: Indices of the other leaves that the next block takes.
+    """
 
     spec: TreeSpec
     leaves: list[Any]
@@ -89,6 +112,7 @@ class _Form:
     carried: tuple[int, ...] = ()
 
     def filled(self, hidden: Tensor, others: dict[int, Tensor]) -> Any:
+        """An output of this structure with the given hidden states and other leaves, and zeros for the rest."""
         leaves = list(self.leaves)
         leaves[self.main] = hidden.to(leaves[self.main].dtype)
         for index, leaf in others.items():
@@ -97,19 +121,22 @@ class _Form:
 
 
 class BlockChain:
-    """The blocks of a model, each of which is given what the one before it puts out.
+    """The blocks of a model as a chain: each one's input is the output of the one before it.
 
-    Blocks that text alone does not go through, such as those of cross-attention to images, hand on what they are given.
+    Blocks that text alone does not go through, such as cross-attention to images, hand on what they are given.
 
     Args:
-        model: In evaluation mode for as long as this is used.
-        window: Tokens that it is looked at with, shape (1, length).
+        model: In evaluation mode for as long as the chain is used.
+        name: Path of the list of blocks in the model, for messages.
+        blocks: The blocks, in the order in which the model calls them.
+        window: Token ids, shape (1, length), of the pass in which the structure of every output is recorded.
 
     Attributes:
-        shape, dtype: Those of the hidden states of one window; the dtype holds those of every block.
+        shape: Shape of the hidden states of one window, the same behind every block.
+        dtype: Dtype that holds the hidden states of every block.
 
     Raises:
-        InputError: The blocks are no chain, or put out NaN or infinity.
+        InputError: The blocks are no chain, or an output holds NaN or infinity.
     """
 
     def __init__(self, model: PreTrainedModel, name: str, blocks: nn.ModuleList, window: Tensor) -> None:
@@ -130,14 +157,20 @@ class BlockChain:
             self.dtype = torch.promote_types(self.dtype, form.leaves[form.main].dtype)
 
     def whole(self, windows: Tensor) -> Tensor:
-        """Output of the last block in a pass through the whole model, and note what every block puts out.
+        """Run the model up to its head, and record the structure of every block's output.
+
+        Args:
+            windows: Token ids, shape (windows, length).
+
+        Returns:
+            Hidden states behind the last block, shape (windows, ...).
 
         Raises:
-            InputError: As the class; the message names a block whose output is not finite.
+            InputError: The blocks are no chain, or an output holds NaN or infinity; the message names its block.
         """
         forms: dict[int, _Form] = {}
         place = {id(block): index for index, block in enumerate(self.blocks)}
-        left: list[Any] = []  # leaves of the last output, which must live for as long as their identity matters
+        left: list[Any] = []  # leaves of the latest output; kept alive, since they are compared by identity
 
         def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if forms and place[id(block)] <= max(forms):
@@ -164,12 +197,13 @@ class BlockChain:
             for block in self.blocks:
                 hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 hooks.callback(block.register_forward_hook(leave).remove)
-            # Not behind the last block, since some models go through their blocks again; logits are large.
+            # Logits are large, so the pass ends at the head; not behind the last block, since some models go through
+            # their blocks more than once.
             if (head := self.model.get_output_embeddings()) is not None:
                 hooks.callback(head.register_forward_pre_hook(stop).remove)
             self._until_stop(windows)
         if 0 not in forms or len(place) < len(self.blocks):
-            raise self._unfit(f"it calls {len(forms)} of the {len(self.blocks)}")
+            raise self._unfit(f"it calls {len(forms)} of its {len(self.blocks)} blocks")
         self._forms = forms
         hidden: Tensor = left[forms[max(forms)].main]
         return hidden.movedim(self._axis, 0)
@@ -179,7 +213,16 @@ class BlockChain:
         return index in self._forms
 
     def run(self, index: int, windows: Tensor, before: Passed | None) -> Passed:
-        """Run block ``index`` alone; ``before`` is what the one in front of it handed on, None for the first."""
+        """Run one block and no other.
+
+        Args:
+            index: The block's index in the chain.
+            windows: Token ids, shape (windows, length).
+            before: What the block in front of it handed on for these windows; None for the first block.
+
+        Returns:
+            What the block hands on; ``before`` itself where text does not go through the block.
+        """
         if before is not None and not self.calls(index):
             return before
         held: dict[tuple[int | str, Any], Any] = {}
@@ -212,9 +255,14 @@ class BlockChain:
         return found[0]
 
     def check(self, windows: Tensor) -> None:
-        """Raise :class:`InputError` unless block by block the windows, as one batch, come to what the model makes.
+        """Compare the hidden states of blocks that are run one by one with those of the whole model.
 
-        ``windows`` should not be what the chain was looked at with, so that nothing of those can be mistaken.
+        Args:
+            windows: Token ids, shape (windows, length), run as one batch. They should differ from the window that the
+                chain was made with, so that a value left over from that one shows.
+
+        Raises:
+            InputError: The two differ by more than rounding, or a block cannot be run by itself.
         """
         passed: Passed | None = None
         try:
@@ -225,16 +273,16 @@ class BlockChain:
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             pass_on_memory(error)
             raise self._unfit(
-                f"one alone fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                f"a block that is run by itself fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             ) from error
         whole = self.whole(windows).float()
         assert passed is not None
         exact = self.dtype in (torch.float32, torch.float64)
         if not (passed.hidden.float() - whole).norm() <= (_EXACT if exact else _ROUNDED) * whole.norm():
-            raise self._unfit("what a block is given depends on more than the one before it")
+            raise self._unfit("the input of a block depends on more than the block before it")
 
     def _known(self, index: int, passed: Passed) -> Callable[..., Any]:
-        """A forward of block ``index`` that computes nothing."""
+        """A forward of block ``index`` that computes nothing and returns stored outputs in the block's structure."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             for (argument, key), value in passed.shared.items():
@@ -244,10 +292,11 @@ class BlockChain:
         return forward
 
     def _until_stop(self, windows: Tensor) -> None:
+        """Call the model until a hook raises :class:`_StopForward`, or to its end."""
         try:
             with suppress(_StopForward):
                 self.model(windows, use_cache=False)
-        # Positions are counted in many ways, and some architectures have fewer than their configuration says.
+        # Some architectures have room for fewer positions than their configuration says.
         except (IndexError, RuntimeError) as error:
             pass_on_memory(error)
             raise InputError(
@@ -263,20 +312,22 @@ class BlockChain:
 
 
 def check_finite(hidden: Tensor, block: str, model: nn.Module) -> None:
+    """Raise :class:`InputError`, naming the block and the cause, where its hidden states hold NaN or infinity."""
     if not torch.isfinite(hidden).all():
         raise InputError(f"{block}: its output on the text holds NaN or infinity; {why_not_finite(model)}.")
 
 
 class _StopForward(Exception):  # noqa: N818  (a signal, not an error)
-    """Ends a forward pass once what was wanted of it is there."""
+    """The end of a forward pass whose wanted output is there."""
 
 
 def _zeros(leaf: Any) -> Any:
+    """Zeros of a tensor's shape and dtype that share one number of memory; anything else as it is."""
     return leaf.new_zeros(()).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf
 
 
 def _entries(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[tuple[int | str, Any], Any]:
-    """What the mappings among a call's arguments hold, by argument and key."""
+    """The entries of all mappings among a call's arguments, by argument (position or name) and key."""
     arguments: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     mappings = [(name, value) for name, value in arguments if isinstance(value, MutableMapping)]
     return {(name, key): value for name, mapping in mappings for key, value in mapping.items()}

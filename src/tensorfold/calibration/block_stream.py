@@ -1,7 +1,9 @@
-"""Calibration: text in, second moments of layer inputs out, one transformer block at a time.
+"""Second moments of layer inputs on a calibration text, one transformer block at a time.
 
 The hidden states of all calibration windows are carried from block to block, so each block is measured on the output
 of the blocks already folded before it, and no activation of any other block is kept.
+
+Notation: n input features of a layer, C its input moment (n × n), X its inputs (tokens × n).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from tensorfold.errors import InputError
 from tensorfold.models.anatomy import blocks
 from tensorfold.utils.finite import why_not_finite
 
-WINDOW = 1024
+WINDOW = 1024  # tokens; most in a calibration window
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
@@ -28,13 +30,21 @@ Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 def calibration_windows(
     tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], tokens: int, limit: int | None = None
 ) -> Tensor:
-    """Equal windows of at most ``limit`` tokens that together hold ``tokens`` of them; shape (windows, length).
+    """Windows of equal length cut from the beginning of a text.
 
-    Documents are joined by blank lines. Every window begins with what the tokenizer puts before a document, which is
-    among its tokens. Windows are equal so that one attention mask serves all.
+    Documents are joined by blank lines. Every window begins with what the tokenizer puts before a document, which
+    counts as part of it. Lengths are equal so that one attention mask serves all windows.
+
+    Args:
+        documents: The text before tokenising.
+        tokens: Tokens in all windows together, or a few less where they do not divide evenly.
+        limit: Most tokens of a window beside :data:`WINDOW`, such as the model's context length.
+
+    Returns:
+        Token ids, int64, shape (windows, length).
 
     Raises:
-        InputError: The text is too short.
+        InputError: The text is too short, or ``tokens`` or ``limit`` leaves no room for text.
     """
     length = min(WINDOW, limit or WINDOW)
     encoder = Encoder(tokenizer)
@@ -58,9 +68,10 @@ def calibration_windows(
 
 
 def token_counts(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], vocabulary: int) -> Tensor:
-    """How often the text uses each token; int64, shape (vocabulary,).
+    """How often a text uses each token; int64, shape (vocabulary,).
 
-    Special tokens count as often as the most frequent one: chats and documents are built of them, and text has none.
+    Special tokens get the count of the most frequent token: chats and documents are built of them, but plain text
+    holds none.
 
     Raises:
         InputError: The tokenizer gives a token that the vocabulary lacks.
@@ -77,21 +88,24 @@ def token_counts(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], v
 
 
 class BlockStream:
-    """What the blocks so far hand on of every calibration window, at the entrance of the next transformer block.
+    """The hidden states of all calibration windows at the entrance of one transformer block.
 
-    ``hidden`` are the hidden states, shape (windows, length, width) or what the architecture has in its place; they are
-    written by every :meth:`advance`, and nothing is in them before the first one. ``position`` is the index of the
-    block whose entrance the stream stands at. Everything else that a block is given is made by the model itself, for
-    the very windows that are run; see :mod:`tensorfold.calibration.block_calls`.
+    Everything else that a block is given is made by the model itself, for the windows that are run; see
+    :mod:`tensorfold.calibration.block_calls`.
 
     Args:
         model: In evaluation mode, and without gradients, for as long as the stream is used.
-        windows: Token indices, shape (windows, length).
+        windows: Token ids, shape (windows, length).
         allocate: Makes the tensor for ``hidden`` from shape and dtype; on the model's device if None.
         batch: Most windows that :meth:`run` is given at a time.
 
+    Attributes:
+        position: Index of the block at whose entrance the stream stands.
+        hidden: Hidden states there, shape (windows, length, width) or what the architecture has in its place; written
+            by :meth:`advance`, undefined before the first block.
+
     Raises:
-        InputError: Blocks run one by one do not make of the last windows what the whole model makes of them.
+        InputError: Blocks run one by one do not give the hidden states that the whole model gives for the last windows.
     """
 
     def __init__(
@@ -111,12 +125,18 @@ class BlockStream:
         self._passed: list[Passed] = []  # by window, beside the hidden states
 
     def calls(self, index: int) -> bool:
-        """Whether text goes through block ``index``; cross-attention to images is left out, and changes nothing."""
+        """Whether text goes through block ``index``: not through cross-attention to images, for one."""
         return self._chain.calls(index)
 
     def run(self, index: int, chosen: Tensor | slice) -> Tensor:
-        """Output of block ``index``, at whose entrance the stream stands, for the windows that ``chosen`` indexes;
-        shape (windows, length, width)."""
+        """Hidden states behind block ``index``, at whose entrance the stream has to stand.
+
+        Args:
+            chosen: Indices of the windows to run, as one batch.
+
+        Returns:
+            Shape (windows, length, width), with the chosen windows only.
+        """
         return self._run(index, torch.arange(len(self.windows))[chosen]).hidden
 
     def _run(self, index: int, chosen: Tensor) -> Passed:
@@ -127,9 +147,12 @@ class BlockStream:
         return self._chain.run(index, self.windows[chosen.to(self.device)], before)
 
     def pass_on(self, index: int, k: int) -> Tensor:
-        """Put what block ``index`` makes of window ``k`` in the place of what it was given, and return its output.
+        """Replace the hidden states of window ``k`` by those behind block ``index``, and return them.
 
-        ``position`` has to be set once this was done for every window.
+        Whoever has done so for every window sets ``position`` to ``index + 1``.
+
+        Returns:
+            Shape (1, length, width).
         """
         passed = self._run(index, torch.tensor([k]))
         self.hidden[k : k + 1] = passed.hidden
@@ -138,7 +161,7 @@ class BlockStream:
         return passed.hidden
 
     def input_moments(self, index: int, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-        """Second moments of the inputs that block ``index`` gives to ``modules``; see :func:`input_moments`."""
+        """Input moments (n × n) of modules in block ``index``, by name; see :func:`input_moments`."""
 
         def forward() -> None:
             for k in range(len(self.windows)):
@@ -147,7 +170,7 @@ class BlockStream:
         return input_moments(forward, modules, model=self.model)
 
     def advance(self, index: int) -> None:
-        """Replace the hidden states by the output of block ``index`` as it now is.
+        """Carry all hidden states through block ``index`` as it now is.
 
         Raises:
             InputError: The block's output is not finite.
@@ -162,8 +185,11 @@ class BlockStream:
             self.advance(self.position)
 
     def stages(self, index: int, modules: Mapping[str, nn.Module]) -> list[list[str]]:
-        """The modules of block ``index`` in the order in which one window meets them, those given the very same tensor
-        together; what it does not meet is in the last stage."""
+        """Names of the modules of block ``index`` in stages, in the order in which a forward pass reaches them.
+
+        Modules that are given the same tensor (query, key and value; gate and up) are one stage. Modules that the first
+        window does not reach, such as experts, are in the last stage.
+        """
         met: list[tuple[Any, list[str]]] = []
 
         def hook(name: str) -> Callable[..., None]:
@@ -187,7 +213,7 @@ class BlockStream:
         return stages
 
     def input_moments_outside(self, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-        """Second moments of the inputs of modules outside the blocks, from whole passes through the model."""
+        """Input moments (n × n) of modules outside the blocks, by name, from whole passes through the model."""
 
         def forward() -> None:
             for window in self.windows.split(1):
@@ -202,21 +228,25 @@ def input_moments(
     all_called: bool = True,
     model: nn.Module | None = None,
 ) -> dict[str, Tensor]:
-    """Run ``forward`` and return, for each module, ``C = Xᵀ X / tokens`` of the inputs X it saw, in fp32.
+    """The input moment ``C = Xᵀ X / tokens`` of every module, X (tokens × n) being all inputs in one run.
 
-    Modules that are given the very same tensors (query, key and value; gate and up) share one accumulation and one
-    result. Shape of each C: (in_features, in_features).
+    Modules that are given the same tensors (query, key and value; gate and up) share one sum and one result.
 
     Args:
-        all_called: Whether a module that is never called is an error; otherwise it has none.
-        model: What the modules are part of, to say why their inputs are not finite.
+        forward: Runs what calls the modules.
+        modules: Modules to watch, by name.
+        all_called: Whether a module that is never called is an error; otherwise it is left out of the result.
+        model: The model that the modules are part of, to say why their inputs are not finite.
+
+    Returns:
+        By name, fp32, shape (n, n).
 
     Raises:
-        InputError: A module saw NaN or infinity, or was never called; the message names it.
+        InputError: A module's inputs hold NaN or infinity, or it was never called; the message names it.
     """
     sums: dict[frozenset[str], Tensor] = {}  # by the modules that were given the same tensor
     tokens: dict[frozenset[str], int] = {}
-    given: list[tuple[Any, Tensor, set[str]]] = []  # a tensor, its vectors, and who has been given it so far
+    given: list[tuple[Any, Tensor, set[str]]] = []  # the latest input, its vectors, and the modules given it so far
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -225,8 +255,8 @@ def input_moments(
                 given[0][2].add(name)
                 return
             add()
-            flat = x.detach().reshape(-1, x.shape[-1]).float()
-            # A copy, which nothing changes in place before it is known who else is given it.
+            flat = x.detach().reshape(-1, x.shape[-1]).float()  # (tokens, n)
+            # A copy: the model may write into x before the last module that is given x has been seen.
             given[:] = [(x, flat.clone() if flat.data_ptr() == x.data_ptr() else flat, {name})]
 
         return hook
@@ -263,15 +293,20 @@ def input_moments(
 
 
 def not_finite_inputs(name: str, model: nn.Module) -> InputError:
-    """What to raise for a module whose inputs are not finite."""
+    """The error for a module whose inputs hold NaN or infinity, with the cause that is found in ``model``."""
     return InputError(f"{name}: its inputs on the calibration text hold NaN or infinity; {why_not_finite(model)}.")
 
 
 def inputs_of(forward: Callable[[], None], module: nn.Module, model: nn.Module) -> Tensor:
-    """Run ``forward`` and return the vectors that ``module`` was applied to, fp32, shape (vectors, in_features).
+    """All input vectors of a module in one run, fp32, shape (tokens, n).
+
+    Args:
+        forward: Runs what calls the module.
+        module: The module to watch.
+        model: The model that it is part of, to say why its inputs are not finite.
 
     Raises:
-        InputError: It saw NaN or infinity, or was never called.
+        InputError: Its inputs hold NaN or infinity, or it was never called.
     """
     seen: list[Tensor] = []
 

@@ -1,14 +1,17 @@
-"""Error feedback: a block is fitted to what the dense model makes of the text, from what the folded one hands it.
+"""Error feedback: layers are fitted to the dense model's outputs, given the folded model's inputs.
 
-A layer of the folded model is given inputs x̃ that the folds before it have changed. What it should put out is what the
-dense layer makes of the dense model's own inputs x, and, where its output is added to the stream that leaves the
-block, also what that stream lacks by now, d. The matrix that does this best is a regression,
+Notation, for one layer: W (m × n) its dense weight; x (n) its input in the dense model and x̃ (n) in the model folded
+so far; d (m) what the hidden states that leave the block lack by now, zero unless the layer's output is added to them
+as it is.
+
+The layer should answer x̃ with W x + d. The matrix that does so with the least squared error is the ridge regression
 
     W̄ = (W A + D + μ W diag C) (C + μ diag C)⁻¹        A = E[x x̃ᵀ],  C = E[x̃ x̃ᵀ],  D = E[d x̃ᵀ]
 
-with a ridge μ that pulls it towards W, or towards W in the basis that its inputs have by now; W̄ is then folded in W's
-place. With a bias all moments are taken about the means, and the bias makes up for what the means lack. GPTQ-style
-quantisers do the same column by column.
+whose ridge μ pulls it towards W, or towards W in a new basis where the inputs' basis was changed. C (n × n) is the
+input moment, A (n × n) the cross moment and D (m × n) the moment of what is lacking. W̄ is then folded in W's place.
+With a bias all moments are central, and the bias makes up for the difference of the means. GPTQ-style quantisers apply
+this correction column by column.
 """
 
 from __future__ import annotations
@@ -31,14 +34,16 @@ from tensorfold.models.anatomy import Matrix, dense_weight
 from tensorfold.utils.memory import release_file_pages
 
 RIDGE = 0.1  # chosen on held-out windows of a calibration text; see studies/smollm2
-_DIRECT = 2e-2  # relative; the states may be bf16
+_DIRECT = 2e-2  # relative difference that rounding of states in bf16 may make
 
 
 class Reference:
-    """The dense model, block by block, beside the one that is being folded.
+    """The dense model's hidden states, block by block, beside those of the model that is being folded.
 
     Args:
-        model: Still dense; its modules in ``chosen`` will be replaced, and are kept here.
+        model: Still dense. Its modules in ``chosen`` are replaced later; the reference keeps them.
+        windows: Token ids, shape (windows, length).
+        chosen: Matrices that will be folded, by name.
     """
 
     def __init__(self, model: PreTrainedModel, windows: Tensor, chosen: Mapping[str, Matrix]) -> None:
@@ -47,7 +52,7 @@ class Reference:
 
     @contextmanager
     def _dense(self, index: int) -> Iterator[None]:
-        """Block ``index`` as it was."""
+        """Put the dense modules of block ``index`` back for as long as the context is open."""
         prefix = f"{self.stream.name}.{index}."
         folded = {}
         for name, matrix in self.chosen.items():
@@ -62,19 +67,19 @@ class Reference:
                 self.model.set_submodule(name, module)
 
     def _release(self, index: int) -> None:
-        """Give back the memory of the weights of block ``index`` that were read again."""
+        """Give back the memory of the dense weights of block ``index``, which were read from their file again."""
         for name, matrix in self.chosen.items():
             if name.startswith(f"{self.stream.name}.{index}."):
                 release_file_pages(dense_weight(matrix.module))
 
     def advance_to(self, index: int) -> None:
-        """Carry the dense model's states to the entrance of block ``index``, through blocks as they were."""
+        """Carry the dense model's hidden states to the entrance of block ``index``, through dense blocks."""
         while self.stream.position < index:
             with self._dense(self.stream.position):
                 self.stream.advance(self.stream.position)
 
     def _window(self, index: int, k: int, last: bool) -> Tensor:
-        """Output of block ``index`` for window ``k``; it takes the place of the states if it is the ``last`` look."""
+        """Hidden states behind block ``index`` for window ``k``; they replace those before it if ``last``."""
         return self.stream.pass_on(index, k) if last else self.stream.run(index, slice(k, k + 1))
 
     def statistics(
@@ -85,10 +90,19 @@ class Reference:
         last: bool,
         towards: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> dict[str, Statistics]:
-        """Of modules that are given the same inputs and not folded yet; ``stream`` holds the folded model's states.
+        """Moments of the layers of one stage, and the matrix W̄ to fold in the place of each.
 
-        After the ``last`` stage of a block the dense states stand behind it. ``towards`` has the matrices of those
-        whose inputs are in another basis than the dense model's.
+        A layer that the two models do not give the same tokens, such as an expert, gets its input moment only.
+
+        Args:
+            stream: The folded model's hidden states, at the entrance of block ``index``.
+            index: The block that the layers are in.
+            stage: Layers that are given the same inputs and are not folded yet, by name.
+            last: Whether this is the block's last stage: the dense hidden states then go on to the next block.
+            towards: By name, W in the basis of the folded model's inputs, where that is not the dense model's.
+
+        Raises:
+            InputError: A layer was not called on the text, or its inputs hold NaN or infinity.
         """
         self.advance_to(index)
         sums = {name: _Sums(matrix) for name, matrix in stage.items()}
@@ -109,74 +123,101 @@ class Reference:
 
 
 class _Call(NamedTuple):
-    """What a module was given, (..., in), and what it gave back, (..., out)."""
+    """One call of a layer: its input, shape (..., n), and its output, shape (..., m)."""
 
     input: Tensor
     output: Tensor
 
 
 class _Sums:
-    """Moments of one module's inputs in both models, over all its calls; about the means where there is a bias.
+    """Sums over all calls of one layer for the moments C, A and D; central moments where it has a bias.
 
-    Those are summed about the means of the first window, since ``E[x xᵀ] − E[x] E[x]ᵀ`` has no digits of a feature
-    that varies little beside its mean.
+    Central moments are summed about the means of the first window: ``E[x xᵀ] − E[x] E[x]ᵀ`` would lose all digits of a
+    feature that varies little beside its mean.
+
+    Attributes:
+        input_moment: Sum for C, fp32, shape (n, n).
+        cross_moment: Sum for A, fp32, shape (n, n).
+        lack_moment: Sum for D, fp32, shape (m, n).
+        paired: Whether both models gave the layer the same tokens so far; without that A and D mean nothing.
     """
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
         n, m, like = matrix.in_features, matrix.out_features, matrix.parameter
         zeros = lambda *shape: torch.zeros(shape, device=like.device)  # noqa: E731
-        self.inputs, self.cross, self.lacks = zeros(n, n), zeros(n, n), zeros(m, n)
-        self.given, self.wanted, self.lack = (_Mean(size, like.device) for size in (n, n, m))
+        self.input_moment, self.cross_moment, self.lack_moment = zeros(n, n), zeros(n, n), zeros(m, n)
+        self.folded, self.dense, self.lack = (_Mean(size, like.device) for size in (n, n, m))  # means of x̃, x, d
         self.tokens, self.paired = 0, True
 
     def add(self, dense: list[_Call], folded: list[_Call], lack: Tensor | None, length: int) -> None:
-        """Of one window of ``length`` tokens: the calls in the order in which they were made."""
+        """Add the calls in one window, in the order in which they were made.
+
+        Args:
+            dense: Calls in the dense model.
+            folded: Calls in the folded model.
+            lack: d for every token, shape (..., m); None where the layer's output is not added as it is.
+            length: Tokens of the window.
+        """
         self.paired = self.paired and len(dense) == len(folded)
         for call, other in zip(dense, folded, strict=False):
             self.paired = self.paired and _same_tokens(call.input, other.input, length)
         if not folded:
             return
         centred = self.matrix.bias is not None
-        given = torch.cat([_flat(call.input) for call in folded])
-        self.tokens += len(given)
-        given = self.given.centre(given) if centred else given
-        self.inputs.addmm_(given.T, given)
+        inputs = torch.cat([_flat(call.input) for call in folded])  # x̃, (tokens, n)
+        self.tokens += len(inputs)
+        inputs = self.folded.centre(inputs) if centred else inputs
+        self.input_moment.addmm_(inputs.T, inputs)
         if not self.paired:
             return
-        wanted = torch.cat([_flat(call.input) for call in dense])
-        self.cross.addmm_((self.wanted.centre(wanted) if centred else wanted).T, given)
+        wanted = torch.cat([_flat(call.input) for call in dense])  # x, (tokens, n)
+        self.cross_moment.addmm_((self.dense.centre(wanted) if centred else wanted).T, inputs)
         if lack is not None:
-            flat = _flat(lack)
-            self.lacks.addmm_((self.lack.centre(flat) if centred else flat).T, given)
+            flat = _flat(lack)  # d, (tokens, m)
+            self.lack_moment.addmm_((self.lack.centre(flat) if centred else flat).T, inputs)
 
     def statistics(self, name: str, towards: Tensor | None = None) -> Statistics:
+        """The input moment, and where both models gave the layer the same tokens, W̄ and the means for its bias.
+
+        Args:
+            name: The layer's, for messages.
+            towards: Matrix that the ridge pulls towards, shape (m, n); W by default.
+
+        Raises:
+            InputError: The layer was not called, or its inputs hold NaN or infinity.
+        """
         if not self.tokens:
             raise InputError(f"{name}: not called on the calibration text, so it has no statistics; exclude it.")
-        c, a, d = (total.double() / self.tokens for total in (self.inputs, self.cross, self.lacks))
+        sums = self.input_moment, self.cross_moment, self.lack_moment
+        c, a, d = (total.double() / self.tokens for total in sums)  # (n, n), (n, n), (m, n)
         if not torch.isfinite(c).all():
             raise not_finite_inputs(name, self.matrix.module)
-        given, wanted, lack = (mean.about(self.tokens) for mean in (self.given, self.wanted, self.lack))
+        folded, dense, lack = (mean.about(self.tokens) for mean in (self.folded, self.dense, self.lack))
         if not self.paired:
-            about = self.given.origin
-            return Statistics(inputs=(c + about.outer(given) + given.outer(about) + about.outer(about)).float())
+            origin = self.folded.origin
+            raw = c + origin.outer(folded) + folded.outer(origin) + origin.outer(origin)
+            return Statistics(inputs=raw.float())
         weight, means = dense_weight(self.matrix.module).detach().double(), None
         if self.matrix.bias is not None:
-            c, a, d = c - given.outer(given), a - wanted.outer(given), d - lack.outer(given)
-            # Of a feature that never varies nothing is left but rounding, of either sign; it varies with nothing.
+            c, a, d = c - folded.outer(folded), a - dense.outer(folded), d - lack.outer(folded)
+            # A feature that never varies leaves rounding of either sign in C; it is uncorrelated with everything.
             varies = (c.diagonal() > 0).double()
             c, a, d = c * varies.outer(varies), a * varies, d * varies
-            given, wanted, lack = given + self.given.origin, wanted + self.wanted.origin, lack + self.lack.origin
-            means = Means(given, weight @ wanted + lack)
+            folded, dense, lack = folded + self.folded.origin, dense + self.dense.origin, lack + self.lack.origin
+            means = Means(folded, weight @ dense + lack)
         ridge = RIDGE * c.diagonal().clamp_min(0) + torch.finfo(torch.float32).eps * c.diagonal().mean()
         ridge = ridge.clamp_min(torch.finfo(torch.float32).tiny)  # where no feature varies
-        pull = (weight if towards is None else towards.double()) * ridge
+        pull = (weight if towards is None else towards.double()) * ridge  # (m, n)
         target = torch.linalg.solve(c + ridge.diag(), (weight @ a + d + pull).T).T
         return Statistics(inputs=c.float(), target=target.float(), means=means)
 
 
 class _Mean:
-    """Of vectors (size,), kept as an origin near it, fp64 of fp32 numbers, and the sum of what they differ from it."""
+    """The mean of vectors (size,), kept as an origin near it and the sum of their differences from that origin.
+
+    Both are fp64; the origin's values are fp32 numbers, so that fp32 vectors lose nothing when it is subtracted.
+    """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.origin = torch.zeros(size, dtype=torch.float64, device=device)
@@ -184,8 +225,11 @@ class _Mean:
         self.started = False
 
     def centre(self, vectors: Tensor) -> Tensor:
-        """The vectors (n, size) less the origin, which is the mean of the first ones; they are added to the sum."""
-        if not len(vectors):  # of an expert that was sent nothing
+        """Subtract the origin from vectors (tokens, size), and add the differences to the sum.
+
+        The origin is the mean of the first vectors that are given.
+        """
+        if not len(vectors):  # an expert that no token was sent to
             return vectors
         if not self.started:
             self.origin, self.started = vectors.mean(0, dtype=torch.float64).float().double(), True
@@ -194,15 +238,15 @@ class _Mean:
         return vectors
 
     def about(self, count: int) -> Tensor:
-        """The mean of ``count`` vectors less the origin, fp64."""
+        """The mean of ``count`` vectors less the origin, fp64, shape (size,)."""
         return self.sum / count
 
 
 def _same_tokens(dense: Tensor, folded: Tensor, length: int) -> bool:
-    """Whether two calls were given the same tokens in the same order, of a window of ``length``.
+    """Whether two calls got the same tokens in the same order, judged by their inputs (..., n).
 
-    A router may send an expert as many tokens in both models, but others. Where it does not get all of them, each
-    vector has to be as near to its partner as to any other.
+    A router may send an expert equally many but other tokens in the two models. Unless a call got all ``length`` tokens
+    of the window, each vector has to be at least as near to its partner as to any other vector.
     """
     if dense.shape != folded.shape:
         return False
@@ -214,7 +258,7 @@ def _same_tokens(dense: Tensor, folded: Tensor, length: int) -> bool:
 
 
 def _watch(forward: Callable[[], Tensor], stage: Mapping[str, Matrix]) -> tuple[dict[str, list[_Call]], Tensor]:
-    """The calls of the modules in one forward pass, and what it returns."""
+    """Run a forward pass; return the calls of the layers, by name, and the pass's output."""
     seen: dict[str, list[_Call]] = {name: [] for name in stage}
 
     def hook(name: str) -> Callable[..., None]:
@@ -231,14 +275,17 @@ def _watch(forward: Callable[[], Tensor], stage: Mapping[str, Matrix]) -> tuple[
 
 
 def _adds_to_output(stream: BlockStream, index: int, module: nn.Module) -> bool:
-    """Whether what the module puts out is added to the block's output as it is, with nothing behind it."""
+    """Whether a module's output is added to the block's output as it is, with nothing in between.
+
+    Noise is added to the module's output on the first window: the block's output then changes by just that noise.
+    """
     first = slice(0, 1)
     noise: list[Tensor] = []
 
     def disturb(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         random = torch.randn(output.shape, generator=generator).to(output)
-        # As large as the stream, so that rounding in it does not hide the noise; and as rounded when it was added.
+        # Noise as large as the hidden states, so that their rounding does not hide it; noted as it was rounded.
         disturbed = output + random * before.float().square().mean().sqrt().to(output.dtype)
         noise.append(disturbed - output)
         return disturbed
@@ -257,4 +304,5 @@ def _adds_to_output(stream: BlockStream, index: int, module: nn.Module) -> bool:
 
 
 def _flat(tensor: Tensor) -> Tensor:
+    """Vectors (..., size) as fp32, shape (tokens, size)."""
     return tensor.detach().reshape(-1, tensor.shape[-1]).float()

@@ -1,4 +1,7 @@
-"""The output side of calibration: second moments of the loss's gradient, from one backward pass."""
+"""Second moments of the loss's gradient at the outputs of layers, from one backward pass over a text.
+
+Notation: m output features of a layer, G its gradient moment (m × m), g (m) the gradient at one output vector.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +22,30 @@ from tensorfold.errors import InputError
 from tensorfold.models.anatomy import blocks
 from tensorfold.utils.finite import why_not_finite
 
-# Tokens in a backward pass: their logits are held, and the activations of one block at a time.
-_WINDOW = 256
+_WINDOW = 256  # tokens in a backward pass, which holds their logits and the activations of one block
 
 
 def gradient_moments(
     model: PreTrainedModel, windows: Tensor, modules: Mapping[str, nn.Module], prefix: int = 0
 ) -> dict[str, Packed]:
-    """For each module ``G = Σ g gᵀ / tokens``, (out, out), with g the gradient of the loss at an output vector.
+    """The gradient moment ``G = Σ g gᵀ / tokens`` of every module: the empirical Fisher matrix of its output.
 
-    The loss is that of the text itself, ``Σ −log p(next token)`` in nats over a window: the empirical Fisher. An output
-    that is off by δ at a token then costs about ``½ δᵀ G δ`` nats. A module that is never called has none, such as
-    an expert that no token is sent to.
+    The loss is ``Σ −log p(next token)`` over the text, in nats. An output off by δ at one token then costs about
+    ``½ δᵀ G δ`` nats.
 
     Args:
-        windows: Token indices, shape (windows, length); their text is cut into pieces of 256.
-        modules: By name; what they return is the vector itself, shape (..., out).
+        model: A causal language model.
+        windows: Token ids, shape (windows, length); their text is cut into pieces of 256 tokens.
+        modules: Modules that return one tensor, shape (..., m), by name.
         prefix: How many tokens at the beginning of a window are what the tokenizer puts before a document. Every piece
-            begins with them; they are context, and the loss is of the text behind them without its first token.
+            begins with them as context; neither they nor the first token of the text behind them are in the loss.
+
+    Returns:
+        By name, symmetric, shape (m, m); without modules that are never called, such as an expert that no token is
+        sent to.
 
     Raises:
-        InputError: The gradients at a module hold NaN or infinity.
+        InputError: The gradients at a module hold NaN or infinity, or the model gives no logits for tokens.
     """
     sums: dict[str, Packed] = {}
     check_ids(model, windows, "calibration")
@@ -63,11 +69,11 @@ def gradient_moments(
         return hook
 
     def root(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return output.detach().requires_grad_().clone()  # of a leaf, some models' work in place is refused
+        return output.detach().requires_grad_().clone()  # no leaf: some models write into embeddings in place
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as hooks, torch.enable_grad():
-        # Only activations need gradients; those of the weights would be as large as the model.
+        # Only activations get gradients; those of the weights would take as much memory as the model.
         for parameter in trained:
             parameter.requires_grad_(False)
         hooks.callback(lambda: [parameter.requires_grad_() for parameter in trained])
@@ -86,14 +92,14 @@ def gradient_moments(
 
 
 def next_token_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits (1, length, vocabulary) of tokens (1, length).
+    """A causal language model's logits, shape (1, length, vocabulary), for token ids, shape (1, length).
 
     Raises:
-        InputError: The model has another head than a language model's, or none.
+        InputError: The model has no language model's head.
     """
     logits = getattr(model(ids, use_cache=False), "logits", None)
     table = model.get_input_embeddings()
-    few = getattr(table, "num_embeddings", 0) // 2  # labels; Mllama's table has some rows more than its head
+    few = getattr(table, "num_embeddings", 0) // 2  # fewer are labels; Mllama's table has more rows than its head
     if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape or logits.shape[-1] < few:
         shown = "no logits" if not isinstance(logits, Tensor) else f"logits of shape {tuple(logits.shape)}"
         raise InputError(
@@ -106,9 +112,10 @@ def next_token_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _gradient_at(logits: Tensor, piece: Tensor, prefix: int) -> Tensor:
-    """Of ``Σ −log p(next token)`` at logits (1, length, vocabulary): two tables of that size instead of four.
+    """The gradient ``softmax(logits) − one-hot(next token)`` of the loss, shape (1, length, vocabulary).
 
-    What the ``prefix`` tokens at the beginning predict does not count.
+    It holds two tensors of that shape where autograd would hold four. Predictions at the first ``prefix`` positions,
+    and at the last, which has no next token, have gradient zero.
     """
     gradient = logits.float().softmax(-1)
     gradient[0, torch.arange(len(piece) - 1, device=piece.device), piece[1:]] -= 1
@@ -119,7 +126,7 @@ def _gradient_at(logits: Tensor, piece: Tensor, prefix: int) -> Tensor:
 
 @contextmanager
 def _recomputing(model: PreTrainedModel) -> Iterator[None]:
-    """Blocks whose inputs alone are kept for the backward pass, whatever the architecture offers itself."""
+    """Gradient checkpointing of every block while the context is open, whether or not the architecture offers it."""
     try:
         chain = list(blocks(model)[1])
     except InputError:

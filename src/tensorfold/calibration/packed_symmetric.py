@@ -1,4 +1,4 @@
-"""A symmetric matrix by its upper half: little over half its memory, for second moments that are kept for long."""
+"""Symmetric matrices stored by their upper triangles, in little more than half the memory of the whole."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ _PANEL = 64  # rows
 
 
 class Packed:
-    """A sum of outer products, (size, size), fp32, in panels of 64 rows: of each, what is not left of the diagonal.
+    """A symmetric sum of outer products, fp32, shape (size, size), packed into panels of 64 rows.
 
-    Panels need no table of indices, which would be as large as the matrix, and a sum takes half the work of a whole.
+    Each panel stores its rows from the diagonal rightwards: 64 rows from column ``first`` on, where ``first`` is the
+    panel's first row. A panel is one dense matrix, so no table of indices is needed, and adding takes half the
+    multiplications of the whole matrix.
 
     Args:
-        values: Those of an equal object, ``numbers(size)`` of them.
-        path: A file with such values, as :meth:`spill` writes it, that is read at every use.
+        size: Rows, and columns.
+        device: Where the sum is kept; the device of ``values`` where they are given.
+        values: Packed values of another object of this size, shape (numbers(size),).
+        path: File with packed values, as :meth:`spill` writes it; it is read at every use.
     """
 
     def __init__(
@@ -40,7 +44,7 @@ class Packed:
 
     @property
     def values(self) -> Tensor:
-        """The panels, one behind the other, shape (numbers(size),); read anew at every call where they are in a file.
+        """The panels one behind the other, shape (numbers(size),); read at every call where they are in a file.
 
         Raises:
             OSError: The file is gone, or too short.
@@ -54,18 +58,18 @@ class Packed:
         return torch.from_numpy(values).to(self.device)
 
     def add(self, vectors: Tensor) -> None:
-        """Add ``vectorsᵀ vectors`` of vectors (n, size)."""
-        assert self._values is not None  # a file's would be lost
+        """Add ``vectorsᵀ vectors``, (size, size), of vectors with shape (tokens, size)."""
+        assert self._values is not None  # nothing can be added to values in a file
         for rows, panel in self._panels(self._values):
             panel.addmm_(vectors[:, rows].T, vectors[:, rows.start :])
 
     def divide(self, by: float) -> None:
-        """Divide all numbers."""
+        """Divide the whole matrix by a number."""
         assert self._values is not None
         self._values.div_(by)
 
     def spill(self, path: Path) -> None:
-        """Keep the values in a file from now on; nothing can be added any more.
+        """Move the values to a file, and free their memory; nothing can be added any more.
 
         Raises:
             InputError: The file cannot be written.
@@ -75,7 +79,7 @@ class Packed:
         self.path, self._values = path, None
 
     def full(self, scale: float = 1.0) -> Tensor:
-        """``scale`` times the whole matrix; exactly symmetric."""
+        """The whole matrix times ``scale``, shape (size, size), exactly symmetric."""
         values = self.values
         out = values.new_empty(self.size, self.size)
         for rows, panel in self._panels(values):
@@ -87,7 +91,7 @@ class Packed:
         return out
 
     def _panels(self, values: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Rows and columns of each panel on the diagonal, and its numbers, (rows, size − first row)."""
+        """Each panel's rows as a slice, and its numbers, shape (rows, size − first row)."""
         start = 0
         for first in range(0, self.size, _PANEL):
             shape = min(_PANEL, self.size - first), self.size - first
@@ -96,5 +100,5 @@ class Packed:
 
 
 def numbers(size: int) -> int:
-    """How many are stored of a matrix (size, size)."""
+    """How many numbers a packed matrix of shape (size, size) stores."""
     return sum(min(_PANEL, size - first) * (size - first) for first in range(0, size, _PANEL))
