@@ -47,7 +47,7 @@ class BlockDiagonalMethod(Method):
         return BlockDiagonal(out_features, in_features, blocks[0])
 
     def solve(self, weight, spec, known=NOTHING):
-        w, moment = weight.double(), known.metrics().inputs  # (m, n), and C or None
+        w, moment = weight.double(), known.metrics().input_moment  # (m, n), and C or None
         moment = torch.eye(w.shape[1]).to(w) if moment is None else moment.to(w)
         left, _, right = torch.linalg.svd((w * moment.diagonal().sqrt()).abs(), full_matrices=False)
         rows, columns = left[:, 1].argsort(), right[1].argsort()

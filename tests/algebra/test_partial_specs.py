@@ -85,12 +85,12 @@ def test_a_matrix_of_that_form_is_found_again(spec):
     weight = torch.zeros(spec.out_features, spec.in_features, dtype=torch.float64)
     rank = spec.ranks[0] if spec.ranks else min(len(rows), len(columns))
     weight[rows[:, None], columns] = random(len(rows), rank) @ random(rank, len(columns), seed=1)
-    known = Statistics(inputs=moment(spec.in_features, 3), gradients=moment(spec.out_features, 4))
+    known = Statistics(input_moment=moment(spec.in_features, 3), gradient_moment=moment(spec.out_features, 4))
     for each in (Statistics(), known):
         factors = LowRank(rank=rank, pivots=True).solve(weight, spec, each)
         layer = MPOLinear.from_factors(factors, spec, weight)
         assert relative_error(weight, layer.to_dense().detach()) < 1e-6
-    layer = MPOLinear.from_dense(weight, spec, metric=known.inputs)
+    layer = MPOLinear.from_dense(weight, spec, metric=known.input_moment)
     assert relative_error(weight, layer.to_dense().detach()) < 1e-6
 
 
@@ -162,5 +162,5 @@ def test_the_largest_rows_and_columns_are_kept():
     # Inputs that are never there count for nothing, however large their column is.
     inputs = torch.eye(5, dtype=torch.float64)
     inputs[3, 3] = 0
-    factors = LowRank(rank=1, pivots=True).solve(weight, spec, Statistics(inputs=inputs))
+    factors = LowRank(rank=1, pivots=True).solve(weight, spec, Statistics(input_moment=inputs))
     assert int(factors.in_order) != 3

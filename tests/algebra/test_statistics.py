@@ -11,8 +11,8 @@ def moment(size, seed):
 
 
 def test_linear_layers_are_fitted_in_both_moments():
-    known = Statistics(inputs=moment(4, 0), gradients=moment(3, 1))
-    assert known.metrics() == (known.inputs, known.gradients)
+    known = Statistics(input_moment=moment(4, 0), gradient_moment=moment(3, 1))
+    assert known.metrics() == (known.input_moment, known.gradient_moment)
     assert not Statistics().known
     assert known.known
 
@@ -23,10 +23,10 @@ def test_tables_weigh_rows_and_add_both_ends():
     inputs, weights = known.metrics(exponent=0.5)
     roots = torch.tensor([8.0, 1.0, 3.0], dtype=torch.float64).sqrt()
     torch.testing.assert_close(weights, roots / roots.mean())
-    torch.testing.assert_close(inputs, known.inputs.double() + known.gradients.double())
+    torch.testing.assert_close(inputs, known.input_moment.double() + known.gradient_moment.double())
     torch.testing.assert_close(known.shares, torch.tensor([8, 1, 3], dtype=torch.float64) / 12)
-    untied = Statistics(gradients=known.gradients, counts=counts).metrics()
-    torch.testing.assert_close(untied.inputs, known.gradients.double())
+    untied = Statistics(gradient_moment=known.gradient_moment, counts=counts).metrics()
+    torch.testing.assert_close(untied.input_moment, known.gradient_moment.double())
 
 
 def test_metrics_follow_the_order():
@@ -34,7 +34,9 @@ def test_metrics_follow_the_order():
     inputs, outputs = moment(4, 0), moment(3, 1)
     for given in (outputs, outputs.diagonal()):
         moved = Metrics(inputs, given).reordered(rows, columns)
-        left, right = (torch.diag(g) if g.dim() == 1 else g for g in (given, moved.outputs))
+        left, right = (torch.diag(g) if g.dim() == 1 else g for g in (given, moved.gradient_moment))
         there = weight[rows][:, columns]
-        before, after = ((g @ w @ c * w).sum() for g, w, c in ((left, weight, inputs), (right, there, moved.inputs)))
+        before, after = (
+            (g @ w @ c * w).sum() for g, w, c in ((left, weight, inputs), (right, there, moved.input_moment))
+        )
         torch.testing.assert_close(before, after)

@@ -59,15 +59,13 @@ def test_the_target_is_the_regression(bias, level):
     known = sums(matrix, dense, folded, lacks).statistics("layer")
     c, target = regression(matrix.module.weight.detach(), dense, folded, lacks, centred=bias)
     deviation = c.diagonal().sqrt()
-    assert ((known.inputs - c).abs() <= 1e-4 * deviation.outer(deviation)).all()
+    assert ((known.input_moment - c).abs() <= 1e-4 * deviation.outer(deviation)).all()
     assert ((known.target - target).abs() * deviation <= 1e-4 * (target.abs() * deviation).max()).all()
     if bias:
         mean = dense.float().double().mean(0)
         wanted = matrix.module.weight.detach().double() @ mean + lacks.float().double().mean(0)
-        torch.testing.assert_close(
-            known.means.inputs, folded.float().double().mean(0), rtol=0, atol=1e-8 + 1e-9 * level
-        )
-        torch.testing.assert_close(known.means.outputs, wanted, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(known.means.given, folded.float().double().mean(0), rtol=0, atol=1e-8 + 1e-9 * level)
+        torch.testing.assert_close(known.means.wanted, wanted, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("value", [10.1, 1e3, -0.1, 0.0])
@@ -76,10 +74,10 @@ def test_a_feature_that_never_varies_weighs_nothing(value):
     inputs = normal(8000, 4, seed=1)
     inputs[:, 2] = value
     known = sums(matrix, inputs, inputs).statistics("layer")
-    assert known.inputs.diagonal().min() == 0
-    assert not known.inputs[2].any()
+    assert known.input_moment.diagonal().min() == 0
+    assert not known.input_moment[2].any()
     torch.testing.assert_close(known.target, matrix.module.weight.detach(), rtol=1e-4, atol=1e-5)
-    assert known.means.inputs[2] == torch.tensor(value).double()
+    assert known.means.given[2] == torch.tensor(value).double()
     still = torch.full((8000, 4), value, dtype=torch.float64)
     torch.testing.assert_close(sums(matrix, still, still).statistics("layer").target, matrix.module.weight.detach())
 
@@ -90,7 +88,7 @@ def test_without_pairs_the_moment_is_about_the_origin():
     found.add([], [_Call(inputs.float(), inputs)], None, len(inputs))
     known = found.statistics("layer")
     assert (known.target, known.means) == (None, None)
-    torch.testing.assert_close(known.inputs, (inputs.T @ inputs / 800).float())
+    torch.testing.assert_close(known.input_moment, (inputs.T @ inputs / 800).float())
 
 
 @pytest.mark.parametrize(("gain", "level"), [(0.0, 10.1), (0.0, 1e3), (1e-3, 1e3)])

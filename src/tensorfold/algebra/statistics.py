@@ -15,30 +15,34 @@ class Metrics(NamedTuple):
     """C and G of the error ``‖G^½ (W − Ŵ) C^½‖`` for W of shape (out, in); None is the identity.
 
     Attributes:
-        inputs: C, (in, in).
-        outputs: G, (out, out), or (out,) for a diagonal one: the weight of every row.
+        input_moment: C, (in, in).
+        gradient_moment: G, (out, out), or (out,) for a diagonal one: the weight of every row.
     """
 
-    inputs: Tensor | None = None
-    outputs: Tensor | None = None
+    input_moment: Tensor | None = None
+    gradient_moment: Tensor | None = None
 
     def reordered(self, rows: Tensor | None, columns: Tensor | None) -> Metrics:
         """The metrics of ``W[rows][:, columns]``."""
-        inputs, outputs = self
-        if inputs is not None and columns is not None:
-            inputs = inputs[columns.to(inputs.device)][:, columns.to(inputs.device)]
-        if outputs is not None and rows is not None:
-            outputs = outputs[rows.to(outputs.device)]
-            outputs = outputs if outputs.dim() == 1 else outputs[:, rows.to(outputs.device)]
-        return Metrics(inputs, outputs)
+        c, g = self
+        if c is not None and columns is not None:
+            c = c[columns.to(c.device)][:, columns.to(c.device)]
+        if g is not None and rows is not None:
+            g = g[rows.to(g.device)]
+            g = g if g.dim() == 1 else g[:, rows.to(g.device)]
+        return Metrics(c, g)
 
 
 class Means(NamedTuple):
-    """Of a layer with a bias: its mean input, (in,), and what its mean output without the bias should be, (out,);
-    fp64, since a bias makes up for differences of large means."""
+    """Means of a layer with a bias, in fp64, since a bias makes up for differences of large means.
 
-    inputs: Tensor
-    outputs: Tensor
+    Attributes:
+        given: The mean input, shape (in,).
+        wanted: What the mean output without the bias should be, shape (out,).
+    """
+
+    given: Tensor
+    wanted: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,19 +50,19 @@ class Statistics:
     """What is known of one matrix W (out, in) from text; nothing where there is none.
 
     Args:
-        inputs: Second moment of the vectors that W is applied to, (in, in); of a table, of those that the head tied to
+        input_moment: Second moment of the vectors that W is applied to, (in, in); of a table, of those that the head tied to
             it reads.
-        gradients: Second moment of the loss's gradient at the outputs, (out, out); of a table, where its rows enter the
+        gradient_moment: Second moment of the loss's gradient at the outputs, (out, out); of a table, where its rows enter the
             model, (width, width).
         counts: Of a table, how often the text uses each token, (vocabulary,).
         states: Of a table, vectors that the head tied to it reads, (n, width).
         target: What is folded in W's place, (out, in), where the folded model's own inputs ask for another matrix.
         start: Cores of a neighbouring problem, where a solver that looks for a local optimum starts.
-        means: Of a layer whose bias makes up for the means; ``inputs`` are then about them.
+        means: Of a layer whose bias makes up for the means; ``input_moment`` is then about them.
     """
 
-    inputs: Tensor | None = None
-    gradients: Tensor | None = None
+    input_moment: Tensor | None = None
+    gradient_moment: Tensor | None = None
     counts: Tensor | None = None
     states: Tensor | None = None
     target: Tensor | None = None
@@ -66,8 +70,8 @@ class Statistics:
     start: list[Tensor] | None = None
 
     def reordered(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Statistics:
-        """Of ``W[rows][:, columns]``, for a linear layer."""
-        inputs, gradients = Metrics(self.inputs, self.gradients).reordered(rows, columns)
+        """The statistics of ``W[rows][:, columns]``, for a linear layer."""
+        c, g = Metrics(self.input_moment, self.gradient_moment).reordered(rows, columns)
         target, means = self.target, self.means
         if target is not None:
             target = target if rows is None else target[rows.to(target.device)]
@@ -76,11 +80,11 @@ class Statistics:
             given, wanted = means
             given = given if columns is None else given[columns.to(given.device)]
             means = Means(given, wanted if rows is None else wanted[rows.to(wanted.device)])
-        return replace(self, inputs=inputs, gradients=gradients, target=target, means=means, start=None)
+        return replace(self, input_moment=c, gradient_moment=g, target=target, means=means, start=None)
 
     @property
     def known(self) -> bool:
-        return any(part is not None for part in (self.inputs, self.gradients, self.counts, self.states))
+        return any(part is not None for part in (self.input_moment, self.gradient_moment, self.counts, self.states))
 
     def metrics(self, exponent: float = COUNT_EXPONENT) -> Metrics:
         """The metrics of the fit.
@@ -91,12 +95,12 @@ class Statistics:
         tied head reads.
         """
         if self.counts is None:
-            return Metrics(self.inputs, self.gradients)
+            return Metrics(self.input_moment, self.gradient_moment)
         weights = (self.counts.double() + 1) ** exponent
-        ends = [moment.double() for moment in (self.inputs, self.gradients) if moment is not None]
+        ends = [moment.double() for moment in (self.input_moment, self.gradient_moment) if moment is not None]
         return Metrics(sum(ends[1:], ends[0]) if ends else None, weights / weights.mean())
 
     @property
     def shares(self) -> Tensor | None:
-        """Of each token in the text, one more counted of each; shape (vocabulary,)."""
+        """The share of each token in the text, shape (vocabulary,), one more counted of each."""
         return None if self.counts is None else (self.counts.double() + 1) / (self.counts.double() + 1).sum()

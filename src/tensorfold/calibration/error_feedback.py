@@ -197,7 +197,7 @@ class _Sums:
         if not self.paired:
             origin = self.folded.origin
             raw = c + origin.outer(folded) + folded.outer(origin) + origin.outer(origin)
-            return Statistics(inputs=raw.float())
+            return Statistics(input_moment=raw.float())
         weight, means = dense_weight(self.matrix.module).detach().double(), None
         if self.matrix.bias is not None:
             c, a, d = c - folded.outer(folded), a - dense.outer(folded), d - lack.outer(folded)
@@ -210,7 +210,7 @@ class _Sums:
         ridge = ridge.clamp_min(torch.finfo(torch.float32).tiny)  # where no feature varies
         pull = (weight if towards is None else towards.double()) * ridge  # (m, n)
         target = torch.linalg.solve(c + ridge.diag(), (weight @ a + d + pull).T).T
-        return Statistics(inputs=c.float(), target=target.float(), means=means)
+        return Statistics(input_moment=c.float(), target=target.float(), means=means)
 
 
 class _Mean:

@@ -106,13 +106,13 @@ def _of_linears(
     plain = {name: batch[name].module for name in stage if name not in corrected}
     known = {}
     if plain:
-        known = {name: Statistics(inputs=moment) for name, moment in stream.input_moments(index, plain).items()}
+        known = {name: Statistics(input_moment=moment) for name, moment in stream.input_moments(index, plain).items()}
     if reference is not None and corrected:
         turned = [name for name in corrected if name in found.turns and not found.turns[name].of_values]
         towards = {name: found.turns[name].weight(batch[name]) for name in turned}
         known |= reference.statistics(stream, index, {name: batch[name] for name in corrected}, last, towards)
     for name, each in known.items():
-        known[name] = replace(each, gradients=found.take_gradient(name), start=found.starts.pop(name, None))
+        known[name] = replace(each, gradient_moment=found.take_gradient(name), start=found.starts.pop(name, None))
         if name in found.turns:
             known[name] = found.turns[name].statistics(batch[name], known[name])
     return known
@@ -120,7 +120,7 @@ def _of_linears(
 
 def _of_outside(stream: BlockStream, matrices: Mapping[str, Matrix]) -> dict[str, Statistics]:
     moments = stream.input_moments_outside({name: matrix.module for name, matrix in matrices.items()})
-    return {name: Statistics(inputs=moment) for name, moment in moments.items()}
+    return {name: Statistics(input_moment=moment) for name, moment in moments.items()}
 
 
 def _of_tables(
@@ -137,7 +137,7 @@ def _of_tables(
     moments = gradient_moments(model, windows, {table.name: table.module}, text.prefix)
     gradients = moments[table.name].full(scale_of(table) ** 2)
     if table.tied_head is None:
-        return {table.name: Statistics(gradients=gradients, counts=counts)}
+        return {table.name: Statistics(gradient_moment=gradients, counts=counts)}
 
     def forward() -> None:
         for window in windows.to(table.parameter.device).split(1):

@@ -310,9 +310,9 @@ def _align_hidden_units(
         views = []
         for matrix in members(units):
             weight, spec = dense_weight(matrix.module).detach(), planned.modules[matrix.name]
-            inputs = known.get(matrix.name, NOTHING).inputs
-            if inputs is not None:
-                weight = weight * inputs.diagonal().sqrt()  # the metric's scale of every input
+            moment = known.get(matrix.name, NOTHING).input_moment
+            if moment is not None:
+                weight = weight * moment.diagonal().sqrt()  # the metric's scale of every input
             views.append((weight.T, spec.transposed) if matrix.name == units.down.name else (weight, spec))
         return {"order": search_row_order(views)[0]}
 

@@ -75,13 +75,13 @@ class Turn:
         if not self.of_values:
             return known if known.target is not None else replace(known, target=self.weight(matrix))
         basis, target = self.basis, self.weight(matrix) if known.target is None else self.basis.rows(known.target)
-        gradients = None if known.gradients is None else basis.gradients(known.gradients)
+        moment = None if known.gradient_moment is None else basis.gradients(known.gradient_moment)
         means = known.means
         if matrix.bias is not None:
             bias = matrix.bias.detach().double()
             given, wanted = means or Means(bias.new_zeros(matrix.in_features), torch.zeros_like(bias))
             means = Means(given, basis.rows(wanted + bias) - bias)  # what is added to the bias turns it as well
-        return replace(known, target=target, gradients=gradients, means=means)
+        return replace(known, target=target, gradient_moment=moment, means=means)
 
 
 def value_heads(stream: BlockStream, index: int, matrices: Mapping[str, Matrix]) -> ValueHeads | None:

@@ -173,7 +173,7 @@ class Kronecker(Method):
         cores = self._initial(weight, spec)
         metrics = known.metrics().reordered(out_order, in_order) if self.fits_text else Metrics()
         if known.known and self.fits_text:
-            cores = fit(weight, spec, metrics.inputs, cores, metrics.outputs)
+            cores = fit(weight, spec, metrics.input_moment, cores, metrics.gradient_moment)
         alpha = norm_ratio(weight, to_dense(cores, spec), *metrics) if self.init == "normalized" else 1.0
         scalars = None
         if spec.scalars:

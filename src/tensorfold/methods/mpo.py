@@ -117,5 +117,5 @@ class MPO(Method):
             cores = random_cores(weight, spec, self.seed)
         else:
             metrics = known.metrics().reordered(out_order, None) if self.fits_text else Metrics()
-            cores = fit(weight, spec, metrics.inputs, outputs=metrics.outputs)
+            cores = fit(weight, spec, metrics.input_moment, None, metrics.gradient_moment)
         return Factors(cores, out_order=out_order)

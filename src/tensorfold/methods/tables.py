@@ -110,6 +110,6 @@ class Graded(Method):
         if weights is None:
             weights = torch.arange(1.0, spec.vocabulary + 1, dtype=torch.float64) ** -self.exponent
         factors = graded_low_rank(weight, spec, weights, inputs)
-        if known.states is None or known.shares is None or known.gradients is None:
+        if known.states is None or known.shares is None or known.gradient_moment is None:
             return factors
-        return match_probabilities(weight, factors, spec, known.states, known.shares, known.gradients)
+        return match_probabilities(weight, factors, spec, known.states, known.shares, known.gradient_moment)

@@ -144,10 +144,10 @@ def _padded_target(target: Tensor, chain: list[Tensor], spec: Spec, metrics: Met
     shape = (math.prod(spec.out_modes), math.prod(spec.in_modes))
     if target.shape == shape:
         return target
-    if metrics.outputs is not None:  # padding weighs nothing on either side
+    if metrics.gradient_moment is not None:  # padding weighs nothing on either side
         return F.pad(target, (0, shape[1] - target.shape[1], 0, shape[0] - target.shape[0]))
     current = _merge(chain, target)[0, :, :, 0]
-    padded = current.clone() if metrics.inputs is None else current @ metrics.inputs
+    padded = current.clone() if metrics.input_moment is None else current @ metrics.input_moment
     padded[: spec.out_features, : spec.in_features] = target
     return padded
 

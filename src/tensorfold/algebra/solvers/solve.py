@@ -55,7 +55,7 @@ def factorize(
         _check_metrics(spec, metric, outputs)
         kept, rows, columns = restricted(weight, spec, metric, outputs)
         metrics = Metrics(metric, outputs).reordered(rows, columns)
-        found = factorize(kept, spec.inner, metrics.inputs, outputs=metrics.outputs)
+        found = factorize(kept, spec.inner, metrics.input_moment, None, metrics.gradient_moment)
         return found._replace(out_order=rows if found.out_order is None else rows[found.out_order], in_order=columns)
     cores = fit(weight, spec, metric, start, outputs)
     if spec.has_pivot_rows:
