@@ -50,10 +50,10 @@ class Statistics:
     """What is known of one matrix W (out, in) from text; nothing where there is none.
 
     Args:
-        input_moment: Second moment of the vectors that W is applied to, (in, in); of a table, of those that the head tied to
-            it reads.
-        gradient_moment: Second moment of the loss's gradient at the outputs, (out, out); of a table, where its rows enter the
-            model, (width, width).
+        input_moment: C (in, in), second moment of the vectors that W is applied to; of a table, of those that the head
+            tied to it reads.
+        gradient_moment: G (out, out), second moment of the loss's gradient at the outputs; of a table (width, width),
+            where its rows enter the model.
         counts: Of a table, how often the text uses each token, (vocabulary,).
         states: Of a table, vectors that the head tied to it reads, (n, width).
         target: What is folded in W's place, (out, in), where the folded model's own inputs ask for another matrix.
