@@ -105,7 +105,7 @@ def test_large_vocabulary_takes_four_bytes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "block_size", "fraction", "train", "validation"),
+    ("tokens", "window_size", "fraction", "train", "validation"),
     [
         (100, 10, 0.25, 8, 2),
         (109, 10, 0.01, 9, 1),
@@ -115,20 +115,20 @@ def test_large_vocabulary_takes_four_bytes(tmp_path):
         (100, 10, 0.0, 10, 0),
     ],
 )
-def test_blocks_tile_the_stream(tmp_path, tokens, block_size, fraction, train, validation):
+def test_windows_tile_the_stream(tmp_path, tokens, window_size, fraction, train, validation):
     (tmp_path / "a.txt").write_text("".join(chr(97 + i % 26) for i in range(tokens - 1)))
     cached = TokenCache.build(
-        tmp_path / "a.txt", Bytes(), block_size, cache_dir=tmp_path / "cache", validation_fraction=fraction
+        tmp_path / "a.txt", Bytes(), window_size, cache_dir=tmp_path / "cache", validation_fraction=fraction
     )
     assert (len(cached.train), len(cached.validation)) == (train, validation)
     items = [*cached.train, *cached.validation]
     assert (
-        torch.cat([item["input_ids"] for item in items]).tolist() == stream(cached)[: len(items) * block_size].tolist()
+        torch.cat([item["input_ids"] for item in items]).tolist() == stream(cached)[: len(items) * window_size].tolist()
     )
     for item in items:
         assert set(item) == {"input_ids", "labels"}
         assert item["input_ids"].dtype == item["labels"].dtype == torch.int64
-        assert item["input_ids"].shape == (block_size,)
+        assert item["input_ids"].shape == (window_size,)
         assert torch.equal(item["input_ids"], item["labels"])
         item["labels"].fill_(-100)  # a collator may mask labels in place
         assert -100 not in item["input_ids"]
@@ -140,7 +140,7 @@ def test_blocks_tile_the_stream(tmp_path, tokens, block_size, fraction, train, v
 def test_bad_numbers(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
     for options in (
-        {"block_size": 1},
+        {"window_size": 1},
         {"validation_fraction": 1.0},
         {"validation_fraction": -0.1},
         {"workers": 0},
@@ -149,9 +149,9 @@ def test_bad_numbers(tmp_path):
         name, value = next(iter(options.items()))
         with pytest.raises(InputError, match=f"{name}={value}"):
             TokenCache.build(
-                tmp_path / "a.txt", Bytes(), **{"block_size": 4, "cache_dir": tmp_path / "cache"} | options
+                tmp_path / "a.txt", Bytes(), **{"window_size": 4, "cache_dir": tmp_path / "cache"} | options
             )
-    with pytest.raises(InputError, match=r"10 tokens, and one block needs 11.*block size of at most 10"):
+    with pytest.raises(InputError, match=r"10 tokens, and one window needs 11.*block of at most 10 tokens"):
         TokenCache.build(tmp_path / "a.txt", Bytes(), 11, cache_dir=tmp_path / "cache")
 
 
@@ -175,7 +175,7 @@ def test_tokenised_once_for_every_block_size(corpus, tmp_path, monkeypatch):
     corpus.rename(tmp_path / "moved")
     moved = TokenCache.build(tmp_path / "moved", Bytes(), 8, cache_dir=tmp_path / "cache")
     assert first.path == again.path == moved.path
-    assert (moved.label, again.block_size) == ("moved/", 32)
+    assert (moved.label, again.window_size) == ("moved/", 32)
 
 
 def test_key_follows_text_and_tokenizer(tmp_path, tokenizer):
@@ -220,7 +220,7 @@ def test_resuming_with_another_text_names_both_keys(tmp_path):
     newer = TokenCache.build(tmp_path / "a.txt", Bytes(), 8, cache_dir=tmp_path / "cache")
     with pytest.raises(InputError, match=f"{newer.key}.*{older.key}"):
         TokenCache.open(newer.path, expect_key=older.key)
-    assert TokenCache.open(older.path, expect_key=older.key, block_size=8) == older
+    assert TokenCache.open(older.path, expect_key=older.key, window_size=8) == older
 
 
 def truncate(path):
@@ -321,7 +321,7 @@ def test_killed_worker_is_reported(corpus, tmp_path, small_pieces):
 
 
 def test_kill_and_start_again(corpus, tmp_path, small_pieces):
-    arguments = {"cache_dir": tmp_path / "cache", "block_size": 8}
+    arguments = {"cache_dir": tmp_path / "cache", "window_size": 8}
     process = multiprocessing.get_context("fork").Process(
         target=TokenCache.build, args=(corpus, Fatal()), kwargs=arguments
     )

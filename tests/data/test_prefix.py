@@ -209,7 +209,7 @@ def test_blocks_for_healing_begin_with_it(tokenizers, text_file, tmp_path, kind)
     shifted = cache.train_anywhere[1]["input_ids"].tolist()
     assert shifted == [*prefix, *plain[1 : 17 - len(prefix)]]
     assert cache.prefix == prefix
-    assert TokenCache.open(cache.path, block_size=16, validation_fraction=0.1) == cache
+    assert TokenCache.open(cache.path, window_size=16, validation_fraction=0.1) == cache
 
 
 def test_the_key_of_a_cache_follows_the_prefix(text_file, tmp_path):

@@ -12,7 +12,7 @@ from tensorfold.algebra.statistics import Statistics
 from tensorfold.calibration.block_stream import calibration_windows, inputs_of, token_counts
 from tensorfold.calibration.gradients import gradient_moments
 from tensorfold.export.checkpoints import export_onnx
-from tensorfold.healing.trainer import choose_trained
+from tensorfold.healing.setup import choose_trained
 from tensorfold.hf.dense import plain_model
 from tensorfold.models.anatomy import count_parameters
 from tensorfold.nn import GradedEmbedding, GradedHead, MPOEmbedding

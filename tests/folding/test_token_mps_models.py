@@ -12,7 +12,7 @@ import tensorfold
 from tensorfold import InputError, LowRank, Recipe, Rule, TokenMPS
 from tensorfold.export.checkpoints import export_onnx
 from tensorfold.export.engines import PACKAGES
-from tensorfold.healing.trainer import choose_trained
+from tensorfold.healing.setup import choose_trained
 from tensorfold.hf.dense import plain_model
 from tensorfold.models.anatomy import count_parameters, match, matrices
 from tensorfold.nn import MPOEmbedding, TokenMPSEmbedding, TokenMPSHead

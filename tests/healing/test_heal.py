@@ -14,7 +14,8 @@ from tensorfold.data.token_cache import TokenCache
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.healing.heal import heal
 from tensorfold.healing.log import loss_plot
-from tensorfold.healing.trainer import HealTrainer, choose_trained
+from tensorfold.healing.setup import choose_trained
+from tensorfold.healing.trainer import HealTrainer
 from tensorfold.nn import FoldedModule
 from tensorfold.recipes.settings import HealSettings
 

@@ -9,7 +9,7 @@ import tensorfold
 from byte_tokenizer import Bytes
 from tensorfold.data.token_cache import TokenCache
 from tensorfold.healing.heal import heal
-from tensorfold.healing.trainer import RunOrder
+from tensorfold.healing.setup import RunOrder
 
 
 def test_run_order_covers_the_text_before_it_repeats():
@@ -44,8 +44,8 @@ def test_windows_may_begin_at_every_token_of_the_training_part(tmp_path):
 def test_random_windows_train_on_overlapping_sequences(folded_directory, tokenizer, text_file, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "tensorfold.data.token_cache.TokenBlocks.__getitem__",
-        lambda blocks, index: seen.append((blocks.stride, index)) or {"input_ids": torch.arange(blocks.block_size)},
+        "tensorfold.data.windows.TokenWindows.__getitem__",
+        lambda windows, index: seen.append((windows.stride, index)) or {"input_ids": torch.arange(windows.window_size)},
     )
     settings = {"steps": 2, "batch": 4, "block": 16, "validation_fraction": 0.0}
     heal(tensorfold.load(folded_directory), text_file, tokenizer=tokenizer, **settings, windows="random")

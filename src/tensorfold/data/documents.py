@@ -1,7 +1,7 @@
-"""Documents of a training text one after the other, whatever its size: files, directories, hub data sets.
+"""Documents of a training text of any size, one after the other: files, directories, data sets of the hub.
 
-Names mean what they mean to ``texts.load_text``, and the documents are the same; only here none is held
-in memory as a whole, and a hub data set is streamed to its end.
+Names and documents are those of :func:`tensorfold.data.texts.load_text`. Here no document is held in memory as a
+whole, and a data set of the hub is streamed to its end.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.utils.fingerprints import hash_file
 
 _CHUNK = 1 << 16  # characters; small enough that a batch has work for every thread of a fast tokenizer
-_MARGIN = 1 << 12  # characters before the end of a chunk in which a place to cut is looked for
+_MARGIN = 1 << 12  # characters before the end of a chunk that are searched for a place to cut
 
-# " word" after a word starts a token of its own in the pre-tokenisers of the GPT-2 family, so a cut here changes none.
+# Pre-tokenisers of the GPT-2 family begin a token at " word" after a word, so a cut there changes no token.
 _CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
 
 
@@ -35,21 +35,31 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Files:
-    """Local files in a fixed order: a ``.jsonl`` holds one document a line, any other file is one document."""
+    """Local files in a fixed order: a ``.jsonl`` holds one document a line, any other file is one document.
+
+    Attributes:
+        label: Name of the text, for logs and reports.
+        paths: The files.
+        stamps: Size in bytes and time of the last change in nanoseconds, of each file.
+    """
 
     label: str
     paths: tuple[Path, ...]
     stamps: tuple[tuple[int, int], ...]
 
     def identity(self) -> list[dict[str, Any]]:
-        """What the documents depend on: the files' contents and order, not their names."""
+        """Identity of the documents: the contents and the order of the files, but not their names.
+
+        Raises:
+            InputError: A file cannot be read.
+        """
         return [
             {"jsonl": texts.is_jsonl(path), "bytes": path.stat().st_size, "sha256": _digest(path)}
             for path in self.paths
         ]
 
     def changed(self) -> bool:
-        """Whether a file was touched since this object was made, by its size and time of change."""
+        """Whether the size or the time of the last change of any file differs from when this object was made."""
         return _stamps(self.paths) != self.stamps
 
     def documents(self) -> Iterator[Iterable[str]]:
@@ -60,7 +70,14 @@ class Files:
 
 @dataclass(frozen=True)
 class Hub:
-    """A split of a data set on the Hugging Face hub, at one commit; ``None`` when the hub cannot be asked for it."""
+    """A split of a data set on the Hugging Face hub.
+
+    Attributes:
+        label: Name of the text, for logs and reports.
+        dataset: Its repository and configuration.
+        split: Canonical name of the split.
+        revision: Commit; ``None`` where the hub cannot be asked for the latest one.
+    """
 
     label: str
     dataset: texts.HubDataset
@@ -68,7 +85,7 @@ class Hub:
     revision: str | None
 
     def identity(self) -> dict[str, Any]:
-        """What the documents depend on."""
+        """Identity of the documents: repository, configuration, split, form and commit."""
         return {
             "path": self.dataset.path,
             "config": self.dataset.config,
@@ -78,7 +95,7 @@ class Hub:
         }
 
     def changed(self) -> bool:
-        """A commit never does."""
+        """False: a commit never changes."""
         return False
 
     def documents(self) -> Iterator[Iterable[str]]:
@@ -99,7 +116,7 @@ class Hub:
             )
             for row in rows:
                 yield row["text"]
-        # The hub fails with exceptions of half a dozen libraries, and all of them mean the same to the user.
+        # The hub fails with exceptions of half a dozen libraries, which all mean the same to the user.
         except Exception as error:
             pass_on_memory(error)
             raise TensorfoldError(
@@ -110,17 +127,22 @@ class Hub:
 
 @dataclass(frozen=True)
 class Memory:
-    """A text that is in memory already."""
+    """A text that is in memory already.
+
+    Attributes:
+        label: Name of the text, for logs and reports.
+        held: Its documents.
+    """
 
     label: str
     held: tuple[str, ...]
 
     def identity(self) -> str:
-        """What the documents depend on."""
+        """Identity of the documents: SHA-256 of all their characters."""
         return hashlib.sha256(json.dumps(self.held).encode()).hexdigest()
 
     def changed(self) -> bool:
-        """It never does."""
+        """False: text in memory is not written to."""
         return False
 
     def documents(self) -> Iterator[Iterable[str]]:
@@ -133,10 +155,15 @@ Source: TypeAlias = str | os.PathLike[str] | Memory | Sequence[str | os.PathLike
 
 
 def find_texts(source: Source, split: str) -> list[Text]:
-    """The texts a source names, in order.
+    """The texts that a source names, in its order.
+
+    Args:
+        source: A file, a directory or a name as :func:`tensorfold.data.texts.load_text` takes it, a list of those, or a
+            text in memory.
+        split: Split of a named text.
 
     Raises:
-        InputError: No source, or one that names no text.
+        InputError: The list is empty, or an entry names no text.
     """
     if isinstance(source, Memory):
         return [source]
@@ -147,7 +174,11 @@ def find_texts(source: Source, split: str) -> list[Text]:
 
 
 def iter_documents(source: Source, split: str = "train") -> Iterator[str]:
-    """Documents of a text, verbatim and in a fixed order, one in memory at a time.
+    """Documents of a text, verbatim and in a fixed order, one in memory at a time; blank ones are left out.
+
+    Args:
+        source: As :func:`find_texts` takes it.
+        split: Split of a named text.
 
     Raises:
         InputError: No such text, not UTF-8, or not JSON.
@@ -158,10 +189,14 @@ def iter_documents(source: Source, split: str = "train") -> Iterator[str]:
 
 
 def iter_pieces(text: Text) -> Iterator[Piece]:
-    """The same documents cut where a tokenizer cuts anyway, into pieces of about 65 thousand characters.
+    """Documents cut into pieces of about 65 thousand characters, at places where a tokenizer begins a token anyway.
 
     Blank documents are left out. Tokenizers without a pre-tokeniser of the GPT-2 kind, such as SentencePiece, may give
-    another token at a cut: about one in 16 thousand.
+    one other token at a cut: about one in 16 thousand.
+
+    Raises:
+        InputError: A file cannot be read, is not UTF-8, or not JSON.
+        TensorfoldError: The hub stopped answering.
     """
     for document in text.documents():
         rest, started = "", False
@@ -177,6 +212,7 @@ def iter_pieces(text: Text) -> Iterator[Piece]:
 
 
 def _cut_before(text: str, end: int) -> int:
+    """The last place up to ``end`` between a word and a space, or ``end`` where the text before it has none."""
     cut = end
     for match in _CUT.finditer(text, end - _MARGIN, end + 2):
         cut = match.start()
@@ -194,15 +230,17 @@ def _find_text(source: str, split: str) -> Text:
 
 
 def _stamps(paths: tuple[Path, ...]) -> tuple[tuple[int, int], ...]:
+    """Size in bytes and time of the last change in nanoseconds, of each file."""
     return tuple((status.st_size, status.st_mtime_ns) for status in map(os.stat, paths))
 
 
 def _revision(repository: str) -> str | None:
+    """The latest commit of a data set on the hub; ``None`` where the hub does not answer."""
     from huggingface_hub import HfApi
 
     try:
         return HfApi().dataset_info(repository).sha
-    except Exception as error:  # whatever keeps the hub from answering, a cache made earlier may still serve
+    except Exception as error:  # of many kinds; a token cache made earlier may still serve
         pass_on_memory(error)
         return None
 

@@ -1,4 +1,4 @@
-"""From text to token ids: which tokenizer, with which separator, in how many processes."""
+"""Training text to one stream of token ids, in one process or several."""
 
 from __future__ import annotations
 
@@ -25,10 +25,15 @@ _BATCH = 1 << 20  # characters tokenised at a time: about 250 thousand tokens
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """From pieces of text to token ids, with a separator after every document and nothing before it.
+class StreamEncoder:
+    """Pieces of text to token ids, with a separator after every document and nothing before it.
 
-    What the tokenizer puts before a document belongs to the blocks that are cut from the stream, not to the stream.
+    What the tokenizer puts before a document belongs to the windows that are cut from the stream, not to the stream.
+
+    Attributes:
+        tokenizer: A transformers tokenizer.
+        separator: Token ids between documents.
+        dtype: Name of the ids' dtype, ``uint16`` or ``uint32``.
     """
 
     tokenizer: Any
@@ -37,7 +42,10 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Self:
-        """Separate by EOS, or by a blank line where the tokenizer has none; 16 bits where the vocabulary allows."""
+        """The encoder for a tokenizer: documents end with its EOS token, or with a blank line where it has none.
+
+        Ids are stored in 16 bits where the vocabulary is small enough.
+        """
         if tokenizer.eos_token_id is not None:
             separator = [tokenizer.eos_token_id]
         else:
@@ -46,13 +54,13 @@ class Encoder:
         return cls(tokenizer, tuple(separator), "uint16" if largest <= np.iinfo(np.uint16).max else "uint32")
 
     def __call__(self, batch: list[Piece]) -> np.ndarray:
-        """Ids of all pieces as one array, shape ``(tokens,)``."""
+        """Token ids of all pieces as one array, shape (tokens,)."""
         rows = self.tokenizer(
             [piece.text for piece in batch],
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # pieces are longer than any model's context, on purpose
+            verbose=False,  # no warning that a piece is longer than the model's context, as it may be
         )["input_ids"]
         parts = []
         for piece, row in zip(batch, rows, strict=True):
@@ -63,14 +71,15 @@ class Encoder:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash of what decides which ids a text gets: the backend's state, or for one without, its class and vocabulary.
+    """SHA-256 of everything that decides which token ids a text gets.
 
-    The settings of a tokenizer in Python are not in it, but for its separator and how it splits special tokens.
+    That is the state of the backend of a fast tokenizer; of a tokenizer written in Python its class, vocabulary, files
+    and the settings that it was made with; of both, the EOS token and whether special tokens are split.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         state = json.loads(backend.to_str())
-        # Left over from earlier calls of the tokenizer; none of them reaches this one.
+        # Left over from earlier calls of the tokenizer; encoding sets its own.
         state["truncation"] = state["padding"] = None
     else:
         state = [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items()), _files_and_settings(tokenizer)]
@@ -79,7 +88,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def _files_and_settings(tokenizer: Any) -> list[Any]:
-    """What a tokenizer written in Python has beside its vocabulary: merges, models, options, wherever they lie."""
+    """Settings of a tokenizer written in Python, and the hashes of the files it saves (merges, models)."""
     given = getattr(tokenizer, "init_kwargs", {})
     settings = {key: str(value) for key, value in given.items() if key != "name_or_path" and not key.endswith("_file")}
     with tempfile.TemporaryDirectory() as directory:
@@ -90,6 +99,7 @@ def _files_and_settings(tokenizer: Any) -> list[Any]:
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Consecutive pieces in lists of about a million characters."""
     batch: list[Piece] = []
     characters = 0
     for piece in pieces:
@@ -102,8 +112,11 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def encode_all(pieces: Iterable[Piece], encoder: Encoder, workers: int) -> Generator[np.ndarray, None, None]:
-    """Ids of all pieces in their order, as arrays of a few hundred thousand; at most two batches a worker under way.
+def encode_all(pieces: Iterable[Piece], encoder: StreamEncoder, workers: int) -> Generator[np.ndarray, None, None]:
+    """Token ids of all pieces in their order, as arrays of a few hundred thousand, shape (tokens,).
+
+    Args:
+        workers: Processes that tokenise; with one it is this process. At most two batches a worker are in memory.
 
     Raises:
         TensorfoldError: A worker was killed.
@@ -127,12 +140,12 @@ def encode_all(pieces: Iterable[Piece], encoder: Encoder, workers: int) -> Gener
         ) from error
 
 
-_worker_encoder: Encoder
+_worker_encoder: StreamEncoder
 
 
-def _start_worker(encoder: Encoder) -> None:
+def _start_worker(encoder: StreamEncoder) -> None:
     global _worker_encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a worker is enough
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers are processes already; threads in each would compete
     _worker_encoder = encoder
 
 

@@ -1,19 +1,23 @@
-"""The two forms of wikitext: raw, and non-raw with ``<unk>`` for rare words; under which names they go."""
+"""The two forms of the wikitext data sets, raw and non-raw, and the names that each goes by.
+
+The non-raw form has ``<unk>`` in the place of rare words.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 _RAW, _NON_RAW = "raw", "non-raw"
-# A data set of two forms -> the forms under their own names; wikitext-103 has the same validation and test texts.
+# Data set -> form -> the name that means this form only.
 FORMS = {name: {_RAW: f"{name}-raw-v1", _NON_RAW: f"{name}-v1"} for name in ("wikitext-2", "wikitext-103")}
+# Data set -> the one with the same validation and test texts.
 _SAME_JUDGE = {"wikitext-2": "wikitext-103", "wikitext-103": "wikitext-2"}
 
 
 def form_of(documents: Sequence[str]) -> str | None:
-    """Form of a text of wikitext's kind: ``non-raw`` where rare words are ``<unk>``, ``raw`` where they are not.
+    """Which form of wikitext a text has: ``non-raw`` with ``<unk>`` in it, ``raw`` without; None for any other text.
 
-    None for any other text; both forms write ``@-@`` for a hyphen inside a word.
+    A text is taken for wikitext by its ``@-@``, which both forms write for a hyphen inside a word.
     """
     if not any(" @-@ " in document for document in documents):
         return None
@@ -21,7 +25,12 @@ def form_of(documents: Sequence[str]) -> str | None:
 
 
 def other_names(name: str, split: str) -> list[tuple[str, str | None]]:
-    """Names under which the same text may lie, each with the form that its file must have, or None for any."""
+    """Other names of the same wikitext split, each with the form that a file of that name must have; None for any.
+
+    Args:
+        name: ``wikitext-2`` or ``wikitext-103``, or one of their forms' own names; other texts have no other names.
+        split: ``train``, ``validation`` or ``test``.
+    """
     family = next((each for each, forms in FORMS.items() if name == each or name in forms.values()), None)
     if family is None:
         return []

@@ -1,9 +1,9 @@
-"""Training text: streamed, tokenised once into a memory-mapped file, cut into blocks.
+"""Training text, tokenised once into a memory-mapped file and cut into windows.
 
-The cached file is one flat stream of token ids, ``document eos document eos …``. Every block begins with the ``p``
-tokens that the tokenizer puts before a document, which are not in the stream: block ``i`` of size ``b`` is they and
-``stream[i*(b-p) : (i+1)*(b-p)]``, so one cache serves every block size. Nothing larger than a few megabytes of text or
-tokens is ever held in memory.
+The file is one flat stream of token ids, ``document eos document eos …``. Every window begins with the p tokens that
+the tokenizer puts before a document, which are not in the stream: window i of w tokens is those p and
+``stream[i·(w−p) : (i+1)·(w−p)]``, so one cache serves windows of every size. Text and tokens are streamed: no more than
+a few megabytes of them are in memory at a time.
 """
 
 from __future__ import annotations
@@ -12,114 +12,47 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
-from torch.utils.data import Dataset
 
 from tensorfold.data.documents import Files, Hub, Source, Text, find_texts, iter_pieces
-from tensorfold.data.encode import Encoder, encode_all, tokenizer_fingerprint
-from tensorfold.data.tokens import begin, prefix_of
+from tensorfold.data.encode import StreamEncoder, encode_all, tokenizer_fingerprint
+from tensorfold.data.tokens import prefix_of
+from tensorfold.data.windows import TokenWindows
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.utils.atomic_files import atomic_directory, cache_directory
 from tensorfold.utils.fingerprints import hash_file
 
-_FORMAT = 2
-_STRETCH = 1 << 20
+_FORMAT = 2  # part of a cache's key
 _TOKENS, _SIDECAR = "tokens.bin", "cache.json"
-_UNCOUNTED = -100  # the label that losses of transformers and torch leave out
 
 logger = logging.getLogger(__name__)
 
 
-class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
-    """Blocks of a cached token stream, as items ``{"input_ids": (block_size,), "labels": (block_size,)}``.
-
-    Both are int64 and equal, but for the prefix, whose labels are -100 and so never predicted: causal language models
-    of transformers shift the labels themselves. The file is mapped anew in every process the data set is sent to, so
-    ``DataLoader`` workers get a path, not the tokens.
-
-    Args:
-        first: Token of the stream that the first block's text begins with.
-        length: Number of blocks.
-        stride: Tokens from the beginning of a block's text to that of the next; as many as it has where they do not
-            overlap.
-        prefix: Token ids that every block begins with, before its text; they are among its ``block_size`` tokens.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        dtype: str,
-        block_size: int,
-        first: int,
-        length: int,
-        stride: int,
-        prefix: tuple[int, ...] = (),
-    ) -> None:
-        self.path, self.dtype, self.block_size, self.prefix = path, dtype, block_size, prefix
-        self.first, self.length, self.stride = first, length, stride
-        self._stream: np.memmap | None = None
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not -self.length <= index < self.length:
-            raise IndexError(f"block {index} of {self.length}")
-        if self._stream is None:
-            self._stream = np.memmap(self.path, dtype=self.dtype, mode="r")
-        start = self.first + index % self.length * self.stride
-        end = start + self.block_size - len(self.prefix)
-        text = torch.from_numpy(self._stream[start:end].astype(np.int64))
-        block = begin(self.prefix, text)  # (block_size,)
-        labels = block.clone()
-        labels[: len(self.prefix)] = _UNCOUNTED
-        return {"input_ids": block, "labels": labels}
-
-    def stretches(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
-        """The text of some blocks, that of neighbours in one piece of at most a million tokens; shape (length,)."""
-        if self._stream is None:
-            self._stream = np.memmap(self.path, dtype=self.dtype, mode="r")
-        first = end = 0
-        for start in sorted({self.first + index * self.stride for index in indices}):
-            if start > end or start - first >= _STRETCH:
-                if end:
-                    yield self._stream[first:end]
-                first = start
-            end = start + self.block_size - len(self.prefix)
-        if end:
-            yield self._stream[first:end]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stream": None}
-
-
 @dataclass(frozen=True)
 class TokenCache:
-    """A tokenised text on disk, seen as blocks for training and validation.
+    """A tokenised text on disk, cut into windows for training and validation.
 
     Args:
         path: Directory with ``tokens.bin`` and its sidecar ``cache.json``.
         key: Identity of text and tokenizer; equal keys mean equal tokens and an equal prefix.
         label: The text's name, for logs and reports.
         tokens: Length of the whole stream.
-        dtype: ``uint16``, or ``uint32`` for vocabularies that need it.
-        block_size: Tokens a block.
-        validation_fraction: Share of the blocks, from the end, that is kept from training; at least one block when
-            there are two. 0 keeps none.
-        prefix: Token ids that every block begins with: what the tokenizer puts before a document.
+        dtype: Dtype of the stored ids: ``uint16``, or ``uint32`` for vocabularies that need it.
+        window_size: Tokens of a window, the prefix included.
+        validation_fraction: Share of the windows, from the end, that is not trained on; at least one window where there
+            are two. 0 keeps none.
+        prefix: Token ids that every window begins with: what the tokenizer puts before a document.
         largest: Largest token id in the stream and the prefix.
 
     Raises:
-        InputError: The text is too short for one block, or a number is out of range.
+        InputError: The text is too short for one window, or a number is out of range.
     """
 
     path: Path
@@ -127,61 +60,61 @@ class TokenCache:
     label: str
     tokens: int
     dtype: str
-    block_size: int
+    window_size: int
     validation_fraction: float = 0.01
     prefix: tuple[int, ...] = ()
     largest: int = 0
 
     def __post_init__(self) -> None:
-        _check_blocks(self.block_size, self.validation_fraction, len(self.prefix))
+        _check_windows(self.window_size, self.validation_fraction, len(self.prefix))
         if self.tokens < self._text_size:
             raise InputError(
-                f"text {self.label!r} has {self.tokens} tokens, and one block needs {self._text_size}; "
-                f"give more text, or a block size of at most {self.tokens + len(self.prefix)}"
+                f"text {self.label!r} has {self.tokens} tokens, and one window needs {self._text_size}; "
+                f"give more text, or a block of at most {self.tokens + len(self.prefix)} tokens"
             )
 
     @property
     def _text_size(self) -> int:
-        """Tokens of the stream in a block."""
-        return self.block_size - len(self.prefix)
+        """Tokens of the stream in one window."""
+        return self.window_size - len(self.prefix)
 
     @property
-    def blocks(self) -> int:
-        """Whole blocks in the stream; the rest, shorter than one block, is left out."""
+    def windows(self) -> int:
+        """How many whole windows the stream has; the rest, shorter than one window, is left out."""
         return self.tokens // self._text_size
 
     @property
-    def train(self) -> TokenBlocks:
-        """Every block but the last ones."""
-        return self._view(0, self.blocks - self._validation_blocks)
+    def train(self) -> TokenWindows:
+        """The windows to train on, one behind the other: all but those for validation."""
+        return self._view(0, self.windows - self._validation_windows)
 
     @property
-    def train_anywhere(self) -> TokenBlocks:
-        """A block from every token of the same text on; they overlap."""
-        starts = (self.blocks - self._validation_blocks - 1) * self._text_size + 1
-        return TokenBlocks(self.path / _TOKENS, self.dtype, self.block_size, 0, starts, 1, self.prefix)
+    def train_anywhere(self) -> TokenWindows:
+        """Overlapping windows of the text to train on, one from each of its tokens on."""
+        starts = (self.windows - self._validation_windows - 1) * self._text_size + 1
+        return TokenWindows(self.path / _TOKENS, self.dtype, self.window_size, 0, starts, 1, self.prefix)
 
     @property
-    def validation(self) -> TokenBlocks:
-        """The last ``validation_fraction`` of the blocks."""
-        return self._view(self.blocks - self._validation_blocks, self._validation_blocks)
+    def validation(self) -> TokenWindows:
+        """The windows for validation: the last ``validation_fraction`` of them."""
+        return self._view(self.windows - self._validation_windows, self._validation_windows)
 
     @property
-    def _validation_blocks(self) -> int:
-        if not self.validation_fraction or self.blocks < 2:
+    def _validation_windows(self) -> int:
+        if not self.validation_fraction or self.windows < 2:
             return 0
-        return max(1, int(self.blocks * self.validation_fraction))
+        return max(1, int(self.windows * self.validation_fraction))
 
-    def _view(self, first: int, length: int) -> TokenBlocks:
+    def _view(self, first: int, length: int) -> TokenWindows:
         size = self._text_size
-        return TokenBlocks(self.path / _TOKENS, self.dtype, self.block_size, first * size, length, size, self.prefix)
+        return TokenWindows(self.path / _TOKENS, self.dtype, self.window_size, first * size, length, size, self.prefix)
 
     @classmethod
     def build(
         cls,
         source: Source,
         tokenizer: Any,
-        block_size: int,
+        window_size: int,
         *,
         split: str = "train",
         cache_dir: str | os.PathLike[str] | None = None,
@@ -197,21 +130,22 @@ class TokenCache:
 
         Args:
             source: A text as :func:`tensorfold.data.texts.load_text` takes it, or several, one after the other.
-            tokenizer: A transformers tokenizer. Documents end with its EOS; without one, with a blank line. What it
-                puts before a document by default is what every block begins with.
-            block_size: Tokens a block, those included; not part of the cache's identity.
+            tokenizer: A transformers tokenizer. Documents end with its EOS token, or with a blank line where it has
+                none. Every window begins with what it puts before a document by default.
+            window_size: Tokens of a window, that beginning included; not part of the cache's identity.
             split: Split of a named text.
-            cache_dir: Where caches are kept; ``cache_directory("tokens")`` by default.
+            cache_dir: Directory for the caches; ``cache_directory("tokens")`` by default.
+            validation_fraction: Share of the windows that is not trained on.
             workers: Processes that tokenise. The tokens do not depend on their number.
-            max_tokens: Stop after this many tokens, for texts too large to store.
+            max_tokens: Most tokens to store, for texts too large to store whole.
             expect_key: Key that a resumed run was started with.
 
         Raises:
-            InputError: No such text, one too short for a block, or ``expect_key`` is not the key of this text.
+            InputError: No such text, one too short for a window, or ``expect_key`` is not the key of this text.
             TensorfoldError: The disk is full, a file changed while it was read, or a worker died.
         """
         prefix = prefix_of(tokenizer)
-        _check_blocks(block_size, validation_fraction, len(prefix))
+        _check_windows(window_size, validation_fraction, len(prefix))
         if workers < 1 or (max_tokens is not None and max_tokens < 1):
             raise InputError(f"got workers={workers} and max_tokens={max_tokens}; both must be at least 1")
         texts = find_texts(source, split)
@@ -237,9 +171,9 @@ class TokenCache:
                 logger.warning("%s; building it again now", error)
                 damaged = True
         if damaged or not path.exists():
-            _store(path, texts, Encoder.of(tokenizer), identity, workers, replace=damaged)
+            _store(path, texts, StreamEncoder.of(tokenizer), identity, workers, replace=damaged)
             sidecar = _checked_sidecar(path)
-        return cls._of(path, sidecar | {"label": label}, block_size, validation_fraction)
+        return cls._of(path, sidecar | {"label": label}, window_size, validation_fraction)
 
     @classmethod
     def open(
@@ -247,35 +181,43 @@ class TokenCache:
         path: str | os.PathLike[str],
         *,
         expect_key: str | None = None,
-        block_size: int = 1024,
+        window_size: int = 1024,
         validation_fraction: float = 0.01,
     ) -> Self:
-        """Open the cache in directory ``path``, checking it against its sidecar.
+        """Open a cache by its directory, and check it against its sidecar.
 
         Args:
+            path: Directory with ``tokens.bin`` and ``cache.json``.
             expect_key: Key that a resumed run was started with.
+            window_size: Tokens of a window.
+            validation_fraction: Share of the windows that is not trained on.
 
         Raises:
-            InputError: No cache there, a damaged one, or one of another key.
+            InputError: There is no cache, a damaged one, or one with another key.
         """
         sidecar = _checked_sidecar(Path(path))
         _check_key(sidecar["key"], expect_key, sidecar["label"])
-        return cls._of(Path(path), sidecar, block_size, validation_fraction)
+        return cls._of(Path(path), sidecar, window_size, validation_fraction)
 
     @classmethod
-    def _of(cls, path: Path, sidecar: dict[str, Any], block_size: int, validation_fraction: float) -> Self:
+    def _of(cls, path: Path, sidecar: dict[str, Any], window_size: int, validation_fraction: float) -> Self:
         own = {name: sidecar[name] for name in ("key", "label", "tokens", "dtype", "prefix", "largest")}
-        return cls(path, block_size=block_size, validation_fraction=validation_fraction, **own)
+        return cls(path, window_size=window_size, validation_fraction=validation_fraction, **own)
 
 
 def _checked_sidecar(path: Path) -> dict[str, Any]:
+    """The fields of a cache that its sidecar holds, once length and SHA-256 of the tokens are found to be right.
+
+    Raises:
+        InputError: There is no cache, or a damaged one.
+    """
     try:
         sidecar = json.loads((path / _SIDECAR).read_text(encoding="utf-8"))
         size = sidecar["tokens"] * np.dtype(sidecar["dtype"]).itemsize
         found = (path / _TOKENS).stat().st_size
         if found != size:
             raise ValueError(f"{_TOKENS} has {found} bytes instead of {size}")
-        # All of it, at every start: it takes no longer than reading the text, whose own hash names the cache.
+        # Hashing all tokens takes no longer than hashing the text, which finding the cache did already.
         if hash_file(path / _TOKENS) != sidecar["sha256"]:
             raise ValueError(f"the checksum of {_TOKENS} differs")
         prefix = tuple(sidecar["identity"].get("prefix", ()))
@@ -296,8 +238,14 @@ def _checked_sidecar(path: Path) -> dict[str, Any]:
 
 
 def _store(
-    path: Path, texts: list[Text], encoder: Encoder, identity: dict[str, Any], workers: int, *, replace: bool
+    path: Path, texts: list[Text], encoder: StreamEncoder, identity: dict[str, Any], workers: int, *, replace: bool
 ) -> None:
+    """Write a cache, whole or not at all: the tokens of all texts, and the sidecar.
+
+    Raises:
+        InputError: The texts are empty.
+        TensorfoldError: The disk is full, a file changed while it was read, or a worker died.
+    """
     with atomic_directory(path, replace=replace, keep_existing=not replace) as temporary:
         written = _write(temporary / _TOKENS, texts, encoder, workers, identity["max_tokens"])
         if any(text.changed() for text in texts):
@@ -319,9 +267,13 @@ def _store(
 
 
 def _write(
-    path: Path, texts: list[Text], encoder: Encoder, workers: int, max_tokens: int | None
+    path: Path, texts: list[Text], encoder: StreamEncoder, workers: int, max_tokens: int | None
 ) -> dict[str, int | str]:
-    """Tokenise everything into ``path``; the number of tokens, the largest of them, and the SHA-256 of their bytes."""
+    """Write the token ids of all texts to a file.
+
+    Returns:
+        ``tokens``, their number; ``largest``, the largest id; ``sha256`` of the file.
+    """
     tokens, largest, digest = 0, 0, hashlib.sha256()
     console = Console(stderr=True)
     columns = (
@@ -359,7 +311,10 @@ def _label(texts: list[Text]) -> str:
 
 
 def _latest_known(directory: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Identity of the newest cache of the same hub data set, whatever its revision: what can be had without network."""
+    """Identity of the newest cache of the same data set of the hub at any revision: what there is without network.
+
+    None where no cache differs in the revision alone.
+    """
     known = []
     for sidecar in directory.glob(f"*/{_SIDECAR}"):
         try:
@@ -373,15 +328,16 @@ def _latest_known(directory: Path, identity: dict[str, Any]) -> dict[str, Any] |
 
 
 def _without_revisions(identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a cache without the commits of its data sets."""
     texts = [text | {"revision": None} if isinstance(text, dict) else text for text in identity.get("texts", ())]
     return identity | {"texts": texts}
 
 
-def _check_blocks(block_size: int, validation_fraction: float, prefix: int) -> None:
-    if block_size < max(2, prefix + 1):
+def _check_windows(window_size: int, validation_fraction: float, prefix: int) -> None:
+    if window_size < max(2, prefix + 1):
         raise InputError(
-            f"got block_size={block_size}; a block needs at least {max(2, prefix + 1)} tokens to predict one from the "
-            f"other{f', {prefix} of them from before every document' if prefix else ''}"
+            f"got window_size={window_size}; a window needs at least {max(2, prefix + 1)} tokens, so that one is "
+            f"predicted from another{f'; {prefix} of them stand before every document' if prefix else ''}"
         )
     if not 0 <= validation_fraction < 1:
         raise InputError(f"got validation_fraction={validation_fraction}; needed at least 0 and less than 1")

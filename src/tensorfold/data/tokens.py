@@ -1,8 +1,9 @@
-"""Text to token ids, and what the tokenizer puts before a document at the beginning of every window of them.
+"""Text to token ids, for windows that begin with what the tokenizer puts before a document.
 
-Calibration, evaluation and prompts use :class:`Encoder`; training text, which is encoded in many processes, has
-``healing.encode``. Windows of all four begin with :func:`prefix_of`: models that were trained with a
-beginning-of-sequence token put their attention there, and give other activations and much worse predictions without.
+Calibration, evaluation and prompts use :class:`Encoder`; training text, which may be encoded in several processes, has
+:class:`tensorfold.data.encode.StreamEncoder`. Windows for all four begin with :func:`prefix_of`: models that were
+trained with a beginning-of-sequence token attend to it, and without it give other activations and much worse
+predictions.
 """
 
 from __future__ import annotations
@@ -16,14 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from tensorfold.errors import InputError, pass_on_memory
 
-# Tokens beyond the wanted ones that a prefix of the text must give before its tokenisation is trusted.
-_MARGIN = 64
-# Any of them will do that the tokenizer knows.
-_PROBES = ("a", "0", ".", "\n")
+_MARGIN = 64  # tokens between the last one that is used and the place where a text is cut before tokenising
+_PROBES = ("a", "0", ".", "\n")  # texts to look for what is put before them; the first that the tokenizer knows is used
 
 
 def check_tokenizer(tokenizer: object) -> None:
-    """Raise :class:`InputError` for what is no tokenizer, such as its name."""
+    """Raise :class:`InputError` for an object that is no tokenizer, such as a tokenizer's name."""
     if not callable(tokenizer) or not (hasattr(tokenizer, "bos_token_id") or hasattr(tokenizer, "get_vocab")):
         raise InputError(
             f"got {tokenizer!r:.100} as a tokenizer; needed the model's, as AutoTokenizer.from_pretrained gives it."
@@ -54,7 +53,15 @@ def prefix_of(tokenizer: Any) -> tuple[int, ...]:
 
 
 def begin(prefix: Sequence[int], text: Tensor) -> Tensor:
-    """Windows of text, shape (..., length), each behind the prefix: shape (..., len(prefix) + length)."""
+    """Put the prefix at the beginning of every window.
+
+    Args:
+        prefix: Token ids, as :func:`prefix_of` gives them.
+        text: Token ids, shape (..., length).
+
+    Returns:
+        Token ids, shape (..., len(prefix) + length).
+    """
     if not prefix:
         return text
     first = torch.tensor(prefix, dtype=text.dtype, device=text.device)
@@ -65,10 +72,10 @@ def check_ids(model: nn.Module | int, ids: Tensor, what: str, tokenizer: Any = N
     """Raise :class:`InputError`, naming the token and the remedy, unless the model has a row for each of ``ids``.
 
     Args:
-        model: It, or its number of rows.
-        ids: Token indices of any shape.
-        what: Is being done, for the message.
-        tokenizer: Which gave them, to show the token's text.
+        model: The model, or the number of rows of its table.
+        ids: Token ids, of any shape.
+        what: Name of the work that they are for, which the message begins with.
+        tokenizer: The tokenizer that gave them, to show the token's text.
     """
     rows = model if isinstance(model, int) else table_rows(model)
     largest = int(ids.max()) if ids.numel() else 0
@@ -76,7 +83,7 @@ def check_ids(model: nn.Module | int, ids: Tensor, what: str, tokenizer: Any = N
         return
     try:
         shown = f" ({tokenizer.convert_ids_to_tokens(largest)!r})" if tokenizer is not None else ""
-    except Exception as error:  # a name is a help, not what is wrong
+    except Exception as error:  # the message does without the token's text
         pass_on_memory(error)
         shown = ""
     raise InputError(
@@ -86,7 +93,10 @@ def check_ids(model: nn.Module | int, ids: Tensor, what: str, tokenizer: Any = N
 
 
 def table_rows(model: nn.Module) -> int | None:
-    """Tokens that the model can take in and predict: rows of its input table and its head; None where it names none."""
+    """How many token ids a model can take in and predict; None where it does not say.
+
+    The smallest of the rows of its input table, the rows of its head, and its configuration's ``vocab_size``.
+    """
     ends = []
     for getter, size in (("get_input_embeddings", "num_embeddings"), ("get_output_embeddings", "out_features")):
         try:
@@ -100,7 +110,14 @@ def table_rows(model: nn.Module) -> int | None:
 
 
 class Encoder:
-    """Text to token ids, behind what the tokenizer puts before a document by default (``prefix``) and nothing else."""
+    """Text to token ids that begin with what the tokenizer puts before a document, and hold no other special tokens.
+
+    Attributes:
+        prefix: Token ids before every text; see :func:`prefix_of`.
+
+    Raises:
+        InputError: The object is no tokenizer.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         check_tokenizer(tokenizer)
@@ -108,15 +125,16 @@ class Encoder:
         self.prefix = prefix_of(tokenizer)
 
     def __call__(self, text: str) -> list[int]:
-        # verbose=False: a stream is meant to be longer than the model's context.
+        """Token ids of a text, the prefix first."""
+        # verbose=False: no warning that the text is longer than the model's context, as it may be.
         return [*self.prefix, *self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
     def first(self, text: str, count: int | None) -> list[int]:
-        """The first ``count`` tokens of ``self(text)``, without tokenising megabytes that are not used.
+        """The first ``count`` tokens of ``self(text)``, all where it is None, from as little text as gives them.
 
-        Tokenisers split at white space before anything else, so a prefix that ends there has the tokens of the whole
-        text. For those that do not, a margin keeps the cut away from the tokens that are used, and a longer prefix
-        must agree; if it does not, the whole text is tokenised.
+        Most tokenizers split at white space first, so the beginning of a text, cut at white space, has the tokens of
+        the whole text. For others a margin of 64 tokens lies between the cut and the tokens that are used, and a longer
+        beginning must give the same; if it does not, the whole text is tokenised.
         """
         if count is None:
             return self(text)
@@ -133,7 +151,7 @@ class Encoder:
 
 
 def _cut(text: str, at: int) -> int:
-    """Last place up to ``at`` where a word ends, or ``at`` itself where there is none near."""
+    """The last place up to ``at`` where a word ends, or ``at`` where none of the 1000 characters before it is one."""
     for index in range(at, max(at - 1000, 0), -1):
         if text[index].isspace() and not text[index - 1].isspace():
             return index

@@ -32,18 +32,9 @@ from tensorfold.healing.log import Reporter, StepLog
 from tensorfold.healing.losses import HealLoss, cross_entropy
 from tensorfold.healing.report import HealReport, card_of, finished, write
 from tensorfold.healing.seen import blockwise_order, seen_by_healing, selected_on
+from tensorfold.healing.setup import arguments, choose_trained, micro_batch, uses_cpu, uses_fsdp, validation_subset
 from tensorfold.healing.start import Start, as_before, round_to
-from tensorfold.healing.trainer import (
-    HealTrainer,
-    arguments,
-    choose_trained,
-    micro_batch,
-    own_tensors,
-    read_state,
-    uses_cpu,
-    uses_fsdp,
-    validation_subset,
-)
+from tensorfold.healing.trainer import HealTrainer, own_tensors, read_state
 from tensorfold.hf.sources import find_model
 from tensorfold.models.anatomy import count_parameters
 from tensorfold.models.modes import evaluation_mode

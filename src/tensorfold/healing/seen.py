@@ -1,4 +1,4 @@
-"""Which tokens a healing run trains on and is judged by."""
+"""The windows that a healing run trains on and is judged by, for its order and for the model's card."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ from typing import Any
 from torch.utils.data import Subset
 
 from tensorfold.data.seen_text import SELECTION, TRAINING, Seen
-from tensorfold.data.token_cache import TokenBlocks, TokenCache
-from tensorfold.healing.trainer import RunOrder
+from tensorfold.data.token_cache import TokenCache
+from tensorfold.data.windows import TokenWindows
+from tensorfold.healing.setup import RunOrder
 from tensorfold.recipes.settings import HealSettings
 
-_MOST = 1 << 24  # tokens of the training text that are looked at
+_MOST = 1 << 24  # tokens of a training text that its sketch is made of
 
 
 def blockwise_order(cache: TokenCache, settings: HealSettings) -> RunOrder:
-    """Training blocks that are healed block by block."""
-    blocks = len(cache.train)
-    return RunOrder(blocks, min(blocks, max(1, settings.blockwise_tokens // settings.block)), settings.seed)
+    """The training windows on which blocks are healed one by one, as indices into ``cache.train``."""
+    windows = len(cache.train)
+    return RunOrder(windows, min(windows, max(1, settings.blockwise_tokens // settings.block)), settings.seed)
 
 
 def seen_by_healing(
     cache: TokenCache, settings: HealSettings, validation: Subset[Any] | None, kept: str | None, steps: int
 ) -> list[Seen]:
-    """Note the text of a run: what trained the weights that were ``kept``, and what chose them.
+    """Sketches of the texts that trained the weights of a healing run, and of those that selected them.
 
-    Of a long training text it is the first tokens, in the order of the run.
+    A long training text is represented by the first 16 million tokens in the order of the run.
 
     Args:
-        steps: Taken end to end.
+        validation: The windows that the run was judged by; None without any.
+        kept: Whose weights are kept: ``steps``, ``blocks`` or ``start``.
+        steps: Steps taken end to end.
     """
     most = _MOST // settings.block
     found = []
@@ -39,22 +42,27 @@ def seen_by_healing(
         found.append(_noted(TRAINING, cache, cache.train, itertools.islice(order, most)))
     if kept == "steps":
         draws = settings.windows == "random"
-        blocks = cache.train_anywhere if draws else cache.train
-        order = RunOrder(len(blocks), min(steps * settings.batch, most), settings.seed, draws)
-        found.append(_noted(TRAINING, cache, blocks, order))
+        windows = cache.train_anywhere if draws else cache.train
+        order = RunOrder(len(windows), min(steps * settings.batch, most), settings.seed, draws)
+        found.append(_noted(TRAINING, cache, windows, order))
     if validation is not None and (settings.select == "best" or settings.patience is not None):
         found.append(_noted(SELECTION, cache, cache.validation, validation.indices))
     return found
 
 
 def selected_on(cache: TokenCache, settings: HealSettings, validation: Subset[Any] | None) -> dict[str, Any] | None:
-    """Windows that chose the weights: of which text and cache, how long, and at which tokens they begin."""
+    """The windows that selected the weights, for the model's card; None without any.
+
+    Returns:
+        ``text``, its name; ``cache``, the key of its tokens; ``length``, tokens of a window; ``begin_at``, the index in
+        the token stream of each window's first token.
+    """
     if validation is None:
         return None
-    blocks = cache.validation
-    begins = [blocks.first + index * blocks.stride for index in validation.indices]
+    windows = cache.validation
+    begins = [windows.first + index * windows.stride for index in validation.indices]
     return {"text": cache.label, "cache": cache.key, "length": settings.block, "begin_at": begins}
 
 
-def _noted(purpose: str, cache: TokenCache, blocks: TokenBlocks, indices: Iterable[int]) -> Seen:
-    return Seen.of(purpose, cache.label, blocks.stretches(indices))
+def _noted(purpose: str, cache: TokenCache, windows: TokenWindows, indices: Iterable[int]) -> Seen:
+    return Seen.of(purpose, cache.label, windows.stretches(indices))
