@@ -1,8 +1,8 @@
-"""Which text has had a say in a model, so that an evaluation on it can be told from one on held-out text.
+"""Records of the texts that shaped a model, so that an evaluation on one of them can be told from held-out text.
 
-A text is noted as a sketch: of the hashes of all its stretches of 12 tokens the 1,024 smallest (Broder's min-wise
-sampling). Two texts can then be compared however they are cut into windows, and a note takes 11 kB whatever the text's
-size.
+A text is recorded as a sketch: the 1,024 smallest hashes of all its runs of 12 consecutive tokens (min-wise sampling:
+Broder, "On the resemblance and containment of documents", 1997). Sketches can be compared however the texts are cut
+into windows, and take 11 kB whatever the text's size.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _WORDS = {
     SELECTION: "the healed weights were selected by",
 }
 
-_STRETCH = 12  # tokens
-_KEPT = 1024  # hashes
-_LEAST = 0.01  # shares below are coincidence: phrases that any two texts have in common
+_STRETCH = 12  # tokens in a run that is hashed
+_KEPT = 1024  # hashes in a sketch
+_LEAST = 0.01  # smaller shares are coincidence: phrases that any two texts have in common
 _ATTRIBUTE = "tensorfold_seen_text"
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A text that has had a say in a model.
+    """The record of one text that shaped a model.
 
     Args:
-        purpose: ``calibration``, ``training`` or ``selection`` (of a checkpoint).
-        text: Its name.
-        tokens: Its length.
-        sketch: Little-endian 64-bit hashes in rising order, in base64.
+        purpose: What the text was used for: ``calibration``, ``training``, or ``selection`` of a checkpoint.
+        text: The text's name.
+        tokens: The text's length in tokens.
+        sketch: The smallest hashes in rising order, little-endian 64-bit, in base64.
     """
 
     purpose: str
@@ -51,7 +51,13 @@ class Seen:
 
     @classmethod
     def of(cls, purpose: str, text: str, stretches: Iterable[np.ndarray]) -> Seen:
-        """Note token ids, as arrays of consecutive tokens, shape (length,)."""
+        """The record of a text.
+
+        Args:
+            purpose: What it was used for.
+            text: Its name.
+            stretches: Its token ids, as arrays of consecutive tokens, shape (length,).
+        """
         tokens, kept = 0, np.empty(0, np.uint64)
         for ids in stretches:
             tokens += len(ids)
@@ -62,26 +68,39 @@ class Seen:
         return cls(purpose, text, tokens, base64.b64encode(kept.astype("<u8").tobytes()).decode())
 
     def share(self, hashes: np.ndarray) -> float:
-        """The larger of two estimates: the share of another text that is in this one, and of this one in the other.
+        """An estimate of the overlap with another text, from 0 to 1.
+
+        The larger of the share of the other text that is in this one and the share of this one that is in the other.
 
         Args:
-            hashes: :func:`hashes_of` the other text.
+            hashes: All hashes of the other text, as :func:`hashes_of` gives them.
         """
         ours = np.frombuffer(base64.b64decode(self.sketch), "<u8")
-        # A sketch that is full says nothing of larger hashes.
+        # A full sketch holds no hash above its largest, so only those up to it can be compared.
         theirs = hashes[hashes <= ours[-1]] if len(ours) >= _KEPT else hashes
         common = len(np.intersect1d(ours, theirs, assume_unique=True))
         return max(common / max(1, len(theirs)), common / max(1, len(ours)))
 
 
 def hashes_of(stretches: Iterable[np.ndarray]) -> np.ndarray:
-    """Hashes of all 12 tokens in a row, each once, rising; of arrays of consecutive tokens, shape (length,)."""
+    """All hashes of a text, each once, in rising order, uint64, shape (hashes,).
+
+    Args:
+        stretches: The text's token ids, as arrays of consecutive tokens, shape (length,).
+    """
     found = [_hashes(ids) for ids in stretches]
     return np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64)
 
 
 def overlaps(model: Any, windows: Iterable[np.ndarray]) -> list[dict[str, Any]]:
-    """Texts noted with a model of which the windows hold, or are, a part: ``purpose``, ``text`` and ``share``."""
+    """The recorded texts of a model that the windows have at least 1 % in common with.
+
+    Args:
+        windows: Token ids, shape (length,) each.
+
+    Returns:
+        For each text its ``purpose``, its name as ``text``, and the ``share`` in common; see :meth:`Seen.share`.
+    """
     known, found = noted(model), []
     hashes = hashes_of(windows if known else ())
     for seen in known:
@@ -92,18 +111,18 @@ def overlaps(model: Any, windows: Iterable[np.ndarray]) -> list[dict[str, Any]]:
 
 
 def sentence(overlap: Mapping[str, Any]) -> str:
-    """One of :func:`overlaps` in words."""
+    """One entry of :func:`overlaps` as an English sentence without a full stop."""
     words = _WORDS.get(overlap["purpose"], overlap["purpose"])
     return f"not held out: {overlap['share']:.0%} in common with the text that {words} ({overlap['text']})"
 
 
 def note(model: Any, seen: Iterable[Seen]) -> None:
-    """Note texts with a model in memory; saving it writes them to its card."""
+    """Attach records to a model in memory; saving the model writes them to its card."""
     setattr(model, _ATTRIBUTE, [*getattr(model, _ATTRIBUTE, ()), *seen])
 
 
 def noted(model: Any) -> list[Seen]:
-    """Texts noted with a model, and in the card of the directory that it was loaded from; each once."""
+    """All records of a model, each once: those attached to it, and those in the card beside its files."""
     try:
         card = read_object(Path(getattr(model, "name_or_path", "") or "/nowhere") / CARD) or {}
     except (InputError, OSError, ValueError) as error:
@@ -113,13 +132,13 @@ def noted(model: Any) -> list[Seen]:
 
 
 def with_notes(card: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """A card together with the texts that are noted with the model; the card itself where there are none."""
+    """A copy of a model's card to which the records attached to the model are added."""
     every = dict.fromkeys([*_of_card(card), *getattr(model, _ATTRIBUTE, ())])
     return {**card, KEY: [asdict(seen) for seen in every]} if every else dict(card)
 
 
 def _of_card(card: Mapping[str, Any]) -> list[Seen]:
-    """What a card notes, as far as it can be read: it may come from anyone."""
+    """The records in a card; entries that are malformed are passed over, since a card may come from anyone."""
     entries, found = card.get(KEY), []
     for entry in entries if isinstance(entries, list) else ():
         try:
@@ -133,7 +152,7 @@ def _of_card(card: Mapping[str, Any]) -> list[Seen]:
 
 
 def _hashes(ids: np.ndarray) -> np.ndarray:
-    """A hash of every 12 tokens in a row."""
+    """A polynomial hash of every 12 consecutive tokens, uint64, shape (length − 11,)."""
     count = len(ids) - _STRETCH + 1
     if count < 1:
         return np.empty(0, np.uint64)
@@ -145,7 +164,7 @@ def _hashes(ids: np.ndarray) -> np.ndarray:
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64, which makes evenly distributed numbers of any."""
+    """The finaliser of splitmix64 (Steele et al. 2014): a bijection of 64-bit numbers that spreads them evenly."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

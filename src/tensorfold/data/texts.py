@@ -1,7 +1,7 @@
-"""From the name of a text to its documents: files, directories, named data sets, Python's own documentation.
+"""Texts by name: files, directories, named data sets, Python's own documentation.
 
-A named text is looked for in this order: a path on disk; ``python-docs``; ``$TENSORFOLD_DATA/NAME-SPLIT.*``, then
-``$TENSORFOLD_DATA/NAME.*``; of wikitext, a file under another of its names, see ``text_forms``;
+A text is looked for in this order: a path on disk; ``python-docs``; ``$TENSORFOLD_DATA/NAME-SPLIT.*``, then
+``$TENSORFOLD_DATA/NAME.*``; for wikitext a file under another of its names (see ``text_forms``);
 ``$TENSORFOLD_DATA/NAME/``; the Hugging Face hub, through ``datasets``.
 """
 
@@ -35,14 +35,14 @@ _CHUNK = 1 << 16  # bytes read at a time
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Where a named data set lies on the Hugging Face hub.
+    """A named data set on the Hugging Face hub.
 
     Args:
         path: Repository of the data set.
-        config: Its configuration, or ``None`` for the only one.
-        splits: Canonical names of the splits it has.
-        rows_are_lines: Rows are the lines of one text, joined by a blank line as in Hugging Face's perplexity recipe.
-        first: Stream the first this many rows instead of downloading everything.
+        config: Name of its configuration; ``None`` where it has only one.
+        splits: Canonical names of its splits.
+        rows_are_lines: Whether rows are lines of one text, joined by blank lines as in Hugging Face's recipe.
+        first: How many rows are streamed from its beginning; ``None`` to download all.
     """
 
     path: str
@@ -53,7 +53,7 @@ class HubDataset:
 
     @property
     def origin(self) -> str:
-        """Repository and configuration."""
+        """Repository and configuration, for labels."""
         return f"{self.path}, {self.config}" if self.config else self.path
 
 
@@ -76,9 +76,14 @@ HUB_DATASETS = {
 
 @dataclass(frozen=True)
 class Located:
-    """Where a text lies: local ``files``, a hub ``dataset``, or, with neither, Python's own documentation.
+    """Where a text was found: in local files, on the hub, or, with neither, in Python's own documentation.
 
-    ``name`` and ``split`` are what the source was read as, the split under its canonical name.
+    Attributes:
+        label: Short name for results and reports.
+        name: The name that the source was read as, without its split.
+        split: Canonical name of the split.
+        files: Local files, in a fixed order.
+        dataset: Data set of the hub.
     """
 
     label: str
@@ -96,7 +101,7 @@ def load_text(source: str, *, split: str = "test", min_characters: int = 1) -> l
             of such files (recursive, sorted, hidden ones skipped); a name such as ``wikitext-2`` or ``python-docs``;
             or a name with its split, ``wikitext-2-test``, which then wins over ``split``.
         split: ``train``, ``validation`` (or ``valid``), ``test`` or ``calibration``; files and directories have none.
-        min_characters: Documents with fewer characters, not counting outer white space, are left out.
+        min_characters: Least length of a document, outer white space not counted; shorter ones are left out.
 
     Raises:
         InputError: No such text, not UTF-8, not JSON, no document left, or a data set that cannot be fetched.
@@ -118,9 +123,15 @@ def load_text(source: str, *, split: str = "test", min_characters: int = 1) -> l
 
 
 def in_form(source: str, form: str | None, split: str = "test") -> str:
-    """The name of a text in the form that is needed, where it is known by a name that leaves the form open.
+    """The name of a wikitext data set in one form, where the given name leaves the form open.
 
-    A local file of another form is taken before the hub's of the right one; :func:`form_of` tells them apart.
+    A local file of the other form still comes before the hub's data set of the right one: the name is then returned as
+    it is, and :func:`form_of` tells which form was read.
+
+    Args:
+        source: Name of a text; any other than ``wikitext-2`` and ``wikitext-103`` is returned as it is.
+        form: ``raw``, ``non-raw``, or ``None`` for any.
+        split: Split, where the name has none.
     """
     if form is None or os.path.exists(source):
         return source
@@ -135,9 +146,9 @@ def in_form(source: str, form: str | None, split: str = "test") -> str:
 
 
 def describe(source: str, split: str = "test") -> str:
-    """Short label of a text for results, such as ``wikitext-2-test``, ``python-docs (test)`` or a file's name.
+    """Short name of a text for results, such as ``wikitext-2-test``, ``python-docs (test)`` or a file's name.
 
-    A data set from the hub also names its repository and configuration, for it may differ from a file of that name.
+    For a data set of the hub it names repository and configuration too, since a local file of that name may differ.
 
     Raises:
         InputError: There is no such text.
@@ -146,7 +157,7 @@ def describe(source: str, split: str = "test") -> str:
 
 
 def locate(source: str, split: str) -> Located:
-    """Find what a source names, without reading it.
+    """Find a text by its name or path, without reading it.
 
     Raises:
         InputError: There is no such text, or no such split of it.
@@ -174,7 +185,7 @@ def locate(source: str, split: str) -> Located:
 
 
 def _name_and_split(source: str, split: str) -> tuple[str, str]:
-    """``wikitext-2-valid`` -> (``wikitext-2``, ``validation``); a source without a split keeps the given one."""
+    """Name and canonical split in a source, ``wikitext-2-valid`` for one; the given split where it names none."""
     name, dash, ending = source.rpartition("-")
     if dash and name and ending in _CANONICAL_SPLIT:
         return name, _CANONICAL_SPLIT[ending]
@@ -182,6 +193,7 @@ def _name_and_split(source: str, split: str) -> tuple[str, str]:
 
 
 def _find_local(source: str, name: str, split: str) -> Located | None:
+    """The text in the directory that ``TENSORFOLD_DATA`` names; None where it is not there."""
     root = _data_directory()
     if root is None:
         return None
@@ -204,7 +216,7 @@ def _form_of_file(path: Path) -> str | None:
 
 
 def _text_file(root: Path, stem: str) -> Path | None:
-    """The file ``stem.jsonl``, ``stem.txt`` or else the first ``stem.*`` in ``root``."""
+    """The file ``stem.jsonl``, ``stem.txt``, or else the first ``stem.*``, in a directory; None without any."""
     paths = [path for path in sorted(root.iterdir()) if path.stem == stem and path.suffix and path.is_file()]
     preferred = [".jsonl", ".txt"]
     return min(paths, key=lambda path: preferred.index(path.suffix) if path.suffix in preferred else 2, default=None)
@@ -219,6 +231,7 @@ def _files_below(path: Path) -> tuple[Path, ...]:
 
 
 def _data_directory() -> Path | None:
+    """The directory that ``TENSORFOLD_DATA`` names; None where the variable is not set."""
     value = os.environ.get(DATA_VARIABLE)
     if value is None:
         return None
@@ -251,15 +264,15 @@ def _no_such_text(source: str) -> InputError:
 
 
 def is_jsonl(path: Path) -> bool:
-    """Whether a file holds a document a line; any other file is one document."""
+    """Whether a file holds one document a line, in JSON; any other file is one document."""
     return path.suffix == ".jsonl"
 
 
 def file_documents(path: Path) -> Iterator[Iterable[str]]:
-    """Documents of one file, each as consecutive parts of a bounded size; a byte-order mark is no text.
+    """Documents of one file, each as consecutive parts of a bounded size, without a byte-order mark.
 
     Raises:
-        InputError: The file cannot be read, is not UTF-8, or not JSON where it should be.
+        InputError: The file cannot be read, is not UTF-8, or is a ``.jsonl`` file with a line that is not JSON.
     """
     if is_jsonl(path):
         yield from ([document] for document in _jsonl_documents(path))
@@ -270,7 +283,7 @@ def file_documents(path: Path) -> Iterator[Iterable[str]]:
 def _parts(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        # Not text mode: it would turn "\r\n" into "\n", and texts are used verbatim.
+        # Binary, because text mode would turn "\r\n" into "\n", and texts are used verbatim.
         with path.open("rb") as file:
             read = 0
             while True:
@@ -291,7 +304,7 @@ def _parts(path: Path) -> Iterator[str]:
 
 def _jsonl_documents(path: Path) -> Iterator[str]:
     try:
-        # Bytes are split at "\n" alone: JSON strings may hold U+2028 and its like unescaped.
+        # Bytes, which are split at "\n" alone: str.splitlines splits at U+2028 as well, which JSON strings may hold.
         with path.open("rb") as file:
             position = 0
             for number, line in enumerate(file, start=1):
@@ -316,6 +329,7 @@ def _not_utf8(path: Path, error: UnicodeDecodeError, before: int) -> InputError:
 
 
 def _json_document(line: str, place: str) -> str:
+    """The ``text`` of one line of a ``.jsonl`` file; ``place`` is named in errors."""
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Room for activations: in memory up to a limit, in memory-mapped files beyond it."""
+"""Memory for activations: in RAM up to a limit, in memory-mapped files beyond it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 
 
 class ActivationStore:
-    """Hands out tensors; those that would take more than ``limit_mb`` of memory together live in mapped files.
+    """An allocator of tensors on the CPU, in RAM up to a limit and in memory-mapped files beyond it.
 
-    A mapped tensor is read and written like any other; the operating system keeps as much of it in memory as is free.
-    Its file is gone with the last tensor that uses it, or with the process, however that ends.
+    A mapped tensor is read and written like any other; the operating system keeps as much of it in RAM as is free. Its
+    file is gone with the last tensor that uses it, or with the process, however that ends.
 
     Args:
-        limit_mb: Megabytes (10⁶ bytes) of memory for all tensors together.
-        directory: Where files are made; the cache directory for activations by default.
+        limit_mb: Megabytes (10⁶ bytes) of RAM for all tensors together.
+        directory: Directory for the files; the cache directory for activations by default.
     """
 
     def __init__(self, limit_mb: int, directory: Path | None = None) -> None:
@@ -33,7 +33,7 @@ class ActivationStore:
         self._directory = directory
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor on the CPU, its values undefined.
+        """Allocate a tensor with undefined values.
 
         Raises:
             TensorfoldError: The disk has no room for it.
@@ -61,13 +61,13 @@ class ActivationStore:
                 ) from error
             raise
         finally:
-            os.unlink(name)  # the mapping lives on
+            os.unlink(name)  # the mapping keeps the contents
         log.info("activations of %.0f MB are kept in a file at %s", size / 1e6, directory)
         return tensor
 
 
 def _reserve(handle: int, size: int) -> None:
-    """Claim the disk space now: writing to a mapped file on a full disk would end the process without a word."""
+    """Reserve disk space for a file: writing to a mapped file on a full disk would kill the process by a signal."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, size)
     else:

@@ -1,4 +1,4 @@
-"""Where derived files are kept, and how a directory or file comes to be whole or not at all."""
+"""The cache directory, and files and directories that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
+from tensorfold.utils.locks import try_lock
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_FULL_FOR_TORCH = "unexpected pos"  # what torch.save says of a write that was cut short; nothing else makes it say so
-_DISPLACED = "old-"
-_LONGEST_NAME = 200  # bytes; file systems take 255
-_DEEPEST = 200
+_FULL_FOR_TORCH = "unexpected pos"  # torch.save's words for a write that was cut short, and for nothing else
+_DISPLACED = "old-"  # in the name of a directory that is being replaced
+_LONGEST_NAME = 200  # bytes; file systems take 255, and temporary files have longer names
+_DEEPEST = 200  # folders
 
 
 def cache_directory(kind: str) -> Path:
@@ -42,9 +43,9 @@ def cache_directory(kind: str) -> Path:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether ``error``, or what it was raised from or while handling, is a full disk or an exhausted quota.
+    """Whether an error, or any error that caused it or was being handled, comes from a full disk or quota.
 
-    Rust-backed writers (safetensors, tokenizers) raise exceptions of their own that carry only the system's words.
+    Writers in Rust (safetensors, tokenizers) raise exceptions of their own that hold only the system's words for it.
     """
     seen: set[int] = set()
     current: BaseException | None = error
@@ -70,7 +71,7 @@ def atomic_directory(
     Args:
         target: Directory to write; missing parents are created, a symbolic link is followed.
         replace: Put the new directory in the place of an existing one.
-        keep_existing: Of several processes writing the same target the first wins, and the others drop their work.
+        keep_existing: Leave a directory that is there, or that another process finishes first, and drop the new one.
 
     Raises:
         InputError: ``target`` is a file, or a directory with something in it and neither option is given, or cannot
@@ -93,7 +94,7 @@ def atomic_directory(
 
 
 def write_file(target: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file whole or not at all, in the place of one that is there; missing parents are created.
+    """Write a file whole or not at all, replacing one that is there; missing parents are created.
 
     Raises:
         InputError: ``target`` is something else than a regular file, or cannot be written.
@@ -122,7 +123,11 @@ def check_file_target(target: Path) -> None:
 
 @contextmanager
 def _temporary(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """A locked sibling of ``target`` that is gone at the end; a full disk in between is named as such."""
+    """Yield a locked sibling of ``target``, and remove what is left of it at the end.
+
+    Raises:
+        TensorfoldError: The disk became full meanwhile.
+    """
     temporary, lock = _make_temporary(target, make)
     try:
         yield temporary
@@ -140,6 +145,7 @@ def _temporary(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
+    """Remove a directory with all in it, or a file, if it is there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -147,10 +153,13 @@ def _remove(path: Path) -> None:
 
 
 def make_directories(directory: Path, *, remedy: str) -> None:
-    """Make a directory and its parents, or none of them.
+    """Create a directory and its missing parents, or none of them.
+
+    Args:
+        remedy: End of the error's message: what to do where the directory cannot be created.
 
     Raises:
-        InputError: It cannot be made; the message ends with ``remedy``.
+        InputError: It cannot be created.
         TensorfoldError: The disk is full.
     """
     made = [directory, *directory.parents]
@@ -181,7 +190,7 @@ def check_target(target: Path, may_exist: bool = False) -> None:
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
-    """Raise :class:`InputError` for a path that the system cannot look at, or that is not UTF-8."""
+    """Raise :class:`InputError` for a path that is not UTF-8, or that the system refuses to look up."""
     try:
         os.fspath(path).encode()
         os.stat(path)
@@ -194,7 +203,7 @@ def check_path(path: str | os.PathLike[str]) -> None:
 
 
 def check_place(target: Path) -> None:
-    """Raise :class:`InputError` for a path that nothing can be written to, whatever is there now."""
+    """Raise :class:`InputError` for a path that cannot be written to, whatever is there now."""
     check_path(target)
     shown = str(target)[:200]
     try:
@@ -214,11 +223,15 @@ def check_place(target: Path) -> None:
 
 
 def _cause(error: Exception) -> str:
+    """The system's words for an error, else the error's own."""
     return (getattr(error, "strerror", None) or str(error))[:100]
 
 
 def _make_temporary(target: Path, make: Callable[[Path], None]) -> tuple[Path, int | None]:
-    """Create and lock a sibling; the kernel drops the lock with the process, which is how a stale one is known."""
+    """Create and lock a sibling of ``target``; return its path and the descriptor that holds the lock.
+
+    The kernel drops the lock when the process ends, however it ends, so a sibling without a lock is a leftover.
+    """
     while True:
         temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
         try:
@@ -233,7 +246,7 @@ def _make_temporary(target: Path, make: Callable[[Path], None]) -> tuple[Path, i
                 f"{target} cannot be written ({error.strerror}); name a directory that can be written."
             ) from error
         try:
-            lock = _try_lock(temporary)
+            lock = try_lock(temporary)
         except BlockingIOError:  # another process is clearing it away as stale
             continue
         if temporary.exists():
@@ -242,44 +255,27 @@ def _make_temporary(target: Path, make: Callable[[Path], None]) -> tuple[Path, i
             os.close(lock)
 
 
-def _try_lock(path: Path) -> int | None:
-    """Lock a directory or file and return the descriptor; ``None`` where it or its file system cannot be locked.
-
-    Raises:
-        BlockingIOError: Another process holds the lock.
-    """
-    from filelock import lock_descriptor
-
-    descriptor = None
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        free = lock_descriptor(descriptor, blocking=False)
-    except OSError:
-        if descriptor is not None:
-            os.close(descriptor)
-        return None
-    if not free:
-        os.close(descriptor)
-        raise BlockingIOError(f"{path} is locked by another process")
-    return descriptor
-
-
 @contextmanager
 def claimed(directory: Path, remedy: str) -> Iterator[None]:
-    """A working directory for this process alone, made when missing; if nothing is in it in the end it goes again.
+    """Lock a working directory for this process while the context is open; it is created where it is missing.
+
+    A directory that is empty at the end is removed.
+
+    Args:
+        remedy: End of the error's message: what to do where the directory cannot be had.
 
     Raises:
-        TensorfoldError: Another process is at work in it; the message ends with ``remedy``. Or the disk is full.
-        InputError: It cannot be made.
+        TensorfoldError: Another process is at work in it, or the disk is full.
+        InputError: It cannot be created.
     """
     while True:
         make_directories(directory, remedy=remedy)
         try:
-            lock = _try_lock(directory)
+            lock = try_lock(directory)
         except BlockingIOError:
             raise TensorfoldError(f"{directory} is in use by another process; wait for it, or {remedy}.") from None
         try:
-            # Whoever had the lock may have removed the directory between our making it and locking it.
+            # The process that held the lock before may have removed the directory after it was found or created here.
             mine = lock is None or os.path.samestat(os.fstat(lock), os.stat(directory))
         except FileNotFoundError:
             mine = False
@@ -296,10 +292,13 @@ def claimed(directory: Path, remedy: str) -> Iterator[None]:
 
 
 def _clear_leftovers(target: Path) -> None:
-    """Remove what killed processes left beside ``target``; a replaced directory caught between two renames returns."""
+    """Remove what killed processes left beside ``target``.
+
+    Where one was killed between the two renames that replace ``target``, the old directory is put back.
+    """
     for left in _siblings(target):
         try:
-            lock = _try_lock(left)
+            lock = try_lock(left)
         except BlockingIOError:
             continue
         if left.name.startswith(f".{target.name}.{_DISPLACED}") and not target.exists():
@@ -311,12 +310,19 @@ def _clear_leftovers(target: Path) -> None:
 
 
 def _siblings(target: Path) -> list[Path]:
+    """The temporary files and directories beside ``target`` that are named after it."""
     # The last part has no dot, which keeps the siblings of "model.v2" out of those of "model".
     ours = re.compile(rf"\.{re.escape(target.name)}\.[^.]+\.partial")
     return [Path(entry.path) for entry in os.scandir(target.parent) if ours.fullmatch(entry.name)]
 
 
 def _move_into_place(temporary: Path, target: Path, replace: bool, keep_existing: bool) -> None:
+    """Rename a finished directory to ``target``.
+
+    Raises:
+        InputError: Another process has written ``target`` meanwhile, and neither option is given.
+        TensorfoldError: Another process is replacing ``target``.
+    """
     if replace and _is_occupied(target):
         _swap(temporary, target)
     else:
@@ -335,10 +341,13 @@ def _move_into_place(temporary: Path, target: Path, replace: bool, keep_existing
 
 
 def _swap(temporary: Path, target: Path) -> None:
-    """Replace ``target``; locked while it is set aside, so that nobody else takes it for the leftover of a kill."""
+    """Replace a directory by two renames.
+
+    The old one is locked while it lies aside, so that no other process takes it for the leftover of a killed one.
+    """
     displaced = target.parent / f".{target.name}.{_DISPLACED}{secrets.token_hex(4)}.partial"
     try:
-        lock = _try_lock(target)
+        lock = try_lock(target)
     except BlockingIOError as error:
         raise TensorfoldError(
             f"{target} is being replaced by another process and was left to it; run one command at a time."
@@ -365,6 +374,11 @@ def _flush(directory: Path) -> None:
 
 
 def _flush_entry(path: Path, required: bool = False) -> None:
+    """Write a file, or the list of a directory's files, through to the disk.
+
+    Raises:
+        OSError: The disk is full or failing, and ``required`` is given.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -372,6 +386,6 @@ def _flush_entry(path: Path, required: bool = False) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        # Not every file system can flush directories or special files; a failure to store data is never passed over.
+        # Some file systems cannot flush directories or special files, which loses nothing.
         if required and error.errno in (*_FULL, errno.EIO):
             raise

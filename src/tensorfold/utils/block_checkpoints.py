@@ -1,4 +1,4 @@
-"""Checkpoints of work that goes block by block: one directory a block, whole or not at all."""
+"""Checkpoints of work on one transformer block after another: a directory for each block, whole or absent."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ _CORES, _SIDECAR = "cores.safetensors", "block.json"
 
 
 class BlockCheckpoints:
-    """Finished blocks below a directory: ``block-0003/cores.safetensors`` with its checksum in ``block.json``.
+    """Finished blocks on disk: ``block-0003/cores.safetensors``, with its checksum in ``block.json``.
 
-    Blocks are to be loaded or saved in order. Each records the checksum of the one before it, since it was fitted to
-    what that one passes on: after a damaged block the later ones stay good if computing it again gives the same bytes.
-    What is too large to be held until its block is finished is written to :meth:`folder` and belongs to the block that
-    is saved with it.
+    Blocks have to be loaded or saved in order. Each records the checksum of the block before it, to whose outputs it
+    was fitted: where a damaged block is computed again and gives the same bytes, the later ones stay valid. Data too
+    large to hold in memory until a block is finished goes to files in a :meth:`folder`, which are saved with it.
 
     Args:
-        directory: Created with the first block.
-        key: Identity of the run: a hash of all that decides the result.
+        directory: Directory of all blocks, created with the first.
+        key: Identity of the run: a hash of everything that decides the result.
         what: Kind of run, for messages.
     """
 
@@ -43,10 +42,12 @@ class BlockCheckpoints:
         self._previous = ""
 
     def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors of block ``index`` and what was saved with them; None where it must be computed.
+        """The tensors of a block and the ``outcome`` saved with them; None where the block must be computed.
+
+        A damaged block, or one that was fitted to another block before it, counts as missing, with a warning.
 
         Raises:
-            InputError: The directory holds another run.
+            InputError: The block is of another run.
         """
         path = self._path(index)
         if not path.exists():
@@ -73,7 +74,7 @@ class BlockCheckpoints:
         return tensors, dict(outcome)
 
     def folder(self, name: str) -> Path:
-        """A directory for files that are written while a block is computed; created, or kept with what is in it.
+        """The directory for files that are written while a block is computed, created where it is missing.
 
         Raises:
             InputError: It cannot be created.
@@ -86,10 +87,13 @@ class BlockCheckpoints:
     def save(
         self, index: int, tensors: Mapping[str, Tensor], outcome: Mapping[str, Any], files: Iterable[Path] = ()
     ) -> None:
-        """Write block ``index`` in place of what is there.
+        """Write a block, replacing one that is there.
 
         Args:
-            files: Below the directory, complete; without them as they are now the block cannot be loaded.
+            index: The block's index.
+            tensors: Its tensors, by name.
+            outcome: JSON values to keep with them.
+            files: Complete files below the directory that belong to the block: if one changes, the block is damaged.
 
         Raises:
             TensorfoldError: The disk is full.
@@ -105,7 +109,7 @@ class BlockCheckpoints:
         self._previous = digest
 
     def _digest(self, content: bytes, files: Iterable[str]) -> str:
-        """Of a block's tensors and the files beside them."""
+        """SHA-256 of a block's serialised tensors and of the files that belong to it."""
         digest = hashlib.sha256(content)
         for name in files:
             with (self._directory / name).open("rb") as file:

@@ -1,6 +1,6 @@
-"""The processes that ``torchrun`` or ``accelerate launch`` started together, and work that is divided among them.
+"""Ranks: the processes that ``torchrun`` or ``accelerate launch`` started together, and work divided among them.
 
-Started in any other way, a process is the only rank, and nothing here communicates.
+A process that was started in any other way is the only rank, and nothing here communicates.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from tensorfold.errors import TensorfoldError
 
-# One rank can be busy for hours with a matrix, or with writing the model, while the others wait for it.
+# The longest wait for another rank, which may be busy for hours with one matrix or with writing the model.
 PATIENCE = timedelta(days=2)
 
-# As PartialState itself counts processes; asking it would already settle the process's device for good.
+# Environment variables that PartialState counts processes by. Making a PartialState would fix the device for good.
 _COUNTS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE")
 
 Item = TypeVar("Item")
@@ -30,7 +30,13 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's index among ``count`` ranks, and the device that tensors travel through between them."""
+    """This process among the ranks of a run.
+
+    Attributes:
+        index: This process's index.
+        count: How many ranks there are.
+        device: Device from which tensors are sent to other ranks, and on which they arrive.
+    """
 
     index: int = 0
     count: int = 1
@@ -38,10 +44,13 @@ class Ranks:
 
     @classmethod
     def find(cls, cpu: bool) -> Ranks:
-        """The ranks of this run, from accelerate's state, which is made if there is none: gloo, else the accelerator's.
+        """The ranks of this run, from accelerate's ``PartialState``, which is created where there is none.
 
-        A state that is there already stays as it is: a script that folds on the CPU and then heals on accelerators
-        makes its own ``accelerate.PartialState()`` first.
+        A state that is there already is used as it is: a script that folds on the CPU and then heals on accelerators
+        creates its own ``accelerate.PartialState()`` first.
+
+        Args:
+            cpu: Whether a new state communicates between CPUs (gloo) or by the accelerator's backend.
         """
         if get_int_from_env(_COUNTS, 1) == 1:
             return cls()
@@ -50,11 +59,12 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
+        """Whether this is the rank that writes files and messages."""
         return self.index == 0
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Leave the block when every rank has come to its end, or raise on every rank what the first to fail raised."""
+        """Wait at the end of the ``with`` block until every rank is there; raise a failure of one on all of them."""
         try:
             yield
             self.gather()
@@ -64,12 +74,21 @@ class Ranks:
             raise
 
     def gather(self, value: Any = None, failure: Exception | None = None) -> list[Any]:
-        """Every rank's ``value``, in the order of the ranks; or the failure of the lowest rank that has one.
+        """Exchange one value a rank; called by all ranks, which wait for each other here.
 
-        Ranks meet nowhere else, so one that fails between two meetings brings its failure to the next one of the rest.
+        Ranks meet nowhere else, so a rank that fails between two calls hands its failure to the next call of the
+        others.
+
+        Args:
+            value: This rank's value; anything that can be pickled.
+            failure: This rank's failure, to be raised on all ranks.
+
+        Returns:
+            The values of all ranks, in their order.
 
         Raises:
-            Exception: The same class and message on all ranks; what cannot be sent becomes a :class:`TensorfoldError`.
+            Exception: The failure of the lowest rank that has one, with the same class and message on all ranks; one
+                that cannot be pickled becomes a :class:`TensorfoldError`.
         """
         if self.count == 1:
             return [value]
@@ -88,7 +107,12 @@ class Ranks:
         return [value for value, _, _ in met]
 
     def broadcast(self, tensors: Iterable[Tensor], owner: int) -> None:
-        """Overwrite contiguous ``tensors`` by those of the rank ``owner``: same shapes and dtypes, on any device."""
+        """Overwrite tensors by those of one rank.
+
+        Args:
+            tensors: Contiguous tensors, with the same shapes and dtypes on all ranks, on any device.
+            owner: Index of the rank whose values the others receive.
+        """
         if self.count == 1:
             return
         for tensor in tensors:
@@ -106,15 +130,19 @@ class Ranks:
         compute: Callable[[Item], dict[str, Tensor]],
         empty: Callable[[Item], dict[str, Tensor]],
     ) -> Iterator[tuple[Item, dict[str, Tensor]]]:
-        """Every item with its result, on every rank, though only the rank that owns it computes it.
+        """Divide items among the ranks, compute each on one of them, and yield all results on every rank.
 
-        A rank's own results come as soon as they are there, the others' at the end of each turn of :func:`schedule`,
-        one after another: whatever the caller frees for one is free before the next is received.
+        A rank's own results come as soon as they are computed, the others' at the end of each turn of :func:`schedule`,
+        one at a time, so that the caller can free memory for the next.
 
         Args:
-            cost: Of an item, in any unit.
-            compute: The result of an item, on the rank that owns it.
-            empty: Contiguous tensors with the names, shapes and dtypes of the result, to receive it.
+            items: The same items in the same order on all ranks.
+            cost: Cost of an item, in any unit.
+            compute: Computes the result of an item, as tensors by name.
+            empty: Contiguous tensors to receive the result of an item, with its names, shapes and dtypes.
+
+        Yields:
+            An item and its result, in the same order on all ranks but for the rank's own.
         """
         for turn in schedule([cost(item) for item in items], self.count):
             own = {}
@@ -131,11 +159,18 @@ class Ranks:
 
 
 def schedule(costs: Sequence[int], ranks: int) -> list[list[list[int]]]:
-    """Who computes what and when: ``schedule(…)[turn][rank]`` holds indices of ``costs``; every index once in all.
+    """Assign items to ranks and turns, by longest processing time first (Graham 1969).
 
-    The dearest item first, each goes to the rank with the least to do. In a turn a rank takes its next items for as
-    long as they cost no more than the dearest one of that turn, so that ranks wait little for each other at its end.
-    For one rank: one item a turn, in the order given.
+    In order of falling cost each item goes to the rank with the least load. In a turn a rank takes items while their
+    costs together are at most that of the turn's dearest item, so that ranks wait little for each other at its end. A
+    single rank has one item a turn, in the order given.
+
+    Args:
+        costs: Cost of each item, in any unit.
+        ranks: How many ranks there are.
+
+    Returns:
+        ``[turn][rank]``: the indices of the items that a rank computes in a turn. Every index occurs once.
     """
     if ranks == 1:
         return [[[k]] for k in range(len(costs))]
@@ -159,7 +194,7 @@ def schedule(costs: Sequence[int], ranks: int) -> list[list[list[int]]]:
 
 
 def _sendable(error: BaseException | None) -> BaseException | None:
-    """The error, if the other ranks can read it; else its words."""
+    """The error itself where it survives pickling; otherwise a :class:`TensorfoldError` with its class and message."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -1,6 +1,6 @@
-"""Settings without an effect are errors: what each setting needs, and the check that what was given has it.
+"""The check that no setting is given that has no effect, as ``min_lr`` has none under a constant schedule.
 
-A setting that does nothing hides a misunderstanding: whoever gave it takes the result for another than it is.
+A setting without effect hides a misunderstanding: whoever gave it believes that the result reflects it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from tensorfold.errors import InputError
 
 
 class Need(NamedTuple):
-    """What must be so for a setting to do something.
+    """A condition under which a setting has an effect.
 
     Attributes:
-        what: Completes "… has no effect here; it needs …".
-        is_met: Of all settings together.
+        what: The condition in words, as the end of "… has no effect here; it needs …".
+        is_met: Whether the settings, taken together, meet it.
     """
 
     what: str
@@ -25,24 +25,25 @@ class Need(NamedTuple):
 
 
 Needs = Mapping[str, tuple[Need, ...]]
-ALWAYS: tuple[Need, ...] = ()  # the needs of a setting that does something whatever the others are
+ALWAYS: tuple[Need, ...] = ()  # for a setting that has an effect whatever the others are
 
 
 def has_effect(name: str, settings: Any, needs: Needs) -> bool:
-    """Whether everything is so that the setting ``name`` needs."""
+    """Whether a setting has an effect: all its conditions in ``needs`` are met."""
     return all(need.is_met(settings) for need in needs[name])
 
 
 def check_effects(
     where: str, given: Iterable[str], settings: Any, needs: Needs, shown: Callable[[str], str] = str
 ) -> None:
-    """Raise :class:`InputError` for the first of the settings ``given`` whose needs are not met.
+    """Raise :class:`InputError` for the first given setting that has no effect.
 
     Args:
-        where: What the message begins with.
+        where: Beginning of the message.
         given: Names of the settings that somebody chose; each has an entry in ``needs``.
-        settings: All of them, handed to :attr:`Need.is_met`.
-        shown: How a name is written in the message.
+        settings: All settings, handed to :attr:`Need.is_met`.
+        needs: Conditions of each setting, by name.
+        shown: Maps a setting's name to the spelling in the message.
     """
     for name in given:
         for need in needs[name]:
@@ -51,7 +52,7 @@ def check_effects(
 
 
 def changed(settings: Any) -> list[str]:
-    """Names of a dataclass's fields that have another value than their default."""
+    """Names of a dataclass's fields whose values differ from their defaults."""
     fields = dataclasses.fields(settings)
     return [
         field.name

@@ -1,7 +1,7 @@
-"""Hashes of all bytes: of a tensor, of a model, of a file.
+"""SHA-256 of tensors, models and files, over all their bytes.
 
-What lets a run resume, or refuse to, compares these. SHA-256 reads one to two gigabytes a second where the processor
-has instructions for it: a model of 500 MB costs half a second, once a run.
+A run is resumed only where these hashes are the same as before. SHA-256 reads one to two gigabytes a second where the
+processor has instructions for it: a model of 500 MB costs half a second, once a run.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_BLOCK = 1 << 24  # bytes that are copied at a time from where the processor cannot read them
+_BLOCK = 1 << 24  # bytes copied at a time from a device to the CPU
 
 
 def hash_tensor(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's type, shape and values; of type and shape alone where it has no values."""
+    """SHA-256 of a tensor's dtype, shape and values; on the meta device of dtype and shape alone."""
     found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     if not tensor.is_meta:
         for block in _blocks(tensor.detach()):
@@ -28,7 +28,7 @@ def hash_tensor(tensor: Tensor) -> str:
 
 
 def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of tensors, their names and their order."""
+    """SHA-256 of named tensors: of their values, names and order."""
     found = hashlib.sha256()
     for name, tensor in named:
         found.update(f"{name} {hash_tensor(tensor)}\n".encode())
@@ -36,7 +36,7 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a model's state: parameters, and the buffers that are saved with them; ties once."""
+    """Names and tensors of a model's state dict: parameters and persistent buffers, a tied tensor once."""
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and id(tensor) not in seen:
@@ -45,7 +45,10 @@ def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def describe_configuration(configuration: Any) -> str:
-    """What of a transformers configuration decides a model's outputs, as JSON; not where it lies, nor who wrote it."""
+    """The part of a transformers configuration that decides a model's outputs, as JSON.
+
+    Its path and the version of transformers that wrote it are left out.
+    """
     return json.dumps(
         {
             key: value
@@ -71,7 +74,7 @@ def hash_file(path: Path) -> str:
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """The values as one row after another on the CPU: in one piece where that copies nothing."""
+    """A tensor's values in order, as consecutive flat tensors on the CPU; one alone where it lies there already."""
     flat = tensor.reshape(-1)
     if not flat.numel():
         return

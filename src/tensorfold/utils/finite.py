@@ -1,4 +1,4 @@
-"""Why numbers of a model are not finite, and what to do about it: damaged weights, or a dtype that ends too early."""
+"""The cause of NaN and infinity in a model's numbers: damaged weights, or a dtype whose range is too small."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import nn
 
 
 def why_not_finite(model: nn.Module) -> str:
-    """Cause and remedy for NaN or infinity that a model gave, in words that end a sentence.
+    """Cause and remedy for NaN or infinity in a model's outputs, in words that end a sentence.
 
-    Weights that hold them are the cause; if none does, float16, whose numbers end at 65,504, has overflowed.
+    The cause is a weight that holds them; where none does and there are float16 weights, overflow beyond 65,504.
     """
     parameters = [(name, each) for name, each in model.named_parameters() if not each.is_meta]
     floating = [(name, each) for name, each in parameters if each.is_floating_point()]

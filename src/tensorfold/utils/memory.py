@@ -1,4 +1,4 @@
-"""Giving memory back to the system."""
+"""Memory handed back to the operating system before the process ends."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _MADV_PAGEOUT = 21
 
 
 def release_file_pages(tensor: Tensor) -> None:
-    """Let the system drop the memory of a tensor that is mapped from a file and no longer needed; otherwise nothing.
+    """Let the system drop the pages of a tensor that is mapped from a file and no longer needed.
 
-    safetensors maps a checkpoint as one piece, so the pages of a replaced weight stay resident as long as any other
-    weight of the file lives. This is a hint and never destroys anything: whoever still holds the tensor reads it from
-    the file again. Linux only.
+    safetensors maps a checkpoint as one piece, so the pages of a replaced weight would stay resident as long as any
+    other weight of the file lives. Nothing is lost: whoever still uses the tensor reads it from the file again. Tensors
+    in other memory are left alone, and on other systems than Linux nothing happens.
     """
     if sys.platform != "linux" or tensor.device.type != "cpu" or not _is_file_mapped(tensor.data_ptr()):
         return
@@ -29,16 +29,16 @@ def release_file_pages(tensor: Tensor) -> None:
 
 
 def release_heap() -> None:
-    """Let the C library hand freed memory back, of which it keeps hundreds of megabytes after a backward pass."""
+    """Let the C library hand back freed memory; it keeps hundreds of megabytes after a backward pass.
+
+    Without glibc nothing happens.
+    """
     with suppress(AttributeError, OSError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_file_mapped(address: int) -> bool:
-    """Whether an address is in the mapping of a file, as far as the system tells.
-
-    Lines of ``/proc/self/maps`` are ``start-end … path``.
-    """
+    """Whether an address lies in memory mapped from a file, by the lines ``start-end … path`` of /proc/self/maps."""
     with suppress(OSError), open("/proc/self/maps") as maps:
         for line in maps:
             fields = line.split(maxsplit=5)

@@ -1,4 +1,4 @@
-"""What is noted beside a model's weights: evaluations, steps of healing, timings."""
+"""The files beside a model's weights: its card, evaluations, the log of healing, timings."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ BENCH = "tensorfold-bench.json"
 
 
 def check_recordable(directory: str | Path) -> Path:
-    """The directory, if evaluations can be noted in it: for calling it before a long computation.
+    """Check that evaluations can be recorded in a directory, before a long computation; return it as a path.
 
     Raises:
-        InputError: It is no directory of a model, or cannot be written.
+        InputError: It is no model's directory, or cannot be written.
     """
     check_path(directory)
     path = Path(directory)
@@ -39,11 +39,15 @@ def check_recordable(directory: str | Path) -> Path:
 def record_evaluation(directory: str | Path, result: Mapping[str, Any]) -> None:
     """Append one evaluation to the file :data:`EVALUATIONS` of a model's directory.
 
-    The line is one write at the file's end, so that processes evaluating the same model do not mix theirs. A line cut
-    short by a full disk has no end; the next record starts on a line of its own, and readers pass the torn one over.
+    Each record is one line and one write, so that records of several processes do not mix. Where a full disk cut a line
+    short, the next record begins a new one, and readers pass the torn line over.
+
+    Args:
+        directory: The model's directory.
+        result: JSON values of the evaluation, by name.
 
     Raises:
-        InputError: As :func:`check_recordable`.
+        InputError: It is no model's directory, or cannot be written.
         TensorfoldError: The disk is full.
     """
     file = check_recordable(directory) / EVALUATIONS
@@ -70,10 +74,10 @@ def record_evaluation(directory: str | Path, result: Mapping[str, Any]) -> None:
 
 
 def read_object(file: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no file.
+    """Read a JSON object from a file; None where there is no file.
 
     Raises:
-        InputError: The file holds something else, or cannot be read.
+        InputError: The file cannot be read, or holds something else.
     """
     text = _read(file)
     if text is None:
@@ -88,7 +92,10 @@ def read_object(file: Path) -> dict[str, Any] | None:
 
 
 def read_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """The JSON objects in a file, one a line, and how many lines are something else; none where there is no file.
+    """Read JSON objects from a file, one a line; none where there is no file.
+
+    Returns:
+        The objects, and how many lines that are not blank hold something else.
 
     Raises:
         InputError: The file cannot be read.
@@ -109,6 +116,7 @@ def read_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _read(file: Path) -> str | None:
+    """A file's text; None where there is no file."""
     if not file.exists():
         return None
     if not file.is_file():

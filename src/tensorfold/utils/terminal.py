@@ -1,4 +1,4 @@
-"""Tables and progress bars as they are shown in a terminal."""
+"""Tables and progress bars for the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def render(table: Table) -> str:
-    """A table as plain text, the same on every terminal."""
+    """A table as plain text, 160 characters wide at most, the same on every terminal."""
     console = Console(width=160, no_color=True, highlight=False)
     with console.capture() as capture:
         console.print(table)
@@ -16,7 +16,10 @@ def render(table: Table) -> str:
 
 
 def progress_bar(label: str, visible: bool) -> Progress:
-    """Steps done of all, time taken and left, and what is being worked on; on standard error, gone when done."""
+    """A progress bar on standard error: steps done, time taken and left, and the task's description.
+
+    It disappears when it is stopped.
+    """
     return Progress(
         TextColumn(label),
         BarColumn(),

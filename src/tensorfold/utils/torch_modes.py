@@ -1,4 +1,4 @@
-"""PyTorch's modes of the calling code, kept out of what computes numbers of its own."""
+"""Independence of PyTorch's modes (inference mode, autocast, default dtype) that the calling code has set."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 @contextmanager
 def usual_modes() -> Iterator[None]:
-    """Gradients, no autocast and float32 as the default dtype, whatever the code around has switched on.
+    """Enable gradients, leave autocast and inference mode, and set float32 as the default dtype, for a ``with`` block.
 
-    Tensors made under ``torch.inference_mode`` could never be trained, and sums in the caller's default dtype or under
-    his autocast would be others.
+    Tensors made under ``torch.inference_mode`` could never be trained, and results would depend on the caller's default
+    dtype and autocast.
     """
     before = torch.get_default_dtype()
     with ExitStack() as modes:
-        # Both orders matter: leaving inference mode switches gradients on, too.
+        # Leaving inference mode switches gradients on, so the order of these two matters.
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.enable_grad())
         for kind in _DEVICES:
@@ -41,7 +41,7 @@ def usual_modes() -> Iterator[None]:
 
 
 def in_usual_modes(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function so that it gives the same under every mode of its caller; see :func:`usual_modes`."""
+    """Decorate a function so that its results do not depend on its caller's modes; see :func:`usual_modes`."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -52,7 +52,11 @@ def in_usual_modes(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check_takes_gradients(model: nn.Module, what: str) -> None:
-    """Raise :class:`InputError` for a model that was made under ``torch.inference_mode`` and can have no gradients."""
+    """Raise :class:`InputError` for a model that was made under ``torch.inference_mode`` and cannot have gradients.
+
+    Args:
+        what: Beginning of the message.
+    """
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise InputError(

@@ -18,7 +18,11 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True)
 def strict(cls: type[T]) -> type[T]:
-    """Class decorator: frozen, types enforced, finite, unknown fields refused with the nearest known one named."""
+    """Decorate a class as a frozen dataclass that checks its fields.
+
+    Values have to be of the annotated types, and numbers finite. An unknown field is an error that names the nearest
+    known one. All errors are :class:`InputError`.
+    """
     checked: Any = dataclass(
         frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
     )(cls)
@@ -38,7 +42,7 @@ def strict(cls: type[T]) -> type[T]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``"did you mean 'x'?"`` for the nearest of ``known``, or the whole list where none is near."""
+    """A hint for an error: ``did you mean 'x'?`` with the nearest known name, or all of them where none is near."""
     known = sorted(set(known) - {name})
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
@@ -55,9 +59,13 @@ def check_keys(where: str, mapping: Any, known: Iterable[str]) -> None:
 
 
 def check_types(where: str, **given: tuple[object, Any]) -> None:
-    """Raise :class:`InputError` for a value that is not of its type: ``check_types("load", path=(path, str | Path))``.
+    """Raise :class:`InputError` for an argument of a wrong type: ``check_types("load", path=(path, str | Path))``.
 
-    A bool is no number here.
+    A bool does not count as a number.
+
+    Args:
+        where: Beginning of the message.
+        given: By name, the value and its type or union of types.
     """
     for name, (value, kind) in given.items():
         kinds = get_args(kind) or (kind,)
@@ -67,7 +75,11 @@ def check_types(where: str, **given: tuple[object, Any]) -> None:
 
 
 def check_floating(**given: Any) -> None:
-    """Raise :class:`SpecError` for a tensor of whole, Boolean or complex numbers, or without any: ``weight=weight``."""
+    """Raise :class:`SpecError` for a tensor that is not of a floating-point dtype, or lies on the meta device.
+
+    Args:
+        given: Tensors by the name that the message has for them: ``check_floating(weight=weight)``.
+    """
     for name, tensor in given.items():
         if not tensor.is_floating_point() or tensor.is_meta:
             where = " on the meta device" if tensor.is_meta else ""
@@ -78,6 +90,7 @@ def check_floating(**given: Any) -> None:
 
 
 def _explain(label: str, error: Any, fields: list[str]) -> str:
+    """One of pydantic's errors as a message that says what was given and what is needed."""
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "unexpected_keyword_argument":
         return f"{label}: unknown key {where!r}; {nearest(where, fields)}"
