@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 import tensorfold
 from tensorfold import Auto, Graded, Kronecker, Recipe, Rule
 from tensorfold.calibration.block_stream import inputs_of
-from tensorfold.folding import in_memory as folding
+from tensorfold.folding import hidden_order
 from tensorfold.folding.batches import _scale_of_logits, _undivided
 from tensorfold.models.anatomy import matrices
 
@@ -60,8 +60,8 @@ def test_hidden_units_are_reordered_beside_layers_that_share_a_budget(
 ):
     """One order for all matrices of an MLP that ask for it, though those of other rules are folded by and by."""
     rules, together = MIXED[name]
-    views, find = [], folding.search_row_order
-    monkeypatch.setattr(folding, "search_row_order", lambda given: views.append(len(given)) or find(given))
+    views, find = [], hidden_order.search_row_order
+    monkeypatch.setattr(hidden_order, "search_row_order", lambda given: views.append(len(given)) or find(given))
     dense, states = tiny("llama"), []
     ids = torch.arange(20, 120)[None]
     for checkpoint in (None, tmp_path / "done", tmp_path / "done"):

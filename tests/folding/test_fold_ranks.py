@@ -17,6 +17,7 @@ import yaml
 import tensorfold
 from tensorfold import Auto, LowRank, SpecError
 from tensorfold.cli.main import run
+from tensorfold.folding import grouped
 from tensorfold.folding import rank_search as search
 from tensorfold.utils.distributed import Ranks, schedule
 
@@ -239,9 +240,9 @@ def test_ranks_that_measure_differently_take_the_choices_of_the_first(
 
     def work(rank):
         if rank == 1:
-            curve, fit = search.error_curve, search.fit_shared_basis
+            curve, fit = search.error_curve, grouped.fit_shared_basis
             search.error_curve = lambda weight, *metrics: curve(weight, *metrics) * (1 + weight[0, 0].abs() * 100)
-            search.fit_shared_basis = lambda *given, **options: fit(*given, **{**options, "rounds": 1})
+            grouped.fit_shared_basis = lambda *given, **options: fit(*given, **{**options, "rounds": 1})
         torch.save(folded(), tmp_path / f"rank-{rank}")
 
     assert [status for status, *_ in on_ranks(2, work)] == [0, 0]

@@ -17,6 +17,7 @@ from tensorfold.calibration.block_calls import output_of
 from tensorfold.calibration.packed_symmetric import numbers
 from tensorfold.folding import in_memory as folding
 from tensorfold.folding import rank_search as search
+from tensorfold.folding import stored_gradients
 from tensorfold.folding.plan import plan
 from tensorfold.models.anatomy import matrices
 
@@ -227,7 +228,7 @@ def same(first, second):
 def test_gradients_are_one_set_of_files_from_the_start(kept_fold, tmp_path, monkeypatch):
     """Nothing as large as all of them is ever in one file, which would have to be held while it is written."""
     expected = kept_fold(checkpoint=False)
-    monkeypatch.setattr(search.tempfile, "TemporaryDirectory", None)
+    monkeypatch.setattr(stored_gradients.tempfile, "TemporaryDirectory", None)
     assert same(kept_fold(), expected)
     done = tmp_path / "done"
     kept = [path.stat().st_size for path in (done / "gradients").iterdir()]
@@ -248,16 +249,16 @@ def test_a_search_that_was_interrupted_has_its_gradients(kept_fold, monkeypatch)
         patched.setattr(search, "error_curve", breaks)
         with pytest.raises(KeyboardInterrupt):
             kept_fold()
-    monkeypatch.setattr(search, "gradient_moments", None)
+    monkeypatch.setattr(stored_gradients, "gradient_moments", None)
     assert same(kept_fold(), expected)
 
 
 @pytest.mark.parametrize("damage", ["changed", "gone"])
 def test_damaged_gradients_are_taken_again(kept_fold, tmp_path, monkeypatch, caplog, damage):
-    expected, taken, again = kept_fold(), search.gradient_moments, []
+    expected, taken, again = kept_fold(), stored_gradients.gradient_moments, []
     file = tmp_path / "done" / "gradients" / "0002"
     file.unlink() if damage == "gone" else file.write_bytes(file.read_bytes()[::-1])
-    monkeypatch.setattr(search, "gradient_moments", lambda *given: again.append(1) or taken(*given))
+    monkeypatch.setattr(stored_gradients, "gradient_moments", lambda *given: again.append(1) or taken(*given))
     monkeypatch.setattr(folding, "solve_matrix", None)  # what was solved with them stays good
     assert same(kept_fold(), expected)
     assert again

@@ -297,15 +297,15 @@ def test_an_interrupted_fold_keeps_the_bases(tiny, tokenizer, prose, tmp_path, m
 
     whole, report = folded()
     assert any(choice.rows for choice in report.choices.values())
-    real = tensorfold.folding.in_memory._replace
+    real = tensorfold.folding.in_memory.swap
 
-    def dies(model, matrix, spec, state):
+    def dies(model, matrix, module):
         if "layers.1" in matrix.name:
             raise KeyboardInterrupt
-        real(model, matrix, spec, state)
+        real(model, matrix, module)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensorfold.folding.in_memory, "_replace", dies)
+        patch.setattr(tensorfold.folding.in_memory, "swap", dies)
         with pytest.raises(KeyboardInterrupt):
             folded(checkpoint=tmp_path / "kept")
     resumed, again = folded(checkpoint=tmp_path / "kept")

@@ -14,6 +14,7 @@ from tensorfold import InputError, LowRank, Recipe, Rule
 from tensorfold.data.encode import tokenizer_fingerprint
 from tensorfold.data.token_cache import TokenCache
 from tensorfold.folding.inputs import identity, key_of
+from tensorfold.folding.text import Text
 from tensorfold.healing import checkpoints
 from tensorfold.healing.blockwise import heal_blocks
 from tensorfold.healing.heal import heal
@@ -32,7 +33,7 @@ def flip(tensor):
 
 IDENTITIES = {
     "healing": checkpoints.fingerprint,
-    "folding": lambda model: key_of(identity(model, RECIPE, None, None)),
+    "folding": lambda model: key_of(identity(model, RECIPE, Text())),
     "model": hash_model,
 }
 

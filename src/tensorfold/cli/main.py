@@ -145,8 +145,8 @@ def fold(
     """
     from tensorfold.data.texts import describe, load_text
     from tensorfold.folding.from_disk import fold_stream, model_facts
-    from tensorfold.folding.in_memory import FoldReport
     from tensorfold.folding.in_memory import fold as fold_model
+    from tensorfold.folding.result import FoldReport
     from tensorfold.hf.loading import save
     from tensorfold.utils.atomic_files import check_target, claimed
     from tensorfold.utils.distributed import Ranks

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,29 +13,33 @@ from tensorfold.algebra.statistics import Statistics
 from tensorfold.calibration.block_stream import BlockStream, inputs_of
 from tensorfold.calibration.error_feedback import Reference
 from tensorfold.calibration.gradients import gradient_moments
+from tensorfold.folding.found import Found
 from tensorfold.folding.plan import Plan
-from tensorfold.folding.rank_search import Search
+from tensorfold.folding.text import Text
 from tensorfold.hf.modules import scale_of
-from tensorfold.models.anatomy import Matrix, blocks, by_block, dense_weight, matrices
+from tensorfold.models.anatomy import Matrix, by_block, dense_weight, matrices
 from tensorfold.models.surgery import hidden_units
 
 
-@dataclass(frozen=True)
-class Text:
-    """Calibration text as ``fold`` uses it: windows, shape (windows, length), and counts of tokens, (vocabulary,).
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Matrices that do not depend on each other, and are therefore folded together.
 
-    ``prefix``: how many tokens at the beginning of every window are what the tokenizer puts before a document.
+    Attributes:
+        matrices: Their names are the keys of what :meth:`measure` returns.
     """
 
-    windows: Tensor | None = None
-    counts: Tensor | None = None
-    prefix: int = 0
+    matrices: list[Matrix]
+
+    def measure(self) -> dict[str, Statistics]:
+        """What the text says of each, through the model as it is now; matrices of which it says nothing are absent."""
+        return {}
 
 
 def batches(
-    model: PreTrainedModel, chosen: Mapping[str, Matrix], planned: Plan, text: Text, found: Search
-) -> Iterator[tuple[list[Matrix], Callable[[], dict[str, Statistics]]]]:
-    """Matrices that do not depend on each other, and what measures them on the text: all of them if there is no text.
+    model: PreTrainedModel, chosen: Mapping[str, Matrix], planned: Plan, text: Text, found: Found
+) -> Iterator[Batch]:
+    """Every chosen matrix once: all of them in one batch if there is no text.
 
     Else embeddings and then block by block; the caller folds each batch before the next one is asked for, so that a
     block is measured on what the folded blocks before it pass on. Blocks with layers that share a budget come in parts,
@@ -45,39 +48,41 @@ def batches(
     """
     windows = text.windows
     if windows is None:
-        yield list(chosen.values()), dict
+        yield Batch(list(chosen.values()))
         return
-    embeddings = [matrix for matrix in chosen.values() if matrix.kind == "embedding"]
+    tables = [matrix for matrix in chosen.values() if matrix.kind == "embedding"]
     linears = {name: matrix for name, matrix in chosen.items() if matrix.kind == "linear"}
-    inside = by_block(linears, blocks(model)[0]) if linears else {}
     effort = [found.efforts[name] for name in linears if name in found.efforts]
+    # Made before anything is folded: it keeps the dense modules.
     reference = Reference(model, windows, linears) if any(each.feedback for each in effort) else None
-    families = [
-        {matrix.name for matrix in (*units.ups, units.down)}
-        for units in hidden_units(model, matrices(model))
-        if any(planned.methods[m.name].reorders_hidden for m in (*units.ups, units.down) if m.name in planned.methods)
-    ]
-    if embeddings:
-        yield embeddings, partial(_of_tables, model, embeddings, planned, windows, text)
+    if tables:
+        yield Tables(tables, model, planned, text)
     if not linears:
         return
     stream = BlockStream(model, windows)
+    inside = by_block(linears, stream.name)
+    together = _reordered_together(model, planned)
     for index in range(max(inside, default=-1) + 1):
-        batch = inside.get(index, {})
-        stages = [list(batch)] if batch else []
-        if any(each.staged for each in effort) and batch:
-            stages = stream.stages(index, {name: matrix.module for name, matrix in batch.items()})
-            stages = _undivided(stages, families)
+        block = inside.get(index, {})
+        stages = [list(block)] if block else []
+        if any(each.staged for each in effort) and block:
+            stages = stream.stages(index, {name: matrix.module for name, matrix in block.items()})
+            stages = _undivided(stages, together)
         for stage in stages:
-            last = stage is stages[-1]
-            measure = partial(_of_linears, stream, reference, index, batch, stage, last, found)
-            yield [batch[name] for name in stage], measure
+            yield Stage([block[name] for name in stage], stream, index, stage is stages[-1], reference, found)
         if index < max(inside):
             stream.advance(index)
-    placed = {name for batch in inside.values() for name in batch}
-    outside = {name: matrix for name, matrix in linears.items() if name not in placed}
+    placed = {name for block in inside.values() for name in block}
+    outside = [matrix for name, matrix in linears.items() if name not in placed]
     if outside:
-        yield list(outside.values()), partial(_of_outside, stream, outside)
+        yield Outside(outside, stream)
+
+
+def _reordered_together(model: PreTrainedModel, planned: Plan) -> list[set[str]]:
+    """Names of the matrices of every MLP whose hidden units are reordered."""
+    families = [[matrix.name for matrix in (*units.ups, units.down)] for units in hidden_units(model, matrices(model))]
+    reordered = {name for name, method in planned.methods.items() if method.reorders_hidden}
+    return [set(family) for family in families if reordered & set(family)]
 
 
 def _undivided(stages: list[list[str]], families: list[set[str]]) -> list[list[str]]:
@@ -92,63 +97,97 @@ def _undivided(stages: list[list[str]], families: list[set[str]]) -> list[list[s
     return [stage for stage in stages if stage]
 
 
-def _of_linears(
-    stream: BlockStream,
-    reference: Reference | None,
-    index: int,
-    batch: Mapping[str, Matrix],
-    stage: list[str],
-    last: bool,
-    found: Search,
-) -> dict[str, Statistics]:
-    """Of the layers of one stage; feedback and gradients for those that share a budget."""
-    corrected = [name for name in stage if reference is not None and name in found.efforts]
-    plain = {name: batch[name].module for name in stage if name not in corrected}
-    known = {}
-    if plain:
-        known = {name: Statistics(input_moment=moment) for name, moment in stream.input_moments(index, plain).items()}
-    if reference is not None and corrected:
-        turned = [name for name in corrected if name in found.turns and not found.turns[name].of_values]
-        towards = {name: found.turns[name].weight(batch[name]) for name in turned}
-        known |= reference.statistics(stream, index, {name: batch[name] for name in corrected}, last, towards)
-    for name, each in known.items():
-        known[name] = replace(each, gradient_moment=found.take_gradient(name), start=found.starts.pop(name, None))
-        if name in found.turns:
-            known[name] = found.turns[name].statistics(batch[name], known[name])
-    return known
+@dataclass(frozen=True, eq=False)
+class Stage(Batch):
+    """Layers of one block that are given their inputs at the same time.
+
+    Attributes:
+        stream: The folded model's states, at the entrance of block ``index``.
+        last: Whether no other layer of the block is folded after these.
+        reference: The dense model beside it, where layers are fitted to its output.
+        found: What a search knows of layers that share a budget.
+    """
+
+    stream: BlockStream
+    index: int
+    last: bool
+    reference: Reference | None
+    found: Found
+
+    def measure(self) -> dict[str, Statistics]:
+        """Moments of all, and for those that share a budget feedback, gradients, starts and bases of value heads."""
+        known = self._plain()
+        if self.reference is not None and any(matrix.name in self.found.efforts for matrix in self.matrices):
+            known |= self._corrected(self.reference)
+        return {name: self.found.completed(self._matrix(name), each) for name, each in known.items()}
+
+    def _matrix(self, name: str) -> Matrix:
+        return next(matrix for matrix in self.matrices if matrix.name == name)
+
+    def _plain(self) -> dict[str, Statistics]:
+        """The input moments of layers that are fitted to the dense weight."""
+        corrected = self.found.efforts if self.reference is not None else {}
+        modules = {matrix.name: matrix.module for matrix in self.matrices if matrix.name not in corrected}
+        if not modules:
+            return {}
+        moments = self.stream.input_moments(self.index, modules)
+        return {name: Statistics(input_moment=moment) for name, moment in moments.items()}
+
+    def _corrected(self, reference: Reference) -> dict[str, Statistics]:
+        """Statistics of layers that are fitted to the dense model's output from what the folded model gives them."""
+        layers = {matrix.name: matrix for matrix in self.matrices if matrix.name in self.found.efforts}
+        turned = {name: turn for name, turn in self.found.turns.items() if name in layers and not turn.of_values}
+        towards = {name: turn.weight(layers[name]) for name, turn in turned.items()}
+        return reference.statistics(self.stream, self.index, layers, self.last, towards)
 
 
-def _of_outside(stream: BlockStream, matrices: Mapping[str, Matrix]) -> dict[str, Statistics]:
-    moments = stream.input_moments_outside({name: matrix.module for name, matrix in matrices.items()})
-    return {name: Statistics(input_moment=moment) for name, moment in moments.items()}
+@dataclass(frozen=True, eq=False)
+class Outside(Batch):
+    """Layers outside the blocks, such as a head that is not tied."""
+
+    stream: BlockStream
+
+    def measure(self) -> dict[str, Statistics]:
+        """Input moments, from whole passes."""
+        moments = self.stream.input_moments_outside({matrix.name: matrix.module for matrix in self.matrices})
+        return {name: Statistics(input_moment=moment) for name, moment in moments.items()}
 
 
-def _of_tables(
-    model: PreTrainedModel, tables: list[Matrix], planned: Plan, windows: Tensor, text: Text
-) -> dict[str, Statistics]:
-    """Of the input table: the counts of its tokens, the loss's gradients behind it, and what a tied head reads."""
-    table = next((matrix for matrix in tables if matrix.group == "embedding"), None)
-    counts = text.counts
-    if table is None or counts is None:
-        return {}
-    if not planned.methods[table.name].fits_text:
-        return {table.name: Statistics(counts=counts)}
-    # Rows are scaled on their way in, as Gemma does.
-    moments = gradient_moments(model, windows, {table.name: table.module}, text.prefix)
-    gradients = moments[table.name].full(scale_of(table) ** 2)
-    if table.tied_head is None:
-        return {table.name: Statistics(gradient_moment=gradients, counts=counts)}
+@dataclass(frozen=True, eq=False)
+class Tables(Batch):
+    """Embedding tables."""
 
-    def forward() -> None:
-        for window in windows.to(table.parameter.device).split(1):
-            model(window, use_cache=False)
+    model: PreTrainedModel
+    planned: Plan
+    text: Text
 
-    states = inputs_of(forward, model.get_submodule(table.tied_head), model)
-    scale = _scale_of_logits(model, table, windows, states)
-    states = states if scale is None else states * scale
-    inputs = states.T @ states / len(states)
-    reads = scale is not None and planned.methods[table.name].reads_states
-    return {table.name: Statistics(inputs, gradients, counts, states if reads else None)}
+    def measure(self) -> dict[str, Statistics]:
+        """For the input table: counts of its tokens, the loss's gradients behind it, and what a tied head reads."""
+        table = next((matrix for matrix in self.matrices if matrix.group == "embedding"), None)
+        counts, windows = self.text.counts, self.text.windows
+        if table is None or counts is None or windows is None:
+            return {}
+        if not self.planned.methods[table.name].fits_text:
+            return {table.name: Statistics(counts=counts)}
+        moments = gradient_moments(self.model, windows, {table.name: table.module}, len(self.text.prefix))
+        gradients = moments[table.name].full(scale_of(table) ** 2)  # rows are scaled on their way in, as Gemma does
+        if table.tied_head is None:
+            return {table.name: Statistics(gradient_moment=gradients, counts=counts)}
+        states = self._states(table, windows)
+        scale = _scale_of_logits(self.model, table, windows, states)
+        states = states if scale is None else states * scale
+        moment = states.T @ states / len(states)  # (width, width)
+        reads = scale is not None and self.planned.methods[table.name].reads_states
+        return {table.name: Statistics(moment, gradients, counts, states if reads else None)}
+
+    def _states(self, table: Matrix, windows: Tensor) -> Tensor:
+        """What the tied head reads, shape (tokens, width)."""
+
+        def forward() -> None:
+            for window in windows.to(table.parameter.device).split(1):
+                self.model(window, use_cache=False)
+
+        return inputs_of(forward, self.model.get_submodule(table.tied_head or ""), self.model)
 
 
 def _scale_of_logits(model: PreTrainedModel, table: Matrix, windows: Tensor, states: Tensor) -> float | None:

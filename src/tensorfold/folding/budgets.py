@@ -94,7 +94,7 @@ def _given_and_needed(budget: Budget, planned: Plan, total: int, size: int) -> t
     specs = {name: planned.modules[name] for name in budget.names}
     shares = {name: budget.method.spec(spec.out_features, spec.in_features) for name, spec in specs.items()}
     curves = {name: _curve(budget, shares[name], size) for name in budget.names}
-    return math.floor(budget.method.keep * total), math.ceil(least(curves))
+    return budget.total(total), math.ceil(least(curves))
 
 
 Heads = tuple[ValueHeads, list[PairCurves]]
@@ -116,10 +116,10 @@ def divide(
     Raises:
         SpecError: As :func:`check_budgets`.
     """
-    method, curves = budget.method, {}
+    curves = {}
     for name in budget.names:
         curves[name] = _curve(budget, planned.modules[name], matrices[name].parameter.element_size(), losses[name])
-    total = math.floor(method.keep * sum(matrices[name].parameter.numel() for name in budget.names))
+    total = budget.total(sum(matrices[name].parameter.numel() for name in budget.names))
     pairs = {}
     for pair, shrunken in heads:
         names = (pair.values.name, pair.outputs.name)
@@ -174,12 +174,10 @@ def _curve(budget: Budget, spec: Structure, size: int, losses: Tensor | None = N
     Args:
         spec: The layer's equal share.
     """
-    method = budget.method
     costs = pivoted_costs(spec.out_features, spec.in_features)[1:]
-    if method.budget == "bytes":  # the dense matrix has no order
+    if budget.method.budget == "bytes":  # the dense matrix has no order
         costs[:-1] += order_bytes(spec.out_features, spec.out_features) / size
-    floor = min(method.floor * method.keep * spec.dense_parameters, spec.parameters)
-    return Curve(torch.zeros_like(costs) if losses is None else losses[1:], costs, floor)
+    return Curve(torch.zeros_like(costs) if losses is None else losses[1:], costs, budget.least(spec))
 
 
 def _of_heads(pair: ValueHeads, matrix: Matrix, size: int, rank: int, losses: Mapping[int, Tensor]) -> Choice:

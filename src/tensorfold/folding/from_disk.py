@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from tensorfold.errors import InputError
-from tensorfold.folding.in_memory import FoldReport
 from tensorfold.folding.inputs import check_method, check_same, check_uses, identity_of
 from tensorfold.folding.plan import Plan, prepare
-from tensorfold.folding.solve import ERROR, cost_of, solve_matrix, unsolved_state
+from tensorfold.folding.result import FoldReport
+from tensorfold.folding.solve import Solved, cost_of, solve_matrix
 from tensorfold.hf.loading import new_directory, save_beside
 from tensorfold.hf.modules import empty_module, scale_of, swap
 from tensorfold.hf.on_disk import NotStoredError, Stored, find_stored, own_tensors, save_configuration
@@ -204,20 +204,20 @@ def _fold_all(ranks: Ranks, stream: Stream, writer: ShardWriter | None, progress
     bar = progress_bar("fold", progress)
     task = bar.add_task("", total=len(stream.chosen))
 
-    def solve(matrix: Matrix) -> dict[str, Tensor]:
+    def solve(matrix: Matrix) -> Solved:
         bar.update(task, description=matrix.name)
         log.debug("rank %d of %d: %s", ranks.index, ranks.count, matrix.name)
         return solve_matrix(_read(stored, matrix), planned, NOTHING)
 
-    def unsolved(matrix: Matrix) -> dict[str, Tensor]:
-        return unsolved_state(matrix, planned.modules[matrix.name], torch.device("cpu"))
+    def unsolved(matrix: Matrix) -> Solved:
+        return Solved.unsolved(matrix, planned.modules[matrix.name], torch.device("cpu"))
 
     with bar, torch.no_grad():
-        for matrix, solution in ranks.share(list(stream.chosen.values()), cost_of, solve, unsolved):
-            errors[matrix.name] = solution.pop(ERROR).item()
+        for matrix, solved in ranks.share(list(stream.chosen.values()), cost_of, solve, unsolved):
+            errors[matrix.name] = solved.error.item()
             # A tied head has no weights of its own, but an index order of its own where the table has one.
             owners = [owner for owner in (matrix.name, matrix.tied_head) if owner is not None]
-            for name, tensor in {f"{owner}.{key}": t for owner in owners for key, t in solution.items()}.items():
+            for name, tensor in {f"{owner}.{key}": t for owner in owners for key, t in solved.state.items()}.items():
                 if writer is not None and name in writer.tensors and name not in stored.files:
                     writer.write(name, tensor)
             bar.advance(task)

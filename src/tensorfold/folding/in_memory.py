@@ -1,11 +1,11 @@
-"""Folding: plan, solve, swap, one block after another, in place."""
+"""Folding: plan, measure, solve, replace, one block after another, in place."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +13,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tensorfold.algebra.orders.permutation import search_row_order
-from tensorfold.algebra.specs.structure import Structure
-from tensorfold.algebra.statistics import Statistics
-from tensorfold.data.seen_text import CALIBRATION, Seen, note
 from tensorfold.errors import InputError
-from tensorfold.folding.batches import Text, batches
-from tensorfold.folding.budgets import Choice
-from tensorfold.folding.inputs import (
-    check_same,
-    checked_plan,
-    documents,
-    identity,
-    key_of,
-    text_prefix,
-    text_windows,
-    token_counts_of,
-)
-from tensorfold.folding.plan import Plan, prepare
-from tensorfold.folding.rank_search import Search, search
-from tensorfold.folding.solve import ERROR, cost_of, solve_matrix, solve_rows, unsolved_state
+from tensorfold.folding.batches import Batch, batches
+from tensorfold.folding.hidden_order import align_hidden_units
+from tensorfold.folding.inputs import check_same, checked_plan, identity, key_of
+from tensorfold.folding.plan import Plan, carry_out
+from tensorfold.folding.rank_search import search_ranks
+from tensorfold.folding.result import FoldReport
+from tensorfold.folding.solve import Solved, cost_of, solve_matrix, solve_rows
+from tensorfold.folding.text import Text, read_text
 from tensorfold.hf import ties
 from tensorfold.hf.described import check_described
-from tensorfold.hf.modules import empty_module, swap
+from tensorfold.hf.modules import swap
 from tensorfold.hf.quantizer import mark_folded
 from tensorfold.methods import Method
 from tensorfold.methods.base import NOTHING
-from tensorfold.models.anatomy import Matrix, check_foldable, dense_weight, matrices
+from tensorfold.models.anatomy import Matrix, check_foldable, dense_weight
 from tensorfold.models.modes import evaluation_mode
-from tensorfold.models.surgery import HiddenUnits, hidden_units, reorder_hidden
 from tensorfold.recipes.recipe import Recipe
 from tensorfold.utils.block_checkpoints import BlockCheckpoints
 from tensorfold.utils.distributed import Ranks
@@ -53,70 +41,7 @@ from tensorfold.utils.validation import check_types
 log = logging.getLogger(__name__)
 
 _LAYOUT = 3  # of checkpoints: what their blocks hold
-
-
-@dataclass(frozen=True)
-class FoldReport:
-    """What a fold did: the plan, each module's relative error, the metric it is measured in, and the time it took.
-
-    ``errors``: ``‖(W − Ŵ) C^½‖ / ‖W C^½‖`` with C the second moment of the module's inputs where it was calibrated
-    (``metrics[name] == "activation"``), the identity where not (``"weight"``). Of a layer that shares a budget,
-    ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖`` with G the second moment of the loss's gradient at its outputs, and W what it
-    was fitted to (``"loss"``, see ``feedback``). Of a table that was fitted to text, in the metrics of that fit
-    (``"text"``, see ``Statistics.metrics``).
-
-    ``calibration_window``: tokens in each calibration window, the ``calibration_prefix`` that the tokenizer puts before
-    a document included; 0 and none where the fold was data-free.
-
-    ``choices``: what a search gave each layer that shared a budget, and its error at other sizes.
-    """
-
-    plan: Plan
-    errors: dict[str, float]
-    metrics: dict[str, str]
-    calibration_tokens: int
-    seconds: float
-    choices: dict[str, Choice] = field(default_factory=dict)
-    calibration_window: int = 0
-    calibration_prefix: tuple[int, ...] = ()
-
-    @property
-    def parameters_before(self) -> int:
-        return self.plan.parameters_before
-
-    @property
-    def parameters_after(self) -> int:
-        return self.plan.parameters_after
-
-    @property
-    def bytes_before(self) -> int:
-        return self.plan.bytes_before
-
-    @property
-    def bytes_after(self) -> int:
-        return self.plan.bytes_after
-
-    @property
-    def modules(self) -> dict[str, Structure]:
-        return self.plan.modules
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form: the plan's, with ``error`` and ``metric`` for every module."""
-        out = self.plan.to_dict()
-        for name, module in out["modules"].items():
-            module.update(error=self.errors[name], metric=self.metrics[name])
-        if self.choices:
-            out["choices"] = {name: asdict(choice) for name, choice in self.choices.items()}
-        text = {
-            "calibration_tokens": self.calibration_tokens,
-            "calibration_window": self.calibration_window,
-            "calibration_prefix": list(self.calibration_prefix),
-        }
-        return {**out, **text, "seconds": round(self.seconds, 3)}
-
-    def __str__(self) -> str:
-        kinds = sorted(set(self.metrics.values()))
-        return self.plan.table(self.errors, f"{'/'.join(kinds)} error")
+_FIRST_BATCH = 2  # of a checkpoint; its blocks 0 and 1 hold the search
 
 
 @in_usual_modes
@@ -130,7 +55,7 @@ def fold(
     checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> FoldReport:
-    """Replace the targeted weights of ``model`` by matrix product operators, in place.
+    """Replace the targeted weights of ``model`` by structured ones, in place.
 
     Without calibration text each matrix is approximated in the Frobenius norm. With it, the blocks are taken in order;
     each is measured on the text as the blocks folded before it pass it on, and fitted in the metric of its inputs.
@@ -164,176 +89,134 @@ def fold(
     ranks = Ranks.find(cpu=model.device.type in ("cpu", "meta"))
     with ranks.together():
         recipe = Recipe.of(recipe)
-        text = documents(recipe, tokenizer, calibration)
-        windows = text_windows(model, recipe, tokenizer, text, calibration_tokens)
-        prefix = text_prefix(tokenizer, text)
-        counts = token_counts_of(model, checked_plan(model, recipe, windows is not None), tokenizer, text)
+        text = read_text(model, recipe, tokenizer, calibration, calibration_tokens)
+        planned = checked_plan(model, recipe, text.windows is not None)
+        text = text.counted(model, planned, tokenizer)
         check_described(model)
-        if checkpoint is not None and windows is None:
-            raise InputError(
-                "fold: checkpoint has no effect here; it needs calibration text, without which none is kept."
-            )
-        store = None
-        if ranks.count > 1:
-            check_same(ranks, identity(model, recipe, windows, counts))
-        elif checkpoint is not None and windows is not None:
-            given = {**identity(model, recipe, windows, counts), "layout": _LAYOUT}
-            store = BlockCheckpoints(Path(checkpoint), key_of(given), "fold")
-        planned, chosen = prepare(model, recipe, ties.disagreement(model))
+        store = _agree(ranks, model, recipe, text, checkpoint)
+        chosen = carry_out(model, recipe, planned)  # from here on the model changes
         ties.settle(model)
-        planned, found, errors = _fold_all(
-            ranks, model, planned, chosen, Text(windows, counts, len(prefix)), store, progress and ranks.is_first
-        )
-        chosen = {name: matrix for name, matrix in chosen.items() if name in planned.modules}
+        with evaluation_mode(model), torch.no_grad(), _Progress(ranks, len(chosen), progress) as bar:
+            planned, found = search_ranks(model, planned, chosen, text, ranks, store, bar.works_on)
+            chosen = {name: matrix for name, matrix in chosen.items() if name in planned.modules}
+            bar.has(len(chosen))
+            run = _Run(model, planned, ranks, store, bar)
+            for index, batch in enumerate(batches(model, chosen, planned, text, found), start=_FIRST_BATCH):
+                run.fold(index, batch)
         if chosen:
             tied = {matrix.name: matrix.tied_head for matrix in chosen.values() if matrix.tied_head is not None}
             mark_folded(model, planned.modules, tied, planned.split)
-    if windows is not None:
-        named = recipe.calibrate.text if calibration is None and recipe.calibrate is not None else "the text given"
-        note(model, [Seen.of(CALIBRATION, named, windows.numpy())])
-
-    def metric(matrix: Matrix) -> str:
-        if windows is None or (matrix.kind == "embedding" and (counts is None or matrix.group != "embedding")):
-            return "weight"
-        if matrix.kind == "embedding":
-            return "text" if planned.methods[matrix.name].fits_text else "weight"
-        return "loss" if matrix.name in found.choices else "activation"
-
+    text.note_in(model)
     return FoldReport(
         planned,
-        errors={name: errors[name] for name in planned.modules},
-        metrics={name: metric(matrix) for name, matrix in chosen.items()},
-        calibration_tokens=windows.numel() if windows is not None else 0,
+        errors={name: run.errors[name] for name in planned.modules},
+        metrics={name: _metric(matrix, planned, text, name in found.choices) for name, matrix in chosen.items()},
+        calibration_tokens=text.tokens,
         seconds=time.monotonic() - started,
         choices=found.choices,
-        calibration_window=windows.shape[1] if windows is not None else 0,
-        calibration_prefix=prefix,
+        calibration_window=text.window,
+        calibration_prefix=text.prefix,
     )
 
 
-def _fold_all(
-    ranks: Ranks,
-    model: PreTrainedModel,
-    planned: Plan,
-    chosen: Mapping[str, Matrix],
-    text: Text,
-    store: BlockCheckpoints | None,
-    progress: bool,
-) -> tuple[Plan, Search, dict[str, float]]:
-    """Solve and replace every chosen matrix; the plan as it was carried out, and the relative error of each."""
-    errors: dict[str, float] = {}
-    bar = progress_bar("fold", progress)
-    task = bar.add_task("", total=len(chosen))
-    found = Search()
-
-    def works_on(what: str) -> None:
-        bar.update(task, description=what)
-        log.debug("rank %d of %d: %s", ranks.index, ranks.count, what)
-
-    with bar, evaluation_mode(model), torch.no_grad():
-        if text.windows is not None and planned.budgets:
-            planned, found = search(model, planned, chosen, text.windows, ranks, store, works_on, text.prefix)
-            chosen = {name: matrix for name, matrix in chosen.items() if name in planned.modules}
-            bar.update(task, total=len(chosen))
-        for index, (batch, measure) in enumerate(batches(model, chosen, planned, text, found), start=2):
-            kept = store if not any(planned.methods[matrix.name].reorders_hidden for matrix in batch) else None
-            saved = kept.load(index) if kept else None
-            solutions = (
-                _solutions(ranks, model, planned, batch, measure, works_on)
-                if saved is None
-                else _saved(batch, saved[0])
-            )
-            states: dict[str, Tensor] = {}
-            for matrix, solution in solutions:
-                states |= {f"{matrix.name}.{key}": tensor for key, tensor in solution.items()} if kept else {}
-                errors[matrix.name] = solution.pop(ERROR).item()
-                _replace(model, matrix, planned.modules[matrix.name], solution)
-                bar.advance(task)
-            if kept and saved is None:
-                kept.save(index, states, {})
-            release_heap()
-    return planned, found, errors
+def _agree(
+    ranks: Ranks, model: PreTrainedModel, recipe: Recipe, text: Text, checkpoint: str | Path | None
+) -> BlockCheckpoints | None:
+    """Find out if all ranks have been given the same; alone, the checkpoint of this very fold, if one is kept."""
+    if checkpoint is not None and text.windows is None:
+        raise InputError("fold: checkpoint has no effect here; it needs calibration text, without which none is kept.")
+    if ranks.count > 1:
+        check_same(ranks, identity(model, recipe, text))
+    elif checkpoint is not None:
+        return BlockCheckpoints(Path(checkpoint), key_of({**identity(model, recipe, text), "layout": _LAYOUT}), "fold")
+    return None
 
 
-def _solutions(
-    ranks: Ranks,
-    model: PreTrainedModel,
-    planned: Plan,
-    batch: list[Matrix],
-    measure: Callable[[], dict[str, Statistics]],
-    works_on: Callable[[str], None],
-) -> Iterator[tuple[Matrix, dict[str, Tensor]]]:
-    """The state of every module of the batch, and its error."""
-    known = _align_hidden_units(ranks, model, batch, planned, measure(), works_on)
-
-    def solve(matrix: Matrix) -> dict[str, Tensor]:
-        works_on(matrix.name)
-        return solve_matrix(matrix, planned, known.pop(matrix.name, NOTHING))
-
-    def unsolved(matrix: Matrix) -> dict[str, Tensor]:
-        return unsolved_state(matrix, planned.modules[matrix.name], matrix.parameter.device)
-
-    divided = [matrix for matrix in batch if ranks.count > 1 and planned.methods[matrix.name].rowwise]
-    yield from ranks.share([matrix for matrix in batch if matrix not in divided], cost_of, solve, unsolved)
-    for matrix in divided:
-        works_on(matrix.name)
-        yield matrix, solve_rows(ranks, matrix, planned)
+def _metric(matrix: Matrix, planned: Plan, text: Text, searched: bool) -> str:
+    """What the error of a matrix is measured in, see :class:`FoldReport`."""
+    if not text.knows(matrix):
+        return "weight"
+    if matrix.kind == "embedding":
+        return "text" if planned.methods[matrix.name].fits_text else "weight"
+    return "loss" if searched else "activation"
 
 
-def _saved(batch: list[Matrix], tensors: Mapping[str, Tensor]) -> Iterator[tuple[Matrix, dict[str, Tensor]]]:
-    """The same from a checkpoint."""
-    for matrix in batch:
-        prefix = f"{matrix.name}."
-        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        yield matrix, {key: value.to(matrix.parameter.device) for key, value in own.items()}
+class _Progress:
+    """A progress bar on the first rank, and what is being worked on in the log of every rank."""
+
+    def __init__(self, ranks: Ranks, total: int, shown: bool) -> None:
+        self.ranks, self.bar = ranks, progress_bar("fold", shown and ranks.is_first)
+        self.task = self.bar.add_task("", total=total)
+
+    def __enter__(self) -> _Progress:
+        self.bar.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.__exit__(*error)
+
+    def has(self, total: int) -> None:
+        """Set the number of matrices."""
+        self.bar.update(self.task, total=total)
+
+    def works_on(self, what: str) -> None:
+        """Say what is being worked on."""
+        self.bar.update(self.task, description=what)
+        log.debug("rank %d of %d: %s", self.ranks.index, self.ranks.count, what)
+
+    def advance(self) -> None:
+        """Count one matrix as done."""
+        self.bar.advance(self.task)
 
 
-def _align_hidden_units(
-    ranks: Ranks,
-    model: PreTrainedModel,
-    batch: list[Matrix],
-    planned: Plan,
-    known: dict[str, Statistics],
-    works_on: Callable[[str], None],
-) -> dict[str, Statistics]:
-    """Reorder the hidden units of MLPs whose method asks for it; the statistics follow them."""
+@dataclass(frozen=True)
+class _Run:
+    """The folding of one batch after another; ``errors`` grows by their matrices."""
 
-    reordered = {matrix.name for matrix in batch if planned.methods[matrix.name].reorders_hidden}
-    if not reordered:
-        return known
+    model: PreTrainedModel
+    planned: Plan
+    ranks: Ranks
+    store: BlockCheckpoints | None
+    bar: _Progress
+    errors: dict[str, float] = field(default_factory=dict)
 
-    def members(units: HiddenUnits) -> list[Matrix]:
-        return [matrix for matrix in (*units.ups, units.down) if matrix.name in reordered]
+    def fold(self, index: int, batch: Batch) -> None:
+        """Solve and replace every matrix of a batch, or take its solutions from block ``index`` of the checkpoint."""
+        # A new order of hidden units changes matrices that other batches fold, and is in no checkpoint.
+        reorders = any(self.planned.methods[matrix.name].reorders_hidden for matrix in batch.matrices)
+        store = None if reorders else self.store
+        saved = store.load(index) if store else None
+        kept: dict[str, Tensor] = {}
+        for matrix, solved in self._solved(batch) if saved is None else _from(saved[0], batch):
+            self.errors[matrix.name] = solved.error.item()
+            kept |= solved.named(matrix.name) if store and saved is None else {}
+            swap(self.model, matrix, solved.module(matrix, self.planned.modules[matrix.name]))
+            release_file_pages(dense_weight(matrix.module))
+            self.bar.advance()
+        if store and saved is None:
+            store.save(index, kept, {})
+        release_heap()
 
-    def search(units: HiddenUnits) -> dict[str, Tensor]:
-        works_on(f"hidden units of {units.down.name}")
-        views = []
-        for matrix in members(units):
-            weight, spec = dense_weight(matrix.module).detach(), planned.modules[matrix.name]
-            moment = known.get(matrix.name, NOTHING).input_moment
-            if moment is not None:
-                weight = weight * moment.diagonal().sqrt()  # the metric's scale of every input
-            views.append((weight.T, spec.transposed) if matrix.name == units.down.name else (weight, spec))
-        return {"order": search_row_order(views)[0]}
+    def _solved(self, batch: Batch) -> Iterator[tuple[Matrix, Solved]]:
+        """Every matrix of the batch with its solution, each solved by one rank or, row by row, by all of them."""
+        ranks, planned = self.ranks, self.planned
+        known = align_hidden_units(ranks, self.model, batch.matrices, planned, batch.measure(), self.bar.works_on)
 
-    def unknown(units: HiddenUnits) -> dict[str, Tensor]:
-        return {"order": torch.empty(units.down.in_features, dtype=torch.int64)}
+        def solve(matrix: Matrix) -> Solved:
+            self.bar.works_on(matrix.name)
+            return solve_matrix(matrix, planned, known.pop(matrix.name, NOTHING))
 
-    aligned = dict(known)
-    families = [units for units in hidden_units(model, matrices(model)) if members(units)]
-    for units, found in ranks.share(families, lambda units: units.down.in_features**3, search, unknown):
-        order = found["order"]
-        reorder_hidden(units, order.to(units.down.parameter.device))
-        for matrix in (*units.ups, units.down):
-            if matrix.name in aligned:
-                sides = {"columns": order} if matrix is units.down else {"rows": order}
-                aligned[matrix.name] = aligned[matrix.name].reordered(**sides)
-    return aligned
+        def unsolved(matrix: Matrix) -> Solved:
+            return Solved.unsolved(matrix, planned.modules[matrix.name], matrix.parameter.device)
+
+        divided = [matrix for matrix in batch.matrices if ranks.count > 1 and planned.methods[matrix.name].rowwise]
+        yield from ranks.share([m for m in batch.matrices if m not in divided], cost_of, solve, unsolved)
+        for matrix in divided:
+            self.bar.works_on(matrix.name)
+            yield matrix, solve_rows(ranks, matrix, planned)
 
 
-def _replace(model: PreTrainedModel, matrix: Matrix, spec: Structure, state: dict[str, Tensor]) -> None:
-    folded = empty_module(matrix, spec)
-    folded.load_state_dict(state, assign=True)
-    folded.requires_grad_(matrix.parameter.requires_grad)
-    swap(model, matrix, folded)
-    release_file_pages(dense_weight(matrix.module))
+def _from(tensors: Mapping[str, Tensor], batch: Batch) -> Iterator[tuple[Matrix, Solved]]:
+    """Every matrix of the batch with its solution in a checkpoint."""
+    for matrix in batch.matrices:
+        yield matrix, Solved.from_named(matrix.name, tensors, matrix.parameter.device)

@@ -1,82 +1,29 @@
-"""What ``fold`` is given, looked at before the model is touched: text, plan, weights, and whether all ranks agree."""
+"""What ``fold`` is given, looked at before the model is touched: plan, weights, and whether all ranks agree."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from tensorfold.calibration.block_stream import calibration_windows, token_counts
 from tensorfold.calibration.gradients import next_token_logits
-from tensorfold.data.texts import load_text
-from tensorfold.data.tokens import check_ids, prefix_of
 from tensorfold.errors import InputError
 from tensorfold.folding.budgets import check_budgets, searched
 from tensorfold.folding.plan import Plan, plan
+from tensorfold.folding.text import Text
 from tensorfold.hf.modules import scale_of
 from tensorfold.methods import Method
 from tensorfold.methods.base import Use, check_use
-from tensorfold.models.anatomy import Matrix, context_length, matrices
+from tensorfold.models.anatomy import Matrix, matrices
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.models.surgery import hidden_units
 from tensorfold.recipes.recipe import Recipe
-from tensorfold.recipes.settings import CalibrateSettings
 from tensorfold.utils.distributed import Ranks
 from tensorfold.utils.fingerprints import describe_configuration, hash_tensor, saved_tensors
 from tensorfold.utils.torch_modes import check_takes_gradients
-from tensorfold.utils.validation import check_types
-
-
-def documents(recipe: Recipe, tokenizer: Any, calibration: Iterable[str] | None) -> list[str] | None:
-    """The text given, else the text that the recipe names."""
-    if calibration is None and recipe.calibrate is not None:
-        if tokenizer is None:
-            warnings.warn(
-                f"the recipe calibrates on {recipe.calibrate.text!r}, but fold got no tokenizer: "
-                "folding without calibration.",
-                stacklevel=3,
-            )
-        else:
-            calibration = load_text(recipe.calibrate.text, split="validation")
-    if calibration is None:
-        return None
-    if tokenizer is None:
-        raise InputError("fold: got calibration text without a tokenizer; needed the model's tokenizer.")
-    check_types("fold", calibration=(calibration, Iterable))
-    given = [calibration] if isinstance(calibration, str) else list(calibration)
-    if not all(isinstance(document, str) for document in given):
-        raise InputError("fold: got calibration that is no text; needed a list of documents, each a str.")
-    return given
-
-
-def text_windows(
-    model: PreTrainedModel, recipe: Recipe, tokenizer: Any, documents: list[str] | None, tokens: int | None
-) -> Tensor | None:
-    """Calibration windows, shape (windows, length)."""
-    if documents is None:
-        if tokens is not None:
-            raise InputError(
-                f"fold: calibration_tokens={tokens} has no effect here; it needs calibration text: calibration=[…], or "
-                "a recipe with calibrate, and the tokenizer."
-            )
-        return None
-    check_types("fold", calibration_tokens=(tokens, int | None))
-    settings = recipe.calibrate or CalibrateSettings()
-    limit = context_length(model.config)
-    windows = calibration_windows(tokenizer, documents, tokens or settings.tokens, limit)
-    check_ids(model, windows, "calibration", tokenizer)
-    return windows
-
-
-def text_prefix(tokenizer: Any, documents: list[str] | None) -> tuple[int, ...]:
-    """Token ids that every calibration window begins with."""
-    return () if documents is None else prefix_of(tokenizer)
 
 
 def checked_plan(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> Plan:
@@ -146,29 +93,16 @@ def check_method(method: Method, name: str, planned: Plan, calibrated: bool) -> 
         raise type(error)(f"{name}: {error}") from None
 
 
-def token_counts_of(
-    model: PreTrainedModel, planned: Plan, tokenizer: Any, documents: list[str] | None
-) -> Tensor | None:
-    """How often the text uses each token, shape (vocabulary,), where a method asks for it."""
-    table = next((name for name, matrix in matrices(model).items() if matrix.group == "embedding"), None)
-    method = planned.methods.get(table or "")
-    if documents is None or method is None or not (method.fits_text or method.token_order == "frequency"):
-        return None
-    return token_counts(tokenizer, documents, planned.modules[table or ""].out_features)
-
-
 def identity_of(recipe: Recipe) -> str:
     """What of a recipe decides the result of a fold."""
     return repr((recipe.fold, recipe.layers, recipe.untie))
 
 
-def identity(
-    model: PreTrainedModel, recipe: Recipe, windows: Tensor | None, counts: Tensor | None
-) -> dict[str, object]:
+def identity(model: PreTrainedModel, recipe: Recipe, text: Text) -> dict[str, object]:
     """All that decides the result of a fold, by name."""
     given: dict[str, object] = {
         "recipe": identity_of(recipe),
-        "calibration text": [None if given is None else hash_tensor(given) for given in (windows, counts)],
+        "calibration text": [None if part is None else hash_tensor(part) for part in (text.windows, text.counts)],
         "configuration": describe_configuration(model.config),
     }
     return {**given, **{name: hash_tensor(tensor) for name, tensor in saved_tensors(model)}}

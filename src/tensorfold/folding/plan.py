@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,21 @@ from tensorfold.utils.torch_modes import in_usual_modes
 
 @dataclass(frozen=True)
 class Budget:
-    """Linear layers that share what an :class:`Auto` may keep; the plan gives them equal fractions."""
+    """Linear layers that share what an :class:`Auto` may keep; the plan gives them equal fractions.
+
+    What ``keep`` means for them is decided here, and nowhere else.
+    """
 
     method: Auto
     names: tuple[str, ...]
+
+    def total(self, dense: int) -> int:
+        """Numbers, in the dtype of the weights, that layers of ``dense`` parameters may keep together."""
+        return math.floor(self.method.keep * dense)
+
+    def least(self, share: Structure) -> float:
+        """Numbers that a layer keeps at least, from the structure that an equal share gives it."""
+        return min(self.method.floor * self.method.keep * share.dense_parameters, share.parameters)
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,14 @@ class Plan:
     @property
     def bytes_after(self) -> int:
         return self.other_bytes + sum(self.bytes_of(name) for name in self.targeted_bytes)
+
+    def with_specs(self, specs: Mapping[str, Structure | None]) -> Plan:
+        """The plan with other structures for some of its matrices; None leaves a matrix dense, outside the plan."""
+        modules = {name: spec for name, spec in {**self.modules, **specs}.items() if spec is not None}
+        dense = sum(self.modules[name].dense_parameters for name, spec in specs.items() if spec is None)
+        before = sum(self.modules[name].parameters for name in specs)
+        after = dense + sum(spec.parameters for spec in specs.values() if spec is not None)
+        return replace(self, modules=modules, dense=dense, parameters_after=self.parameters_after + after - before)
 
     @property
     def kept(self) -> float:
@@ -182,6 +202,22 @@ def prepare(model: PreTrainedModel, recipe: Recipe, said: str | None = None) -> 
         other_bytes=stored_bytes(model) - sum(bytes_.values()),
         targeted_bytes=bytes_,
     ), chosen
+
+
+def carry_out(model: PreTrainedModel, recipe: Recipe, planned: Plan) -> dict[str, Matrix]:
+    """Untie, drop layers and split fused matrices in place, as was planned.
+
+    Returns:
+        The matrices to fold, by name, in the order of the plan.
+    """
+    if recipe.untie:
+        untie_head(model)
+    if recipe.layers is not None:
+        keep_layers(model, recipe.layers)
+    for name, sizes in planned.split.items():
+        split_linear(model, name, sizes)
+    available = matrices(model)
+    return {name: available[name] for name in planned.modules}
 
 
 def _assign(

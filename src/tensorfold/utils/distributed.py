@@ -26,6 +26,7 @@ PATIENCE = timedelta(days=2)
 _COUNTS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE")
 
 Item = TypeVar("Item")
+Result = TypeVar("Result", bound=Iterable[Tensor])
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,9 @@ class Ranks:
         self,
         items: Sequence[Item],
         cost: Callable[[Item], int],
-        compute: Callable[[Item], dict[str, Tensor]],
-        empty: Callable[[Item], dict[str, Tensor]],
-    ) -> Iterator[tuple[Item, dict[str, Tensor]]]:
+        compute: Callable[[Item], Result],
+        empty: Callable[[Item], Result],
+    ) -> Iterator[tuple[Item, Result]]:
         """Divide items among the ranks, compute each on one of them, and yield all results on every rank.
 
         A rank's own results come as soon as they are computed, the others' at the end of each turn of :func:`schedule`,
@@ -138,8 +139,8 @@ class Ranks:
         Args:
             items: The same items in the same order on all ranks.
             cost: Cost of an item, in any unit.
-            compute: Computes the result of an item, as tensors by name.
-            empty: Contiguous tensors to receive the result of an item, with its names, shapes and dtypes.
+            compute: Computes the result of an item: anything that iterates over its tensors.
+            empty: Makes such a result with contiguous tensors of the same shapes and dtypes, to receive it.
 
         Yields:
             An item and its result, in the same order on all ranks but for the rank's own.
@@ -148,12 +149,12 @@ class Ranks:
             own = {}
             for k in turn[self.index]:
                 own[k] = compute(items[k])
-                yield items[k], dict(own[k])
+                yield items[k], own[k]
             for owner, part in enumerate(turn):
                 for k in part:
                     result = own.pop(k) if owner == self.index else empty(items[k])
                     self.gather()
-                    self.broadcast(result.values(), owner)
+                    self.broadcast(result, owner)
                     if owner != self.index:
                         yield items[k], result
 

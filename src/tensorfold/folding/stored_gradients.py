@@ -1,0 +1,71 @@
+"""Gradient moments of the layers that share a budget, kept on the disk until their layer is folded."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tensorfold.calibration.block_stream import BlockStream
+from tensorfold.calibration.gradients import gradient_moments
+from tensorfold.calibration.packed_symmetric import Packed
+from tensorfold.models.anatomy import Matrix
+from tensorfold.utils.block_checkpoints import BlockCheckpoints
+from tensorfold.utils.memory import release_heap
+
+_BLOCK = 0  # of a checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class StoredGradients:
+    """Gradient moments by the name of the layer; together they are as large as half the model.
+
+    Attributes:
+        moments: On the disk where the model is on the CPU or there is a checkpoint, else in the accelerator's memory.
+        folder: Temporary directory of their files, removed with this object; None where a checkpoint holds them.
+    """
+
+    moments: dict[str, Packed]
+    folder: tempfile.TemporaryDirectory[str] | None = None
+
+
+def take_gradients(
+    model: PreTrainedModel,
+    windows: Tensor,
+    prefix: int,
+    layers: Mapping[str, Matrix],
+    store: BlockCheckpoints | None,
+) -> StoredGradients:
+    """The gradient moments of ``layers`` on the windows, from the checkpoint if it has them.
+
+    Args:
+        windows: Token ids, shape (windows, length).
+        prefix: How many tokens at the beginning of every window are the tokenizer's.
+    """
+    names = {name: f"{k:04d}" for k, name in enumerate(layers)}
+    stored = store.load(_BLOCK) if store else None
+    if store and stored is not None:
+        kept, place = stored[1], store.folder("gradients")
+        sizes = {name: (layers[name].out_features, layers[name].parameter.device) for name in kept}
+        return StoredGradients({name: Packed(*sizes[name], path=place / file) for name, file in kept.items()})
+    BlockStream(model, windows)  # names the block whose activations are not finite, which gradients cannot
+    folder = None if store else tempfile.TemporaryDirectory()
+    place = store.folder("gradients") if store else Path(folder.name if folder else "")
+    found: dict[str, Packed] = {}
+    order = list(layers)
+    for part in (order[len(order) // 2 :], order[: len(order) // 2]):  # the rest is on the disk by then
+        new = gradient_moments(model, windows, {name: layers[name].module for name in part}, prefix)
+        for name, packed in new.items():
+            if store or packed.values.device.type == "cpu":
+                packed.spill(place / names[name])
+            found[name] = packed
+        del new
+        release_heap()
+    if store:
+        kept = {name: names[name] for name in found}
+        store.save(_BLOCK, {}, kept, [place / file for file in kept.values()])
+    return StoredGradients(found, folder)
