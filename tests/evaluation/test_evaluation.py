@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from random_words import prose
 from tensorfold.errors import InputError, TensorfoldError
-from tensorfold.evaluation.perplexity import PROTOCOLS, Evaluation, evaluate, get_protocol
+from tensorfold.evaluation.perplexity import Evaluation, evaluate
+from tensorfold.evaluation.protocols import PROTOCOLS, get_protocol
 
 CHARACTERS = ["<s>", "</s>", "<unk>", *string.printable]
 VOCABULARY = len(CHARACTERS)

@@ -1,4 +1,4 @@
-"""Protocol ``lm-eval``: EleutherAI's lm-evaluation-harness on a loaded model, through its own Python API."""
+"""The protocol ``lm-eval``: tasks of EleutherAI's lm-evaluation-harness on a loaded model, by its Python interface."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ _PERPLEXITIES = ("word_perplexity", "perplexity")
 
 @dataclass(frozen=True)
 class HarnessEvaluation(Evaluation):
-    """What the harness found. ``perplexity`` and ``accuracy`` are of one task: the first with a perplexity, or else the
-    first; None where it has none.
+    """The result of tasks of lm-evaluation-harness.
+
+    ``perplexity`` and ``accuracy`` come from one task, the first that has a perplexity or else the first, and are None
+    where it has none.
 
     Args:
-        results: For every task and group its metrics, under the harness's own names.
-        versions: Of the tasks, and under ``lm_eval`` of the harness: other versions may measure something else.
+        results: Metrics of every task and group, by the harness's own names.
+        versions: Version of every task, and of the harness under ``lm_eval``; results are comparable only where they
+            are equal.
     """
 
     perplexity: float | None  # type: ignore[assignment]
@@ -47,10 +50,16 @@ class HarnessEvaluation(Evaluation):
 
 
 def check_tasks(tasks: Sequence[str] | None, include_path: str | Path | None, limit: int | None) -> list[str]:
-    """The tasks to run, if they can be asked for: for calling it before a model is loaded.
+    """Check what can be checked before a model is loaded, and return the names of the tasks.
+
+    Args:
+        tasks: Names of tasks; one as a string.
+        include_path: Directory with YAML files of further tasks.
+        limit: Most documents of each task; None for all.
 
     Raises:
-        InputError: There are none, the harness is not installed, or ``include_path`` is no directory.
+        InputError: No task is named, the harness is not installed, ``include_path`` is no directory, or ``limit`` is
+            less than 1.
     """
     names = [tasks] if isinstance(tasks, str) else list(tasks or ())
     if not names or not all(isinstance(name, str) and name.strip() for name in names):
@@ -76,21 +85,23 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 1,
 ) -> HarnessEvaluation:
-    """Run tasks of lm-evaluation-harness on a model where it lies and in its own dtype.
+    """Run tasks of lm-evaluation-harness on a model, on its own device and in its own dtype.
 
-    Offline it runs whatever tasks have their data on this machine: in the ``datasets`` cache, or in local files that a
-    YAML of ``include_path`` names. Such a file may name Python functions, which are run: include only what you trust.
+    Without network only tasks run whose data is on this machine: in the cache of ``datasets``, or in local files that
+    a YAML file of ``include_path`` names. Such a file may name Python functions, which are run: include only files that
+    you trust.
 
     Args:
-        model, tokenizer: A causal language model of transformers, folded or not.
+        model: A causal language model of transformers, folded or not.
+        tokenizer: Its tokenizer.
         tasks: Names of tasks, groups or tags, as ``lm_eval ls tasks`` lists them.
-        include_path: Directory with YAML files of further tasks; they win over the harness's own.
-        limit: Only the first this many documents of every task.
+        include_path: Directory with YAML files of further tasks, which take precedence over the harness's own.
+        limit: Most documents of each task, from its beginning; None for all.
         batch_size: Sequences in one forward pass.
 
     Raises:
-        InputError: The harness is not installed, a task is unknown, or its data cannot be had.
-        TensorfoldError: The harness failed while working.
+        InputError: The harness is not installed, a task is unknown, or its data cannot be loaded.
+        TensorfoldError: The harness failed while it ran the tasks.
     """
     names = check_tasks(tasks, include_path, limit)
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
@@ -118,7 +129,7 @@ def evaluate_tasks(
             pass_on_memory(error)
             raise TensorfoldError(
                 f"lm-eval failed on {', '.join(names)}: {type(error).__name__}: {reason(error)}; run the tasks on the "
-                "dense model to see whose fault it is."
+                "dense model to see whether they fail there too."
             ) from error
     parameters = list(model.parameters())
     results = {task: _metrics(values) for task, values in {**found["results"], **found.get("groups", {})}.items()}
@@ -140,10 +151,12 @@ def evaluate_tasks(
 
 
 def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
-    """What knows the tasks; the harness's own, thousands of files, are indexed only if a name is not in the directory.
+    """The harness's task manager for these tasks.
+
+    The harness's own tasks, thousands of files, are indexed only where ``include_path`` lacks one of the names.
 
     Raises:
-        InputError: A name is known to neither.
+        InputError: A name is in neither place.
     """
     from lm_eval.tasks import TaskManager
 
@@ -151,7 +164,7 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
         def load(self, task_list: Any) -> Any:
             try:
                 return super().load(task_list)
-            # Whatever is wrong with a file, its functions or its data set comes out here, as any kind of exception.
+            # A bad file, its functions and its data set fail here, with any kind of exception.
             except Exception as error:
                 pass_on_memory(error)
                 raise InputError(
@@ -171,7 +184,10 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers among a task's results; ``acc,none`` is the ``acc`` of a task whose outputs no filter changes."""
+    """The finite numbers among a task's results.
+
+    The harness names them ``METRIC,FILTER``; the suffix is dropped where the filter is ``none``.
+    """
     return {
         name.removesuffix(",none"): float(value)
         for name, value in values.items()
@@ -180,13 +196,15 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _perplexity(metrics: Mapping[str, float]) -> float | None:
+    """A task's perplexity, by word where it has several; None where it has none."""
     return next((metrics[name] for name in _PERPLEXITIES if name in metrics), None)
 
 
 def _origin(error: BaseException) -> BaseException:
-    """What is wrong with a file: ``datasets`` wraps it in an error that says only that something is.
+    """The exception with the most telling message.
 
-    Other exceptions are their own best words: what they were raised from (a socket's error) names no task or data set.
+    ``datasets`` wraps a fault of a file in an error that says only that there is one, so its cause is returned. Other
+    exceptions are returned as they are: their causes, such as a socket's error, name no task or data set.
     """
     from datasets.exceptions import DatasetGenerationError
 
@@ -197,10 +215,10 @@ def _origin(error: BaseException) -> BaseException:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness off standard output, which is for results, and notices off standard error.
+    """Keep what the harness prints off standard output, which is for results, and its notices off standard error.
 
-    What ``datasets`` logs of a file that it cannot read is in the exception as well. The harness asks git for the
-    commit of the working directory, and git complains on standard error where there is none.
+    What ``datasets`` logs about a file that it cannot read is in its exception as well. The harness asks git for the
+    commit of the working directory, which complains on standard error where there is none; so it is not asked.
     """
     levels = {logging.getLogger("lm_eval"): logging.ERROR, logging.getLogger("datasets"): logging.CRITICAL}
     before = {logger: logger.level for logger in levels}
@@ -208,7 +226,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            import lm_eval.evaluator  # inside, for what it prints and logs while it is imported
+            import lm_eval.evaluator  # within the redirection, since importing it prints and logs
 
             with mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", create=True, return_value=None):
                 yield

@@ -1,8 +1,8 @@
 """Perplexity and accuracy of a causal language model by named protocols.
 
-A perplexity without its protocol is not a number: the window, the stride, what is averaged and what is thrown away
-change it by tens of per cent. Protocols are in ``evaluation.protocols``; scoring is the same for all of them
-but ``lm-eval``, which has its own.
+A perplexity means nothing without its protocol: the window, the stride, what is averaged and what is left out change it
+by tens of per cent. The protocols are in ``evaluation.protocols``. Scoring is the same for all of them but ``lm-eval``,
+which has its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from tensorfold.data.text_forms import form_of
 from tensorfold.data.tokens import Encoder, check_ids
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.evaluation.protocols import HARNESS, Score, Window, get_protocol
-from tensorfold.evaluation.protocols import PROTOCOLS as PROTOCOLS  # of old a name of this module
 from tensorfold.models.anatomy import context_length
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.models.sizes import stored_bytes
@@ -34,31 +33,30 @@ from tensorfold.utils.validation import check_types
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Positions whose logits are held in fp32 at once.
-_CHUNK = 256
+_CHUNK = 256  # positions whose logits are held in fp32 at once
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of :func:`evaluate`.
+    """The result of an evaluation.
 
     Args:
-        perplexity: exp of the mean negative log-likelihood, averaged as the protocol says.
-        tokens: Tokens that were predicted.
+        perplexity: Exponential of the mean negative log-likelihood, averaged as the protocol says.
+        tokens: How many tokens were predicted.
         protocol: Name of the protocol.
-        text: Label of the text.
-        seconds: Wall time, tokenisation included.
+        text: Name of the text.
+        seconds: Wall time, tokenising included.
         parameters: Parameters of the whole model, shared ones once.
-        accuracy: Share of the predicted tokens (``lambada``: of the passages, all target tokens at once) that are the
-            argmax of the logits.
-        device: Device the model ran on.
-        dtype: Type of the model's floating-point parameters.
-        window: Tokens of text in a full window, as the protocol has it; None where it has no fixed length.
-        prefix: Token ids that the tokenizer puts before a document, with which every window begins.
-        seen: Texts that had a say in the model and are in this one: ``purpose`` (``calibration``, ``training``, or
+        accuracy: Share of the predicted tokens that are the argmax of the logits; for ``lambada`` the share of passages
+            in which all predicted tokens are.
+        device: Device that the model ran on.
+        dtype: Dtype of the model's floating-point parameters.
+        window: Tokens of text in a full window of the protocol; None where it has no fixed length.
+        prefix: Token ids that every window begins with: what the tokenizer puts before a document.
+        seen: Recorded texts of the model that overlap with this one: ``purpose`` (``calibration``, ``training``, or
             ``selection`` of a checkpoint), ``text``, and the ``share`` in common. Empty where none is known.
-        bytes: Stored bytes of the whole model, orders and scales included.
-        form: Of a text of wikitext's kind, ``raw`` or ``non-raw``, as found in it; see ``data.text_forms``.
+        form: Form of a wikitext, ``raw`` or ``non-raw``, as found in it (see ``data.text_forms``); None for other text.
+        bytes: Bytes of the whole model in its files, stored orders and scales included.
     """
 
     perplexity: float
@@ -97,7 +95,10 @@ class Evaluation:
 def check_judge(
     protocol: str, text: object, tasks: object, include_path: object, limit: object, max_tokens: object
 ) -> None:
-    """Raise :class:`InputError` unless the protocol is known, and what it is to judge by goes with it."""
+    """Raise :class:`InputError` unless the protocol is known, and what is given fits it.
+
+    The protocol ``lm-eval`` takes tasks, the others a text; arguments of the other kind have to be None.
+    """
     if protocol != HARNESS:
         get_protocol(protocol)
     of_text, of_tasks = (
@@ -109,7 +110,7 @@ def check_judge(
     if foreign:
         raise InputError(f"protocol {protocol}: got {' and '.join(foreign)}, which it does not take; needed {needed}.")
     if (tasks if protocol == HARNESS else text) is None:
-        raise InputError(f"protocol {protocol}: got nothing to judge by; needed {needed}.")
+        raise InputError(f"protocol {protocol}: got nothing to evaluate on; needed {needed}.")
 
 
 @in_usual_modes
@@ -127,24 +128,28 @@ def evaluate(
     include_path: str | Path | None = None,
     limit: int | None = None,
 ) -> Evaluation:
-    """Perplexity and accuracy of a causal language model on a text, where the model lies and in its own dtype.
+    """Perplexity and accuracy of a causal language model on a text, on the model's own device and in its own dtype.
 
     Args:
-        model: Maps ``input_ids`` (batch, length) to ``.logits`` (batch, length, vocabulary). Its training mode is kept.
+        model: Maps ``input_ids`` (batch, length) to ``.logits`` (batch, length, vocabulary). It runs in evaluation
+            mode, and is given back in the mode that it was in.
         tokenizer: The model's tokenizer; every window begins with what it puts before a document by default.
-        text: The text itself (not its name: see :func:`tensorfold.data.texts.load_text`) or a list of documents.
-            None for the protocol ``lm-eval``, whose tasks bring their own.
+        text: The text itself, as one string or a list of documents; :func:`tensorfold.data.texts.load_text` reads one
+            by its name. None for the protocol ``lm-eval``, whose tasks bring their own.
         protocol: A name that :func:`get_protocol` knows, or ``lm-eval``.
-        max_tokens: Use only the first this many tokens of the text (``lambada``: the whole passages within them).
+        max_tokens: How many tokens of the text are used, from its beginning (for ``lambada`` the whole passages within
+            them); None for all.
         batch_size: Windows in one forward pass.
-        text_name: Label of the text in the result.
-        progress: Called with (windows done, windows in all) after each forward pass.
-        tasks, include_path, limit: For ``lm-eval`` only, see :func:`tensorfold.evaluation.lm_eval.evaluate_tasks`.
+        text_name: Name of the text in the result.
+        progress: Called after each forward pass with the number of windows done and that of all windows.
+        tasks: Names of tasks for ``lm-eval``, see :func:`tensorfold.evaluation.lm_eval.evaluate_tasks`.
+        include_path: Directory with YAML files of further tasks for ``lm-eval``.
+        limit: Most documents of each task of ``lm-eval``.
 
     Raises:
-        InputError: Unknown protocol, text too short, a window longer than the model's context, or an argument that is
-            not for this protocol.
-        TensorfoldError: The model's logits make a loss that is NaN, or give a token of the text no probability at all.
+        InputError: The protocol is unknown, the text too short, a window longer than the model's context, or an
+            argument does not belong to the protocol.
+        TensorfoldError: The model's logits hold NaN, or give a token of the text no probability at all.
     """
     start = time.perf_counter()
     check_types("evaluate", model=(model, nn.Module), protocol=(protocol, str), text=(text, str | Sequence | None))
@@ -208,8 +213,8 @@ def evaluate(
     )
 
 
-class _NotFinite(Exception):  # noqa: N818  (a signal, told as an error where the model is known)
-    """Logits with NaN among them."""
+class _NotFinite(Exception):  # noqa: N818  (a signal that becomes an error where the model is known)
+    """A signal that logits hold NaN."""
 
 
 def _check_arguments(documents: Sequence[str], max_tokens: int | None, batch_size: int) -> None:
@@ -222,7 +227,10 @@ def _check_arguments(documents: Sequence[str], max_tokens: int | None, batch_siz
 
 
 def _score(model: nn.Module, windows: Sequence[Window], device: torch.device) -> list[Score]:
-    """Scores of one batch; shorter windows are padded at the end, where a causal model never looks back from."""
+    """The scores of one batch of windows.
+
+    Shorter windows are padded at their end, which does not change a causal model's logits at the positions before it.
+    """
     length = max(len(window.ids) for window in windows) - 1  # the last token is predicted, not fed
     inputs = torch.zeros(len(windows), length, dtype=torch.long)
     for row, window in zip(inputs, windows, strict=True):
@@ -232,6 +240,7 @@ def _score(model: nn.Module, windows: Sequence[Window], device: torch.device) ->
 
 
 def _score_window(logits: Tensor, window: Window) -> Score:
+    """The score of one window from its logits, shape (length, vocabulary), in chunks to bound memory in fp32."""
     targets = window.ids[-window.scored :].to(logits.device)  # (scored,)
     end = len(window.ids) - 1
     nll, correct = 0.0, 0

@@ -1,9 +1,9 @@
-"""Named protocols: from text to windows of token ids, and from the windows' scores to one mean.
+"""Named protocols of evaluation: how a text is cut into windows, and how their scores become one mean.
 
-Every window begins with what the tokenizer puts before a document, ``tokens.prefix_of``: nothing for GPT-2's or
-SmolLM2's, a beginning-of-sequence token for Gemma's or Llama's. It is context and never counts as a predicted token,
-and the tokens that count are the same with it and without. Published protocols give that token to the first window of
-the text only; a model that was trained with one is not itself in the windows after it.
+Every window begins with what the tokenizer puts before a document (``tokens.prefix_of``): nothing for GPT-2 or SmolLM2,
+a beginning-of-sequence token for Gemma or Llama. This prefix is context only and never a predicted token; which tokens
+are predicted does not depend on it. Published protocols give it to the first window of a text alone, and so measure a
+model that was trained with it without it in all later windows.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from torch import Tensor
 from tensorfold.data.tokens import Encoder, begin
 from tensorfold.errors import InputError
 
-# The protocol of lm-evaluation-harness, whose tasks bring text and windows of their own: tensorfold.evaluation.lm_eval.
-HARNESS = "lm-eval"
+HARNESS = "lm-eval"  # lm-evaluation-harness, whose tasks bring text and windows of their own; see evaluation.lm_eval
 
 
 @dataclass(frozen=True)
 class Window:
-    """Token ids of one forward pass, shape ``(length,)``; the last ``scored`` of them are predicted and count.
+    """The token ids of one forward pass and the number of those that are predicted.
 
-    The last one is never fed, so the model reads one token less than a window has.
+    The model reads all tokens but the last, which is only predicted.
+
+    Attributes:
+        ids: Token ids, shape (length,).
+        scored: How many of them, at the window's end, are predicted and scored.
     """
 
     ids: Tensor
@@ -35,13 +38,19 @@ class Window:
 
     @classmethod
     def of(cls, prefix: Sequence[int], text: Tensor, scored: int, positions: int | None) -> Window:
-        """The prefix, then as much of the end of ``text`` as the model has ``positions`` for.
+        """The prefix, then as much of the end of a text as the model has positions for.
+
+        Args:
+            prefix: Token ids that the tokenizer puts before a document.
+            text: Token ids, shape (length,).
+            scored: How many of them, at the end, are predicted.
+            positions: Positions of the model; None for no limit.
 
         Raises:
-            InputError: Prefix and scored tokens are more than that.
+            InputError: The model has too few positions for the prefix and the scored tokens.
         """
         room = len(text) if positions is None else positions + 1 - len(prefix)
-        # Without a token before it, the first of those left cannot be scored.
+        # A first token without any before it cannot be predicted.
         needed = scored if prefix else scored + 1
         if room < min(needed, len(text)):
             raise InputError(
@@ -53,7 +62,13 @@ class Window:
 
 @dataclass(frozen=True)
 class Score:
-    """Summed negative log-likelihood (nats) and argmax hits over the scored tokens of one window."""
+    """The score of one window.
+
+    Attributes:
+        nll: Negative log-likelihood of the scored tokens, summed, in nats.
+        correct: How many of them are the argmax of their logits.
+        tokens: How many tokens were scored.
+    """
 
     nll: float
     correct: int
@@ -62,20 +77,21 @@ class Score:
 
 @dataclass(frozen=True)
 class WindowProtocol:
-    """Windows over one stream: what the tokenizer puts before a document, then the documents joined by a blank line.
+    """Windows cut from one stream: the tokenizer's prefix, then the documents joined by blank lines.
 
-    With ``stride < length`` a window scores only the tokens that no window before it has scored, as in Hugging Face's
-    sliding-window recipe. The first token of the stream, or of each disjoint window, is not scored. The prefix that
-    opens the stream opens every later window as well, in front of its ``length`` tokens: the model reads ``length``
-    tokens then instead of ``length - 1``, and the same ones count.
+    Where ``stride < length``, a window scores only tokens that no window before it has scored, as in Hugging Face's
+    sliding-window recipe. The first token of the stream, or of each disjoint window, is not scored. Windows after the
+    first have the prefix in front of their ``length`` tokens: the model then reads ``length`` tokens instead of
+    ``length - 1``, and the same tokens are scored.
 
     Args:
         name: Name in results.
         length: Tokens of the stream in a window.
-        stride: Tokens from the start of one window to the next.
-        mean_of_windows: Average the windows' means, not the tokens: a short tail then weighs as much as a full window.
+        stride: Tokens from the start of one window to the start of the next.
+        mean_of_windows: Average the means of windows instead of tokens, so that a short last window counts as much as a
+            full one.
         drop_tail: Leave out the last window where it is not full.
-        form: Of wikitext, the form that the protocol is defined on, ``raw`` or ``non-raw``; None for any.
+        form: Form of wikitext that the protocol is defined on, ``raw`` or ``non-raw``; None for any.
     """
 
     name: str
@@ -87,13 +103,23 @@ class WindowProtocol:
 
     @property
     def context(self) -> int | None:
-        """Positions the model must have."""
+        """How many positions the model must have."""
         return self.length
 
     def windows(
         self, encoder: Encoder, documents: Sequence[str], max_tokens: int | None, positions: int | None
     ) -> list[Window]:
-        """Windows in reading order; the stream is cut after its first ``max_tokens`` tokens."""
+        """Cut documents into windows, in reading order.
+
+        Args:
+            encoder: Text to token ids.
+            documents: The text before tokenising.
+            max_tokens: How many tokens of the stream are used, from its beginning; None for all.
+            positions: Positions of the model; None for no limit.
+
+        Raises:
+            InputError: The text is too short for a window, or a window too long for the model.
+        """
         stream = torch.tensor(encoder.first("\n\n".join(documents), max_tokens), dtype=torch.long)
         opening = len(encoder.prefix)
         needed = self.length if self.drop_tail else max(2, opening + 1)
@@ -114,7 +140,7 @@ class WindowProtocol:
         return windows
 
     def summarise(self, scores: Sequence[Score]) -> tuple[float, float]:
-        """(mean negative log-likelihood in nats, share of tokens whose argmax is right)."""
+        """Mean negative log-likelihood in nats a token, and the share of tokens that are the argmax."""
         tokens = sum(score.tokens for score in scores)
         accuracy = sum(score.correct for score in scores) / tokens
         if self.mean_of_windows:
@@ -124,23 +150,35 @@ class WindowProtocol:
 
 @dataclass(frozen=True)
 class LastWordProtocol:
-    """The last word of each document from all that goes before it, as lm-eval's ``lambada_openai`` does it.
+    """Prediction of the last word of each passage (LAMBADA: Paperno et al., arXiv 1606.06031).
 
-    Perplexity is exp of the mean over passages of the word's summed negative log-likelihood; a passage is accurate
-    if every token of the word, the space before it included, is the argmax (Paperno et al., arXiv 1606.06031).
+    Scored as lm-evaluation-harness does in ``lambada_openai``: perplexity is the exponential of the word's negative
+    log-likelihood, summed over its tokens and averaged over passages. A passage is right if all tokens of the word,
+    with the space before it, are the argmax.
     """
 
     name: str
 
     @property
     def context(self) -> int | None:
-        """``None``: a passage too long for the model loses its beginning."""
+        """None, no least number of positions: a passage too long for the model loses its beginning."""
         return None
 
     def windows(
         self, encoder: Encoder, documents: Sequence[str], max_tokens: int | None, positions: int | None
     ) -> list[Window]:
-        """One window a passage, for as many whole passages as ``max_tokens`` tokens allow."""
+        """Make one window of each passage.
+
+        Args:
+            encoder: Text to token ids.
+            documents: The passages.
+            max_tokens: Most tokens together; passages behind those that fit are left out. None for all.
+            positions: Positions of the model; None for no limit.
+
+        Raises:
+            InputError: The first passage has more than ``max_tokens`` tokens, or a passage has no last word after a
+                context.
+        """
         windows, total = [], 0
         for number, document in enumerate(documents, start=1):
             ids, scored = self._split(encoder, number, document)
@@ -157,13 +195,14 @@ class LastWordProtocol:
         return windows
 
     def summarise(self, scores: Sequence[Score]) -> tuple[float, float]:
-        """(mean over passages of the word's negative log-likelihood in nats, share of passages that are right)."""
+        """Mean negative log-likelihood in nats a word, and the share of passages that are right."""
         right = sum(score.correct == score.tokens for score in scores)
         return sum(score.nll for score in scores) / len(scores), right / len(scores)
 
     def _split(self, encoder: Encoder, number: int, document: str) -> tuple[list[int], int]:
+        """Token ids of a passage, and how many of them are its last word; ``number`` is for messages."""
         passage = document.rstrip()
-        # Spaces before the word belong to the target: tokenisers join them to it, not to the context.
+        # The context ends before the space: tokenizers make the space part of the word's first token.
         context = passage.rpartition(" ")[0].rstrip()
         ids = encoder(passage)
         scored = len(ids) - len(encoder(context))
@@ -190,12 +229,16 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def form_needed(name: str) -> str | None:
-    """The form of wikitext that a protocol is defined on, None for any."""
+    """The form of wikitext that a protocol is defined on, ``raw`` or ``non-raw``; None for any text.
+
+    Raises:
+        InputError: No protocol has that name.
+    """
     return None if name == HARNESS else getattr(get_protocol(name), "form", None)
 
 
 def get_protocol(name: str) -> Protocol:
-    """The protocol called ``name``: a row of :data:`PROTOCOLS`, or ``disjoint-N`` for any window ``N >= 2``.
+    """A protocol by its name: one of :data:`PROTOCOLS`, or ``disjoint-N`` with windows of ``N >= 2`` tokens.
 
     Raises:
         InputError: No protocol has that name; the message offers the nearest one.
