@@ -177,13 +177,13 @@ def test_without_the_package_the_message_is_the_command(refused, monkeypatch, de
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--protocol", "lm-eval"), ["nothing to judge by", "wikitext"]),
+        (("--protocol", "lm-eval"), ["nothing to evaluate on", "wikitext"]),
         (("--protocol", "lm-eval", "--tasks", "wikitext", "--text", "x"), ["--text has no effect", "not lm-eval"]),
         (("--protocol", "lm-eval", "--tasks", "wikitext", "--max-tokens", "9"), ["--max-tokens has no effect"]),
         (("--protocol", "lm-eval", "--tasks", " ,"), ["needed some, such as wikitext"]),
         (("--text", "x", "--tasks", "wikitext"), ["--tasks has no effect", "lm-eval"]),
         (("--text", "x", "--limit", "3"), ["--limit has no effect"]),
-        ((), ["nothing to judge by", "needed a text"]),
+        ((), ["nothing to evaluate on", "needed a text"]),
         (("--protocol", "lm-evil", "--text", "x"), ["did you mean lm-eval?"]),
     ],
 )
