@@ -195,7 +195,7 @@ def test_memory_that_runs_out_is_no_bad_input(
     for place, more in {
         "tensorfold.healing.losses.HealLoss.__call__": [],
         "tensorfold.healing.losses.HealLoss._give_attention": ["--set", "attention=1"],
-        "tensorfold.healing.heal.HealTrainer.__init__": [],
+        "tensorfold.healing.run.HealTrainer.__init__": [],
         "tensorfold.healing.trainer.save_file": [],
         "tensorfold.healing.start.save_file": [],
         "tensorfold.healing.blockwise.relative_loss": ["--blockwise-tokens", 200],

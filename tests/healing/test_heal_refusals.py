@@ -76,7 +76,7 @@ def test_a_refusal_that_changed_files_of_others_would_be_worse(student, tiny, to
 
 def test_a_run_that_finished_nothing_is_in_nobodys_way(student, tokenizer, text_file, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("tensorfold.healing.heal._Run.whole", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("tensorfold.healing.run.Run.whole", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             heal(student, text_file, tokenizer=tokenizer, out=tmp_path / "out", **FAST)
     assert (tmp_path / "out.heal" / "run.json").exists()
@@ -89,7 +89,7 @@ def test_a_refusal_keeps_what_an_earlier_run_had_finished(
 ):
     run = {"tokenizer": tokenizer, "out": tmp_path / "out", **FAST, **BLOCKS}
     with monkeypatch.context() as patch:
-        patch.setattr("tensorfold.healing.heal._Run._end_to_end", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("tensorfold.healing.run.Run._end_to_end", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             heal(student, text_file, teacher, **run)
     found = tree(tmp_path)

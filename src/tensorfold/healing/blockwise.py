@@ -1,7 +1,7 @@
-"""Block by block: each folded block is trained to give the dense block's output, fed by the healed blocks before it.
+"""Block-by-block healing: each folded block learns the dense block's output from the healed model's own activations.
 
-The dense model's activations are carried from block to block beside the healed model's, so no step runs more than one
-block, and the gradient never leaves it.
+The hidden states of both models are carried from block to block, so a training step runs a single block, and gradients
+never leave it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from tensorfold.calibration.block_stream import BlockStream
 from tensorfold.errors import InputError
+from tensorfold.healing.losses import relative_loss
 from tensorfold.models.anatomy import blocks
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.nn import FoldedModule
@@ -45,17 +46,22 @@ _SETTINGS = (
     "seed",
 )
 
-_HELD_OUT = 16
-_WARMUP = 10
-_FLOOR = 0.01
+_HELD_OUT = 16  # one window in so many is not trained on
+_WARMUP = 10  # steps
+_FLOOR = 0.01  # of the median ‖y‖², the least size by which a token's error is divided
 
 
 @dataclass(frozen=True)
 class BlockOutcome:
-    """One block: :func:`relative_loss` on the held-out windows before and after training.
+    """The result of healing one block.
 
-    ``healed`` is false where training did not lower it and the cores stayed as they were; ``resumed`` is true where
-    the result came from a checkpoint. ``seconds`` are those of the training.
+    Attributes:
+        index: The block's index.
+        before: The loss on the held-out windows before training, see :func:`tensorfold.healing.losses.relative_loss`.
+        after: That loss after training; equal to ``before`` where the block was left as it came.
+        healed: Whether training lowered the loss; otherwise the cores are as they came.
+        resumed: Whether the block was read from a checkpoint.
+        seconds: Wall time of training and of measuring the losses.
     """
 
     index: int
@@ -68,9 +74,14 @@ class BlockOutcome:
 
 @dataclass(frozen=True)
 class BlockwiseReport:
-    """What :func:`heal_blocks` did to each block with cores.
+    """The results of healing all blocks that have cores.
 
-    ``tokens``: trained on in every pass. ``held_out_tokens``: judged by. ``parameters``: trained in all blocks.
+    Attributes:
+        blocks: One entry a block, in order.
+        tokens: Tokens trained on in each pass.
+        held_out_tokens: Tokens of the windows that blocks are judged by.
+        parameters: Parameters trained, in all blocks together.
+        seconds: Wall time of the whole.
     """
 
     blocks: tuple[BlockOutcome, ...]
@@ -80,6 +91,7 @@ class BlockwiseReport:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values under the field names, ready for JSON."""
         return {**asdict(self), "blocks": [asdict(block) for block in self.blocks], "seconds": round(self.seconds, 3)}
 
 
@@ -93,32 +105,34 @@ def heal_blocks(
     on_step: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = False,
 ) -> BlockwiseReport:
-    """Train the cores of ``student``, one transformer block after another, to follow ``teacher``; in place.
+    """Train the cores of a folded model, one transformer block after another, in place.
 
-    Each block takes the healed student's activations and is trained towards the output of the teacher's block in the
-    teacher's own stream, so it also makes up for what the blocks before it left wrong. The loss is
-    :func:`relative_loss`; AdamW with ``betas``, ``weight_decay`` and a cosine from ``blockwise_lr`` to 0 over
-    ``blockwise_epochs`` passes, which the first ten steps rise to from a tenth of it; ``blockwise_batch`` windows a
-    step, in an order that depends on ``seed`` and the block alone. The last sixteenth of the windows, one at least, is
-    not trained on: a block whose loss did not fall there keeps the cores it came with.
+    Each block is given the hidden states of the healed student and is trained towards those behind the teacher's block,
+    so it also makes up for the errors of the blocks before it. The loss is
+    :func:`tensorfold.healing.losses.relative_loss`. The optimiser is AdamW with ``betas`` and ``weight_decay``; its
+    learning rate rises to ``blockwise_lr`` over ten steps and falls to 0 by a cosine over ``blockwise_epochs`` passes.
+    A step takes ``blockwise_batch`` windows, in an order that depends on ``seed`` and the block alone. The last
+    sixteenth of the windows, at least one, is not trained on: a block whose loss did not fall there keeps the cores it
+    came with.
 
-    Memory beyond the two models: two activations a token (student's and teacher's; past ``activations_mb`` in mapped
-    files), and for one block at a time its gradients, its optimiser state and the graph of one step.
+    Memory beside the two models: the hidden states of both for all tokens (beyond ``activations_mb`` in mapped files),
+    and for one block at a time its gradients, its optimiser state and the graph of one step.
 
     Args:
-        student: Folded, in fp32. Only cores, and bond scalars unless ``freeze_scalars``, change.
-        teacher: The dense model it was folded from, in the same number of blocks.
-        windows: Token indices, shape (windows, length), at least two windows.
-        settings: ``blockwise_…``, ``activations_mb``, ``betas``, ``weight_decay``, ``precision``, ``freeze_scalars``
-            and ``seed`` are used.
+        student: The folded model, in fp32. Only its cores change, and its bond scalars unless ``freeze_scalars``.
+        teacher: The dense model that it was folded from, with the same number of blocks.
+        windows: Token ids, shape (windows, length), at least two windows.
+        settings: Used are ``blockwise_…``, ``activations_mb``, ``betas``, ``weight_decay``, ``precision``,
+            ``freeze_scalars`` and ``seed``.
         checkpoint: Directory that receives each finished block. The same call with the models as they were at first
-            takes finished blocks from there, and ends with the weights of an uninterrupted run.
-        on_step: Given ``block``, ``step``, ``steps`` (of the block), ``loss``, ``lr`` and ``tokens`` of each step.
+            reads finished blocks from there, and ends with the weights of an uninterrupted run.
+        on_step: Called after each step with ``block``, ``step``, ``steps`` (of the block), ``loss``, ``lr`` and
+            ``tokens`` (of the step).
         progress: Show a progress bar on standard error.
 
     Raises:
-        InputError: Models, windows or checkpoint do not fit together. Found before anything is changed, but for a
-            checkpoint of another run.
+        InputError: Models, windows or checkpoint do not fit together. Nothing has been changed then, unless the
+            checkpoint turns out to be of another run.
         TensorfoldError: An activation is not finite, or the disk is full.
     """
     started = time.monotonic()
@@ -161,22 +175,14 @@ def heal_blocks(
     return BlockwiseReport(tuple(outcomes), fitted * length, held_out * length, count, time.monotonic() - started)
 
 
-def relative_loss(output: Tensor, target: Tensor, floor: float = 0.0) -> Tensor:
-    """``mean over tokens of ‖ŷ − y‖² / max(‖y‖², floor)``, for hidden states of shape (..., width).
-
-    Each token counts by its relative error, as it does for the RMSNorm that reads the stream next, so a token with
-    giant activations counts as one token. In SmolLM2-135M the first position has a norm of 25,000 from block 11 on
-    where the median is 135, and makes up 60 % of the squared error of a folded model (512 tokens a window). In blocks 2
-    to 8 tokens at other positions (5, 8, 18, …) have five to ten times the median norm and five of 1536 make up 34 % of
-    the squared error after block 2, so leaving out the first position would not do.
-    """
-    error = (output.float() - target.float()).square().sum(-1)
-    size = target.float().square().sum(-1)
-    return (error / size.clamp_min(max(floor, torch.finfo(torch.float32).tiny))).mean()
-
-
 class _Pair:
-    """Student's stream at the entrance of a block, teacher's at its exit."""
+    """The hidden states of the student at a block's entrance, and those of the teacher at its exit.
+
+    Attributes:
+        student: The student's stream.
+        teacher: The teacher's stream.
+        floor: Least squared norm in the loss, see :func:`tensorfold.healing.losses.relative_loss`.
+    """
 
     def __init__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, settings: HealSettings
@@ -189,24 +195,26 @@ class _Pair:
 
     @property
     def index(self) -> int:
+        """Index of the block."""
         return self.student.position
 
     def advance_to(self, index: int) -> None:
+        """Carry both streams on to block ``index``."""
         self.student.advance_to(index)
         self.teacher.advance_to(index + 1)
-        # Tokens of next to no activation, such as padding rows, would otherwise have next to infinite weight.
+        # Without a floor, tokens with almost no activation, such as padding, would have almost infinite weight.
         sizes = torch.cat([hidden.float().square().sum(-1).flatten() for hidden in self.teacher.hidden.split(1)])
         self.floor = _FLOOR * sizes.median().item()
 
     def loss(self, chosen: Tensor) -> Tensor:
-        """Loss of the block on the windows with the indices ``chosen``."""
+        """The block's loss on the windows with the indices ``chosen``."""
         device = self.student.device
         with torch.autocast(device.type, self._dtype, enabled=self._dtype is not None):
             output = self.student.run(self.index, chosen)
         return relative_loss(output, self.teacher.hidden[chosen].to(device), self.floor)
 
     def loss_over(self, first: int) -> float:
-        """Mean loss over the windows from ``first`` on."""
+        """The block's mean loss over the windows from index ``first`` on."""
         indices = torch.arange(first, len(self.student.windows)).split(1)
         return sum(self.loss(chosen).item() for chosen in indices) / len(indices)
 
@@ -218,6 +226,7 @@ def _heal_block(
     settings: HealSettings,
     watchers: tuple[_Bar, Callable[[dict[str, Any]], None] | None],
 ) -> BlockOutcome:
+    """Train one block on the first ``fitted`` windows; give it its old cores back unless the held-out loss fell."""
     started = time.monotonic()
     before = pair.loss_over(fitted)
     start = [parameter.detach().clone() for parameter in parameters]
@@ -226,8 +235,8 @@ def _heal_block(
     healed = after < before  # also false for NaN
     if not healed:
         log.warning(
-            "block %d: its held-out loss went from %.4g to %.4g, so it keeps the cores it came with; a lower "
-            "blockwise_lr or more blockwise_tokens may help",
+            "block %d: training changed its held-out loss from %.4g to %.4g, so it keeps the cores it came with; a "
+            "lower blockwise_lr or more blockwise_tokens may help",
             pair.index,
             before,
             after,
@@ -244,7 +253,7 @@ def _train(
     settings: HealSettings,
     watchers: tuple[_Bar, Callable[[dict[str, Any]], None] | None],
 ) -> None:
-    """Minimise the loss on the first ``fitted`` windows; ends early where it is no longer a number."""
+    """Minimise the loss on the first ``fitted`` windows, and stop early where it is NaN or infinite."""
     bar, on_step = watchers
     length = pair.student.windows.shape[1]
     order = torch.Generator().manual_seed(settings.seed * 1_000_003 + pair.index)
@@ -288,9 +297,9 @@ def _train(
 
 
 def _cosine(step: int, steps: int) -> float:
-    """Share of the peak learning rate at a step: a cosine from 1 to 0, times a rise from 0.1 to 1 over the first ten.
+    """The learning rate at a step as a share of its peak: a cosine from 1 to 0, times a linear rise from 0.1 to 1.
 
-    The rise is for Adam, whose averages are few at first.
+    The rise takes the first ten steps, in which Adam's averages have too few terms to be trusted.
     """
     return min(1.0, (step + 1) / _WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
@@ -298,10 +307,10 @@ def _cosine(step: int, steps: int) -> float:
 def _trained(
     student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, settings: HealSettings
 ) -> dict[int, dict[str, nn.Parameter]]:
-    """The parameters to train, by block and by name in the model.
+    """The parameters to train, by the index of their block and by their name in the model.
 
     Raises:
-        InputError: The call cannot work.
+        InputError: The models do not fit each other, the windows are too few, or nothing can be trained.
     """
     name, ours = blocks(student)
     theirs = blocks(teacher)[1]
@@ -337,7 +346,7 @@ def _trained(
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for gradients, so that each block's training asks for its own alone."""
+    """Keep all parameters from requiring gradients while the context is open; training a block sets its own."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     try:
@@ -348,7 +357,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 class _Bar:
-    """Progress in blocks, with the loss and tokens a second."""
+    """A progress bar that counts blocks, and shows the loss and tokens a second."""
 
     def __init__(self, visible: bool, total: int) -> None:
         self._progress = progress_bar("heal, block by block", visible)
@@ -364,6 +373,7 @@ class _Bar:
         self._progress.stop()
 
     def step(self, fraction: float, loss: float, tokens: int) -> None:
+        """Show a step of ``tokens`` tokens, after which the given fraction of the block is done."""
         now = time.monotonic()
         description = f"loss {loss:.4f}, {tokens / max(now - self._last, 1e-9):,.0f} tokens/s"
         self._progress.update(self._task, completed=round(self._done + fraction, 2), description=description)
@@ -376,7 +386,7 @@ class _Bar:
 
 
 def _run_key(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, settings: HealSettings) -> str:
-    """Hash of all that decides the result: both models, the tokens, and the settings that are used."""
+    """SHA-256 of everything that decides the result: both models, the tokens, and the settings that are used."""
     decided = json.dumps({name: getattr(settings, name) for name in _SETTINGS})
     parts = [decided, hash_tensor(windows), hash_model(student), hash_model(teacher)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or absent, and that are known to be damaged before they are used.
+"""Checkpoints of healing that are whole or absent, and whose damage is found before they are used.
 
-A working directory holds ``run.json`` (what the run was begun with), ``log.jsonl``, and directories with a
-``manifest.json`` of the SHA-256 of every file in them: ``start`` (the weights that came in), ``blocks`` (those after
-all blocks; each block by itself is in ``blockwise``) and ``checkpoint-STEP``.
+A run's working directory holds ``run.json`` (the run's identity), ``log.jsonl``, and directories with a
+``manifest.json`` of the SHA-256 of every file in them: ``start`` (the weights before healing), ``blocks`` (the weights
+after block-by-block healing, whose single blocks are in ``blockwise``) and ``checkpoint-STEP``.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from tensorfold.utils.fingerprints import hash_file, hash_model
 log = logging.getLogger(__name__)
 
 MANIFEST, RUN, STATE = "manifest.json", "run.json", "trainer_state.json"
-_KEPT = 2
+_KEPT = 2  # checkpoints
 
 
 @contextmanager
 def sealed(target: Path) -> Iterator[Path]:
-    """Yield a directory that becomes ``target``, with a manifest, when the block ends without an error.
+    """Yield a directory that becomes ``target``, with a manifest, when the ``with`` block ends without an error.
 
     Raises:
-        TensorfoldError: It could not be written; what was there before is as it was.
+        TensorfoldError: It could not be written; an earlier ``target`` is left as it was.
     """
     try:
         with atomic_directory(target, replace=True) as partial:
@@ -54,7 +54,7 @@ def sealed(target: Path) -> Iterator[Path]:
 
 
 def damage(directory: Path) -> str | None:
-    """What is wrong with a sealed directory, or None."""
+    """The reason why a directory with a manifest cannot be used, in words; None where it is intact."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         for name, digest in manifest.items():
@@ -67,7 +67,7 @@ def damage(directory: Path) -> str | None:
 
 
 def newest(work: Path) -> Path | None:
-    """The checkpoint with the most steps whose checksums hold; a damaged one is passed over with a warning."""
+    """The intact checkpoint with the most steps, None without any; damaged ones are passed over with a warning."""
     for path in reversed(_checkpoints(work)):
         reason = damage(path)
         if reason is None:
@@ -77,9 +77,9 @@ def newest(work: Path) -> Path | None:
 
 
 def rotate(work: Path, step: int) -> None:
-    """Keep the last two checkpoints up to ``step``, and the best by validation that each of them refers to.
+    """Remove all checkpoints but the last two up to ``step``, and the best by validation that each of them refers to.
 
-    What has more steps was damaged, or the run would not have been at ``step``.
+    Checkpoints with more steps are damaged, since the run was resumed from an earlier one.
     """
     kept = set([path for path in _checkpoints(work) if _step(path) <= step][-_KEPT:])
     for path in list(kept):
@@ -88,22 +88,23 @@ def rotate(work: Path, step: int) -> None:
             kept.add(path.with_name(f"checkpoint-{best}"))
     for path in _checkpoints(work):
         if path not in kept:
-            # The manifest goes first: what a kill leaves of it is then known to be damaged.
+            # The manifest goes first, so that what a kill may leave counts as damaged.
             (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
 
 
 def begin(work: Path, identity: Mapping[str, Any], write: bool) -> None:
-    """Claim a working directory for a run, or check that the run in it is this one.
+    """Record a run's identity in its working directory, or check that the run there has the same one.
 
-    A run that finished nothing leaves nothing to go on from, so it does not stand in the way of another.
+    A run from which nothing can be resumed is removed, whatever its identity.
 
     Args:
-        identity: ``settings``, ``text``, ``student``, ``teacher`` and ``processes``; equal for equal runs.
-        write: Whether this process may write; the others only check.
+        work: The working directory.
+        identity: ``settings``, ``text``, ``student``, ``teacher`` and ``processes``, as JSON values.
+        write: Whether this process may write; the other processes of a run only check.
 
     Raises:
-        InputError: The run in it was begun with something else; the message names what.
+        InputError: The run in the directory has another identity; the message names what differs.
     """
     path = work / RUN
     if write and not holds_work(work):
@@ -132,12 +133,12 @@ def begin(work: Path, identity: Mapping[str, Any], write: bool) -> None:
 
 
 def holds_work(work: Path) -> bool:
-    """Whether a run got so far that there is something to go on from: a block, or a checkpoint."""
+    """Whether a run can be resumed from its working directory: a block or a checkpoint is there."""
     return bool(_checkpoints(work)) or any(work.glob("blockwise/block-*")) or (work / "blocks").exists()
 
 
 def clear(work: Path) -> None:
-    """Remove what runs write into a working directory, and nothing else."""
+    """Remove everything that runs write into a working directory, and nothing else."""
     for pattern in ("run.*", "log.*", "start", "blocks", "blockwise", "checkpoint-*", ".*.partial"):
         for path in work.glob(pattern):
             if path.is_dir():
@@ -147,6 +148,7 @@ def clear(work: Path) -> None:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The differences between two identities of runs, in words."""
     old, new = before.get("settings", {}), now["settings"]
     changes = [
         f"{key}={old.get(key)!r} then, {new.get(key)!r} now"
@@ -161,16 +163,17 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def digest(identity: Mapping[str, Any]) -> str:
-    """Short name of an identity."""
+    """The first 32 hexadecimal digits of the SHA-256 of a run's identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Hash of a model's configuration and of every byte of its state: another training of it is another model."""
+    """The first 32 hexadecimal digits of the SHA-256 of a model's configuration and of every byte of its state."""
     return hash_model(model)[:32]
 
 
 def _checkpoints(work: Path) -> list[Path]:
+    """All checkpoints, damaged or not, by rising step."""
     found = [path for path in work.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=_step)
 

@@ -1,4 +1,4 @@
-"""What ``heal`` is given, looked at before anything is changed: models, settings, reporters, text."""
+"""Checks of the models, settings, reporters and text of a healing run, before anything is changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tensorfold.utils.validation import check_keys, check_types
 
 
 def check_reporters(report_to: str | list[str]) -> None:
-    """Raise :class:`InputError` for what the Trainer would refuse only after the blocks are healed."""
+    """Raise :class:`InputError` for a reporter that the Trainer would refuse, which it does after blocks are healed."""
     from transformers.integrations import get_available_reporting_integrations
 
     check_types("heal", report_to=(report_to, str | list))
@@ -47,10 +47,15 @@ def check_student(model: PreTrainedModel, teacher: PreTrainedModel | str | None)
 
 
 def checked_settings(settings: HealSettings | None, overrides: Mapping[str, Any], teacher: bool) -> HealSettings:
-    """All settings of a run; a teacher that no term of the loss names means distillation.
+    """The settings of a run.
+
+    Args:
+        settings: All settings; the defaults if None.
+        overrides: Single settings that replace those, by name.
+        teacher: Whether a teacher is given. Where no setting compares with it, ``kl`` is then 1.
 
     Raises:
-        InputError: Unknown keys, or nothing to do.
+        InputError: A key is unknown, a setting has no effect, or there is nothing to do.
     """
     check_keys("heal", dict(overrides), [field.name for field in dataclasses.fields(HealSettings)])
     if settings is not None:
@@ -64,7 +69,11 @@ def checked_settings(settings: HealSettings | None, overrides: Mapping[str, Any]
 
 
 def source_of(text: Any) -> Source:
-    """What to tokenise: see ``text`` of :func:`heal`."""
+    """The training text to tokenise, from the argument ``text`` of :func:`tensorfold.healing.heal.heal`.
+
+    Raises:
+        InputError: It is neither a name or path, nor a list of paths, nor a list of documents.
+    """
     if isinstance(text, str | os.PathLike):
         return text
     items = list(text) if isinstance(text, Sequence) else []
@@ -82,10 +91,17 @@ def tokens_of(
     settings: HealSettings,
     state: PartialState,
 ) -> TokenCache:
-    """The text as tokens on disk, which the models, the student first, have rows for.
+    """The training text as tokens on disk.
+
+    Args:
+        source: The text to tokenise.
+        tokenizer: The student's tokenizer.
+        models: The student, and the teacher where there is one, for their context length and vocabulary.
+        settings: Settings of the run.
+        state: The processes of the run.
 
     Raises:
-        InputError: No such text, one too short, or blocks or tokens that the model has no place for.
+        InputError: There is no such text, it is too short, or its windows or token ids are too large for a model.
     """
     limit = context_length(models[0].config)
     if limit is not None and settings.block > limit:
@@ -94,7 +110,8 @@ def tokens_of(
     hub = [texts.locate(os.fspath(name), "train").dataset for name in names]
     most = None
     if any(dataset is not None and dataset.first is not None for dataset in hub):
-        # Of a data set of billions of tokens, what the run can use; a power of two, so that few caches serve all runs.
+        # A data set of the hub may have billions of tokens: no more are stored than the run can use, rounded up to a
+        # power of two so that few caches serve all runs.
         used = settings.steps * settings.batch * settings.block + settings.blockwise_tokens
         most = 1 << (int(used / (1 - settings.validation_fraction)) + 2 * settings.block).bit_length()
     with state.main_process_first():

@@ -1,4 +1,4 @@
-"""What a healing run tells while it runs and leaves behind: a line a step, a progress bar, a plot of the loss."""
+"""The log of a healing run (one JSON line a step), its progress bar, and the plot of its losses."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-_WIDTH, _HEIGHT, _MARGIN = 800, 400, 60
+_WIDTH, _HEIGHT, _MARGIN = 800, 400, 60  # pixels
 
 
 class StepLog:
-    """JSON lines, one a step and one an evaluation, each written once however often the run was killed.
+    """A file of JSON lines, one for each step and each evaluation, each written once however often a run was killed.
 
     Args:
-        path: Continued if it exists; a line that a kill cut short is dropped.
+        path: The file; one that is there is continued, without a last line that a kill cut short.
+
+    Attributes:
+        records: All lines as objects, in order.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,12 +35,12 @@ class StepLog:
         self._rewrite()
 
     def forget_after(self, step: int) -> None:
-        """Drop the end-to-end lines of later steps, which a resumed run takes again."""
+        """Remove end-to-end lines of steps after ``step``, since a resumed run takes those steps again."""
         self.records = [record for record in self.records if "stage" in record or record["step"] <= step]
         self._rewrite()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line; block-by-block lines (those with ``stage``) that are there already are not repeated."""
+        """Append one line, unless it is of block-by-block healing (has a ``stage``) and is there already."""
         if "stage" in record:
             if _key(record) in self._staged:
                 return
@@ -47,7 +50,7 @@ class StepLog:
             file.write(json.dumps(record) + "\n")
 
     def write_once(self, record: Mapping[str, Any]) -> None:
-        """Append one line unless it is there already, from a run that was killed at its very end."""
+        """Append one line unless an equal one is there: a run that was killed at its end may have written it."""
         if dict(record) not in self.records:
             self.write(record)
 
@@ -58,6 +61,7 @@ class StepLog:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file up to the first that is not JSON."""
     if not path.exists():
         return []
     records = []
@@ -70,16 +74,18 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Identity of a line of block-by-block healing."""
     return tuple(record.get(name) for name in ("stage", "block", "epoch", "step"))
 
 
 class Reporter(TrainerCallback):
-    """Times the steps, writes the log and moves the bar; on the main process only.
+    """A callback of the Trainer on the main process: times the steps, writes the log and moves the progress bar.
 
     Args:
+        log: The log to write.
         tokens: Tokens in a step, over all devices.
-        dropout: Probability that the steps are taken with.
-        progress: Show a bar with loss, tokens a second and time left on standard error.
+        dropout: Probability of dropout, for the log.
+        progress: Whether to show a bar on standard error, with loss, tokens a second and time left.
     """
 
     def __init__(self, log: StepLog, tokens: int, dropout: float, progress: bool) -> None:
@@ -133,7 +139,7 @@ class Reporter(TrainerCallback):
 
 
 def loss_plot(records: list[dict[str, Any]]) -> str:
-    """The losses of a log as an SVG: a line for training, circles for validation."""
+    """A plot of a log's losses against steps, as the text of an SVG: a line for training, circles for validation."""
     training = [(r["step"], r["loss"]) for r in records if "loss" in r and "stage" not in r]
     validation = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
     points = training + validation
@@ -160,5 +166,6 @@ def loss_plot(records: list[dict[str, Any]]) -> str:
 
 
 def _axis(low: float, high: float, start: float, end: float) -> Any:
+    """The linear map from [low, high] to the pixels from ``start`` to ``end``."""
     span = (high - low) or 1.0
     return lambda value: start + (value - low) / span * (end - start)

@@ -1,4 +1,4 @@
-"""What a model draws at random while it trains: found, set to one probability, and given back as it was."""
+"""The randomness of a model in training, such as dropout: found, set to one probability, and restored."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-# Substrings of the names that transformers gives to probabilities (attention_dropout, attn_pdrop, drop_prob, …) and to
-# noise on what a router reads. For noise, and for leaving out layers or branches, no one value suits every model.
+# Substrings of the names that transformers gives to probabilities of dropout (attention_dropout, attn_pdrop, drop_prob,
+# …) and to the noise on a router's inputs. Of these the second line names what is switched off instead of set: no one
+# value of router noise, or of the probability that a layer or branch is left out, suits every model.
 _NAMES = ("drop", "jitter")
 _NO_DROPOUT = ("layer", "path", "jitter")
 
 
 class Noise:
-    """Dropout of a model: nn.Dropout modules, and the numbers that modules and configuration hold for functional ones.
+    """All dropout of a model: its ``nn.Dropout`` modules, and the numbers in modules and configurations for functional
+    dropout.
 
     Dropout of activations gets one probability everywhere. Dropout of layers and branches, and jitter of routers, are
-    off.
+    switched off.
 
     Args:
-        probability: Of dropout, from now until :meth:`restore`.
+        model: The model to change, until :meth:`restore`.
+        probability: Probability of dropout.
     """
 
     def __init__(self, model: PreTrainedModel, probability: float) -> None:
@@ -33,7 +36,7 @@ class Noise:
 
     @property
     def of_configuration(self) -> tuple[float, float]:
-        """Smallest and largest probability of dropout that the model came with."""
+        """The smallest and the largest probability of dropout above 0 that the model came with; 0 and 0 without any."""
         values = [
             value for (_, name), value in zip(self._found, self._before, strict=True) if _is_dropout(name) and value
         ]
@@ -41,7 +44,7 @@ class Noise:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Within it nothing is drawn at random."""
+        """Switch all randomness off while the context is open."""
         self._set(0.0)
         try:
             yield
@@ -49,18 +52,18 @@ class Noise:
             self._set(self.probability)
 
     def restore(self) -> None:
-        """Give the model back what it came with."""
+        """Give the model back the probabilities that it came with."""
         for (place, name), value in zip(self._found, self._before, strict=True):
             vars(place)[name] = value
 
     def _set(self, probability: float) -> None:
         for place, name in self._found:
-            # Past the checks of configurations, of which one has a dropout that is declared an integer.
+            # Through vars, past the checks of configurations: one declares its dropout an integer.
             vars(place)[name] = probability if _is_dropout(name) else 0.0
 
 
 def _places(model: PreTrainedModel) -> Iterator[tuple[Any, str]]:
-    """Each object and attribute that holds a probability, once."""
+    """Every object and the name of its attribute that holds a probability, each pair once."""
     configurations: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -74,6 +77,7 @@ def _places(model: PreTrainedModel) -> Iterator[tuple[Any, str]]:
 
 
 def _collect(value: Any, into: dict[int, PreTrainedConfig]) -> None:
+    """Add a configuration, and those that it holds, by their identity."""
     if isinstance(value, PreTrainedConfig) and id(value) not in into:
         into[id(value)] = value
         for inner in vars(value).values():

@@ -1,4 +1,4 @@
-"""What healing leaves behind: a report, and a directory with the model, its log and a plot."""
+"""The report of a healing run, and the directory with the healed model, its log and a plot."""
 
 from __future__ import annotations
 
@@ -21,13 +21,27 @@ from tensorfold.utils.atomic_files import atomic_directory, check_target
 
 @dataclasses.dataclass(frozen=True)
 class HealReport:
-    """What healing did. Losses are cross-entropies in nats a token on the held-out end of the text, None without one.
+    """The result of healing.
 
-    ``steps``: taken end to end, all of them unless patience ended. ``step``: the one whose weights were kept, the best
-    by validation; 0 is before the first. ``tokens``: trained on in all steps. ``kept``: the weights of ``steps``, of
-    ``blocks`` alone, or of the ``start``, where nothing was better than what came in. ``helped``: whether the
-    validation loss is lower than it was; None without a validation split. ``window``: tokens in a sequence, of which
-    the first are ``prefix``, what the tokenizer puts before a document. ``bytes``: of the model where it is stored.
+    Attributes:
+        steps: Steps taken end to end; fewer than the settings ask for where patience ended.
+        step: The step whose weights were kept; 0 is before the first.
+        tokens: Tokens trained on in all steps.
+        validation_loss_before: Cross-entropy on the held-out end of the text before healing, in nats a token; None
+            without a validation split.
+        validation_loss: That cross-entropy after healing.
+        text: Name of the training text.
+        seconds: Wall time.
+        parameters: Parameters of the model.
+        trained_parameters: Parameters that were trained.
+        blockwise: Report of block-by-block healing; None without it.
+        out: Directory that was written; None without one.
+        kept: Whose weights were kept: those of ``steps``, of ``blocks`` alone, or of the ``start``, where nothing was
+            better.
+        helped: Whether the validation loss is lower than before; None without a validation split.
+        window: Tokens in a window.
+        prefix: Token ids that every window begins with: what the tokenizer puts before a document.
+        bytes: Bytes of the model in its files.
     """
 
     steps: int
@@ -51,7 +65,7 @@ class HealReport:
         object.__setattr__(self, "prefix", tuple(self.prefix))  # JSON gives a list
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
+        """Plain values under the field names, ready for JSON."""
         return {**dataclasses.asdict(self), "prefix": list(self.prefix)}
 
     def __str__(self) -> str:
@@ -75,7 +89,10 @@ class HealReport:
 
 
 def card_of(directory: Path) -> dict[str, Any]:
-    """The ``tensorfold.json`` of a directory, empty where there is none to read; without a ``heal`` that is none."""
+    """The card in a model's directory, ``tensorfold.json``; empty where there is none that can be read.
+
+    A ``heal`` entry that is not the report of a healing run is replaced by None.
+    """
     try:
         card = json.loads((directory / "tensorfold.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -89,7 +106,16 @@ def card_of(directory: Path) -> dict[str, Any]:
 
 
 def finished(target: Path, identity: Mapping[str, Any], model: PreTrainedModel) -> HealReport:
-    """The report of a run that was over already, with its weights in ``model``."""
+    """The report of a run that finished before, whose weights are loaded into ``model``.
+
+    Args:
+        target: Directory that the run wrote.
+        identity: Identity of this call.
+        model: The model that was to be healed.
+
+    Raises:
+        InputError: The directory was written by a run with another identity.
+    """
     done = card_of(target)["heal"]
     if done.get("identity") != digest(identity):
         check_target(target)
@@ -103,7 +129,19 @@ def finished(target: Path, identity: Mapping[str, Any], model: PreTrainedModel) 
 
 
 def write(target: Path, work: Path, model: PreTrainedModel, tokenizer: Any, card: dict[str, Any]) -> None:
-    """Model, log and plot at once; the working directory goes when they are there."""
+    """Write the healed model, the log and the plot into a directory, then remove the working directory.
+
+    Args:
+        target: Directory to write, whole or not at all.
+        work: The run's working directory.
+        model: The healed model.
+        tokenizer: Its tokenizer.
+        card: Its card.
+
+    Raises:
+        InputError: ``target`` is not empty, or cannot be created.
+        TensorfoldError: The disk is full.
+    """
     with atomic_directory(target) as partial:
         save(model, tokenizer, partial / "model", card)
         for path in (partial / "model").iterdir():

@@ -1,4 +1,4 @@
-"""Settings to an end-to-end run: what trains, on which windows in which order, with which ``TrainingArguments``."""
+"""The set-up of end-to-end healing from its settings: what trains, on which windows, with which arguments."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ from tensorfold.errors import InputError
 from tensorfold.nn import FoldedModule, FoldedTable
 from tensorfold.recipes.settings import HealSettings
 
-_FEWEST_VALIDATED = 64
+_FEWEST_VALIDATED = 64  # windows
 
 
 def choose_trained(model: PreTrainedModel, settings: HealSettings) -> list[nn.Parameter]:
-    """Set ``requires_grad`` as ``settings.train`` and ``freeze_scalars`` ask, and return what trains.
+    """Set ``requires_grad`` of a model's parameters by ``settings.train`` and ``settings.freeze_scalars``.
 
-    ``cores``: parameters of folded modules. ``all-but-embeddings``: not the tables of tokens and positions, nor a head
-    that is tied to one.
+    ``cores`` are the parameters of folded modules; ``all-but-embeddings`` leaves out the tables of tokens and
+    positions, and a head that is tied to one.
+
+    Returns:
+        The parameters that are trained.
 
     Raises:
-        InputError: Nothing is left to train.
+        InputError: There are none.
     """
     folded = [module for module in model.modules() if isinstance(module, FoldedModule)]
     cores = {id(parameter) for module in folded for parameter in module.parameters()}
@@ -51,12 +54,12 @@ def choose_trained(model: PreTrainedModel, settings: HealSettings) -> list[nn.Pa
 
 
 def uses_fsdp() -> bool:
-    """Whether ``accelerate launch`` was configured to shard."""
+    """Whether ``accelerate launch`` was configured to shard the model (FSDP)."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def uses_cpu() -> bool:
-    """Whether to train on the CPU: there is nothing else, or ``ACCELERATE_USE_CPU`` asks for it."""
+    """Whether to train on the CPU: there is no accelerator, or ``ACCELERATE_USE_CPU`` asks for the CPU."""
     return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
 
 
@@ -93,10 +96,10 @@ class RunOrder(Sampler[int]):
 
 
 def micro_batch(settings: HealSettings, processes: int) -> int:
-    """Sequences in one forward pass on one of ``processes`` devices.
+    """How many windows one forward pass on one device takes.
 
     Raises:
-        InputError: The batch cannot be split that way.
+        InputError: The batch is no multiple of ``processes`` times that number.
     """
     size = settings.micro_batch or settings.batch // processes
     if not size or settings.batch % (size * processes):
@@ -108,7 +111,10 @@ def micro_batch(settings: HealSettings, processes: int) -> int:
 
 
 def intervals(settings: HealSettings) -> tuple[int, int]:
-    """Steps between evaluations and between checkpoints: a tenth of the run where not set, and every evaluation."""
+    """Steps between evaluations, and steps between checkpoints.
+
+    Where they are not set, there are ten evaluations in a run and a checkpoint at each.
+    """
     evaluate = settings.evaluate_every or max(1, settings.steps // 10)
     return evaluate, settings.save_every or evaluate
 
@@ -125,7 +131,18 @@ def validation_subset(windows: TokenWindows, settings: HealSettings) -> Subset[d
 def arguments(
     settings: HealSettings, work: Path, processes: int, validates: bool, report_to: str | list[str]
 ) -> TrainingArguments:
-    """The ``TrainingArguments`` that a :class:`HealSettings` stands for."""
+    """The ``TrainingArguments`` for a run.
+
+    Args:
+        settings: Settings of the run.
+        work: Its working directory.
+        processes: How many processes train.
+        validates: Whether there are windows to validate on.
+        report_to: Reporters of the Trainer.
+
+    Raises:
+        InputError: The batch cannot be divided among the processes.
+    """
     micro = micro_batch(settings, processes)
     evaluate, save = intervals(settings)
     schedules: dict[str, tuple[str, dict[str, float]]] = {
@@ -134,7 +151,7 @@ def arguments(
         "constant": ("constant_with_warmup", {}),
     }
     schedule, options = schedules[settings.schedule]
-    # transformers renamed it in 5.x, and warns about the former name.
+    # The name differs between releases 5.x of transformers, of which the later ones warn about the former name.
     known = {field.name for field in fields(TrainingArguments)}
     prefix = "activation" if "activation_checkpointing" in known else "gradient"
     checkpointing: dict[str, Any] = {

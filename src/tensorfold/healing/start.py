@@ -1,4 +1,4 @@
-"""The model as it came in: kept on disk while it is trained, and what training changes besides the weights."""
+"""The state of a model before healing: its weights, kept on disk, and everything else that training changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ _FILE = "model.safetensors"
 
 
 class Start:
-    """The weights before the first step, in a sealed directory, which the main process writes.
+    """The weights of a model before healing, kept in a directory with checksums.
+
+    The main process writes the directory, unless an intact one is there from a run that was killed.
+
+    Args:
+        model: The model to be healed.
+        directory: Directory for its weights.
+        state: The processes of the run.
 
     Raises:
         TensorfoldError: The disk is full.
@@ -33,13 +40,20 @@ class Start:
         state.wait_for_everyone()
 
     def give(self, model: PreTrainedModel) -> None:
-        """Put them into a model of the same structure."""
+        """Load the weights into a model of the same structure."""
         model.load_state_dict(load_file(self._directory / _FILE), strict=False)
 
 
 @torch.no_grad()
 def round_to(model: nn.Module, dtypes: Mapping[int, torch.dtype]) -> bool:
-    """Round each parameter to what it will be stored in, by ``id``; whether that is anything else than it is in now."""
+    """Round each parameter to the dtype that it will be stored in, leaving it in the dtype that it has.
+
+    Args:
+        dtypes: Dtype to round to, by the ``id`` of the parameter.
+
+    Returns:
+        Whether any parameter has another dtype now than it will be stored in.
+    """
     narrower = [p for p in model.parameters() if p.dtype != dtypes[id(p)]]
     for parameter in narrower:
         parameter.copy_(parameter.to(dtypes[id(parameter)]))
@@ -48,10 +62,13 @@ def round_to(model: nn.Module, dtypes: Mapping[int, torch.dtype]) -> bool:
 
 @contextmanager
 def as_before(model: PreTrainedModel, restore: bool) -> Iterator[None]:
-    """Give back what training changes besides the weights: precision, place, mode, cache, what requires gradients.
+    """Restore, at the end of the ``with`` block, what training changes beside the values of weights.
+
+    That is dtype and device of parameters and buffers, which of them require gradients, the mode of every module, and
+    ``use_cache`` of the configuration.
 
     Args:
-        restore: False for a model that is sharded meanwhile, of which only the configuration is given back.
+        restore: Whether to restore more than the configuration; not possible for a model that is sharded meanwhile.
     """
     cached = model.config.use_cache
     modes = [(module, module.training) for module in model.modules()]

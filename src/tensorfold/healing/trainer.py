@@ -1,4 +1,4 @@
-"""End-to-end healing: the loop of transformers' ``Trainer`` with our loss, our order of data and our checkpoints."""
+"""The ``Trainer`` of transformers with the loss, the order of windows and the checkpoints of healing."""
 
 from __future__ import annotations
 
@@ -28,13 +28,23 @@ from tensorfold.recipes.settings import HealSettings
 
 
 class HealTrainer(Trainer):
-    """``Trainer`` with the loss of :class:`HealLoss`, the order of :class:`RunOrder` and sealed checkpoints.
+    """The training loop of end-to-end healing.
 
-    Validation is the cross-entropy of held-out blocks, whatever the training loss; its best step is checkpointed,
-    unless that is the state before the first.
+    It minimises :class:`HealLoss` over windows in the order of :class:`RunOrder`, and writes checkpoints that are whole
+    and have checksums. Validation is the cross-entropy of held-out windows, whatever the training loss; the best step
+    by it is checkpointed, unless it is the state before the first step.
+
+    Args:
+        model: The student.
+        args: Arguments of the Trainer, see :func:`tensorfold.healing.setup.arguments`.
+        settings: Settings of the run.
+        loss: The loss.
+        train: Windows to train on.
+        validation: Windows to validate on; None for none.
+        callbacks: Callbacks of the Trainer.
     """
 
-    # The loss is a mean over equal micro-batches, which the Trainer divides by their number.
+    # Each micro-batch gives a mean over equally many tokens; the Trainer divides their sum by their number.
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -56,12 +66,13 @@ class HealTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
 
     def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, and turn FSDP on where it was configured for processes on CPUs."""
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
-        # accelerate reads FSDP's configuration on accelerators only, and would train with DDP on CPUs in silence.
+        # accelerate reads the configuration of FSDP on accelerators only, and would train with DDP on CPUs instead.
         if state.distributed_type == DistributedType.MULTI_CPU and uses_fsdp():
             state.fsdp_plugin = FullyShardedDataParallelPlugin()
-            # The first holds for this object, the second for those that are made from the shared state later.
+            # Set twice: for this object, and for objects that are made from the shared state later.
             state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
 
@@ -71,7 +82,7 @@ class HealTrainer(Trainer):
         return RunOrder(len(self.train_dataset), sequences, settings.seed, draws=settings.windows == "random")
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices and cores; biases, norms and scalars are vectors."""
+        """Names of the parameters with weight decay: matrices and cores, but no vectors (biases, norms, scalars)."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,12 +91,13 @@ class HealTrainer(Trainer):
 
     def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, *rest: Any) -> tuple[int, int]:
         trained = super()._init_training_state(max_steps, per_epoch, epochs, *rest)
-        # A run that patience had ended before it was killed has no step left.
+        # A resumed run that patience had ended already takes no further step.
         return (epochs, 0) if self._out_of_patience() else trained
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """The loss of one micro-batch; its terms are added up for the step's log."""
         loss, parts = self.heal_loss(model, self._teach, inputs["input_ids"], inputs.get("labels"))
         for name, part in parts.items():
             self._parts[name] = self._parts.get(name, 0) + part / self.current_gradient_accumulation_steps
@@ -99,21 +111,22 @@ class HealTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
+        """The cross-entropy of a batch of windows for validation; the accuracy of each window is noted."""
         given = self._prepare_inputs(inputs)
         labels = given["labels"]
-        first = max(1, int((labels[0] < 0).sum()))  # to be predicted
+        first = max(1, int((labels[0] < 0).sum()))  # index of the first token that is predicted
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(input_ids=given["input_ids"], use_cache=False).logits
             self._right.append((logits[:, first - 1 : -1].argmax(-1) == labels[:, first:]).float().mean(-1))
             return cross_entropy(logits, labels), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss's terms to a step's entry and the accuracy to an evaluation's.
+        """Add the terms of the loss to the entry of a step, and the accuracy to that of an evaluation.
 
-        The state, which every checkpoint carries, keeps evaluations only.
+        The Trainer's state, which every checkpoint holds, keeps the entries of evaluations only.
 
         Raises:
-            TensorfoldError: The loss is not a number.
+            TensorfoldError: The loss is NaN or infinite.
         """
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
@@ -133,7 +146,7 @@ class HealTrainer(Trainer):
             self.state.log_history.pop()
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Before the first step too: what came in is the first that can be best."""
+        """Evaluate; before the first step the result is noted as the best so far."""
         metrics = super()._evaluate(*args, **kwargs)
         if not self.state.global_step:
             self.state.best_metric, self.state.best_global_step = metrics["eval_loss"], 0
@@ -180,7 +193,7 @@ class HealTrainer(Trainer):
 
     @contextmanager
     def _writing_together(self, target: Path) -> Iterator[Path]:
-        """One partial directory for all processes, which the main one seals."""
+        """Yield one temporary directory to all processes, which the main one turns into ``target`` at the end."""
         with ExitStack() as stack:
             path = [str(stack.enter_context(sealed(target))) if self.is_world_process_zero() else ""]
             if self.args.world_size > 1:
@@ -188,7 +201,7 @@ class HealTrainer(Trainer):
             yield Path(path[0])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The weights as the model holds them; FSDP writes its own shards beside the optimizer's."""
+        """Write the model's weights; under FSDP the Trainer writes shards itself."""
         if self.is_fsdp_enabled or not self.is_world_process_zero():
             return
         assert output_dir is not None
@@ -199,7 +212,8 @@ class HealTrainer(Trainer):
         missing = set(load_result.missing_keys) - set(self.model.state_dict().keys() - own_tensors(self.model).keys())
         if missing or load_result.unexpected_keys:
             raise TensorfoldError(
-                f"heal: the checkpoint lacks {sorted(missing)} and has the unexpected {load_result.unexpected_keys}."
+                f"heal: the checkpoint lacks {sorted(missing)}, and holds {load_result.unexpected_keys} that the model "
+                "does not have; remove the working directory to begin anew."
             )
 
     def load_step(self, path: Path) -> None:
@@ -208,12 +222,12 @@ class HealTrainer(Trainer):
         self._load_best_model()
 
     def plain_model(self) -> nn.Module:
-        """The model without what accelerate put around it."""
+        """The model without the wrappers of accelerate."""
         return self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model with every tied tensor once, under its first name."""
+    """The tensors of a model's state by name, tied ones once under their first name."""
     once: dict[int, str] = {}
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
@@ -223,10 +237,11 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _as_accelerate_takes_it(model: PreTrainedModel | None) -> Iterator[None]:
-    """Let accelerate shard whole blocks, and see that a folded embedding and its head share their cores.
+    """Make a folded model look, for the ``with`` block, as accelerate needs it for sharding.
 
-    It wraps what a device map may not part, which folded modules are too, and compares ``weight`` to find ties. It
-    would shard the two ends apart otherwise, which FSDP2 refuses.
+    accelerate wraps the classes that a device map may not divide, among which folded modules are: they are left out, so
+    that whole blocks are wrapped. It finds ties by comparing ``weight``: a folded table and its head get one, since
+    they share cores, and FSDP2 refuses to shard them apart.
     """
     if model is None:
         yield
@@ -249,5 +264,5 @@ def _as_accelerate_takes_it(model: PreTrainedModel | None) -> Iterator[None]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The Trainer's state in a checkpoint."""
+    """The Trainer's state in a checkpoint, as its JSON values."""
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
