@@ -8,7 +8,7 @@ import yaml
 
 import tensorfold
 from tensorfold.cli.main import app
-from tensorfold.cli.options import NEEDS
+from tensorfold.cli.needs import NEEDS
 from tensorfold.errors import InputError
 from tensorfold.methods.base import METHODS
 from tensorfold.recipes.settings import BENCH_NEEDS, HEAL_NEEDS, BenchSettings, HealSettings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """What the command ``tensorfold`` runs; see :func:`tensorfold.cli.main.run`."""
+    """Run the command ``tensorfold``; see :func:`tensorfold.cli.main.run`."""
     from tensorfold.cli.main import run as run_main
 
     run_main(arguments)

@@ -1,8 +1,7 @@
-"""``tensorfold bench``: how fast and how large a folded model is, beside what it could be instead."""
+"""``tensorfold bench``: time and memory of a folded model beside the dense model and other libraries."""
 
 from __future__ import annotations
 
-import json
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -10,61 +9,60 @@ from typing import Annotated, Any
 
 import typer
 
+from tensorfold.cli.options import Dtype, Json, Model
+from tensorfold.cli.output import emit
 from tensorfold.errors import InputError
 
 
 class WayChoice(StrEnum):
-    """How every folded layer is to be applied."""
+    """Ways to apply a folded layer: along the chain of its cores, or as the dense matrix built from them."""
 
     chain = "chain"
     materialise = "materialise"
 
 
-class DtypeChoice(StrEnum):
-    """Types that weights can be converted to."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float64 = "float64"
-
-
 def bench(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hub id, local directory, .gguf file, or smollm2-135m.")
-    ],
+    model: Model,
     against: Annotated[
         str | None,
         typer.Option("--against", metavar="MODEL", help="The dense model. Default: MODEL itself, multiplied out."),
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option("--tokens", help="Numbers of tokens for single layers [1,16,128,1024,4096].")
+        str | None,
+        typer.Option("--tokens", help="Numbers of tokens at which single layers are timed [1,16,128,1024,4096]."),
     ] = None,
     prefill: Annotated[
         int | None,
         typer.Option("--prefill", min=1, help="Tokens of the prompt [512, or what the context has room for]."),
     ] = None,
-    decode: Annotated[int | None, typer.Option("--decode", min=1, help="Tokens generated after it [32].")] = None,
-    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Samples of everything [7].")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: torch's own choice.")] = None,
-    dtype: Annotated[DtypeChoice | None, typer.Option("--dtype", help="Of the weights. Default: as stored.")] = None,
+    decode: Annotated[
+        int | None, typer.Option("--decode", min=1, help="Tokens generated after the prompt [32].")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=1, help="Measurements of everything, taken in turn [7].")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads of torch. Default: its own choice.")
+    ] = None,
+    dtype: Dtype = None,
     way: Annotated[
         WayChoice | None,
-        typer.Option("--way", help="Apply folded layers so. Default: what each chooses by the number of tokens."),
+        typer.Option("--way", help="How to apply folded layers. Default: what each chooses by the number of tokens."),
     ] = None,
     memory: Annotated[
-        bool, typer.Option("--memory/--no-memory", help="Measure peak memory, of whole models in processes of its own.")
+        bool,
+        typer.Option(
+            "--memory/--no-memory", help="Measure peak memory as well, of each whole model in a process of its own."
+        ),
     ] = True,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw speed-up against number of tokens to this .svg, .png or .pdf.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Measure speed and memory beside the dense model, the matrix built in every forward, and other libraries.
+    """Measure time and memory beside the dense model, the matrix built in every forward pass, and other libraries.
 
-    Times mean something on a machine that does nothing else; ratios, of runs taken in turn, suffer less.
+    Take times on a machine that does nothing else; ratios are less sensitive, since measurements are taken in turn.
     """
     given: dict[str, Any] = {
         "tokens": None if tokens is None else _numbers(tokens),
@@ -93,11 +91,11 @@ def bench(
         from tensorfold.benchmark.plot import draw
 
         draw(report, plot)
-    typer.echo(json.dumps(report.to_dict()) if as_json else str(report))
+    emit(as_json, report.to_dict(), report.__str__)
 
 
 def _check_folded(model: str) -> None:
-    """Raise :class:`InputError` for a model without folded layers, by its configuration."""
+    """Raise :class:`InputError` for a model whose configuration names no folded layers."""
     from tensorfold.hf.sources import find_model
 
     if getattr(find_model(model).config(), "quantization_config", None) is None:
@@ -105,10 +103,10 @@ def _check_folded(model: str) -> None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """``1,16,128`` as numbers.
+    """The whole numbers in a list such as ``1,16,128``.
 
     Raises:
-        InputError: It is no such list.
+        InputError: An entry is no whole number of at least 1.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):

@@ -1,4 +1,4 @@
-"""The demo: fold the real SmolLM2-135M and show what it gained and what it cost."""
+"""The demo: SmolLM2-135M folded, and its size and quality before and after."""
 
 from __future__ import annotations
 
@@ -25,11 +25,16 @@ from tensorfold.recipes.recipe import Recipe
 from tensorfold.utils.atomic_files import check_target
 
 PROMPT = "The most important thing about a good tool is"
-MAX_TOKENS = 16_384
+MAX_TOKENS = 16_384  # of the text that both models are evaluated on
 
 
 def run_demo(out: Path) -> None:
-    """Fold ``smollm2-135m`` by the recipe ``demo``, print sizes, perplexity and a sentence, and write ``out``."""
+    """Fold ``smollm2-135m`` by the recipe ``demo``, print sizes, perplexities and a sentence, and write ``out``.
+
+    Raises:
+        InputError: ``out`` holds something else than an earlier demo, or the carrier of the model is not installed.
+        TensorfoldError: The disk is full.
+    """
     console = Console()
     started = time.monotonic()
     replace = _is_of_a_demo(out)
@@ -101,7 +106,7 @@ def run_demo(out: Path) -> None:
 
 
 def _is_of_a_demo(out: Path) -> bool:
-    """Whether the directory is what an earlier demo wrote; nothing else is ever replaced."""
+    """Whether an earlier demo wrote the directory, which alone may be replaced."""
     try:
         return json.loads((out / "tensorfold.json").read_text(encoding="utf-8")).get("recipe") == "demo"
     except (OSError, ValueError, AttributeError):

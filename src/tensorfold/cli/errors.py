@@ -1,4 +1,4 @@
-"""How the command line ends where something is wrong: one line, and an exit status."""
+"""Errors as the command line shows them: one line on standard error, and an exit status."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tensorfold.utils.atomic_files import is_disk_full
 
 _LONGEST = 1200  # characters of a message
 
-# By command: what takes less memory.
+# What to do with less memory, by command.
 _LESS_MEMORY = {
     "fold": "fold with fewer --tokens, a lower --effort or without --calibrate, or fold fewer --targets",
     "heal": "lower --micro-batch or --block, or set precision=bf16 or gradient_checkpointing=true with --set; block by "
@@ -21,20 +21,28 @@ _LESS_MEMORY = {
 
 
 def can_be_put_right(error: Exception) -> bool:
-    """Whether the caller must change something first: the input, the command line, or the room on the disk."""
+    """Whether the user can remove the cause (exit status 2): the input, the command line, or a full disk."""
     if is_out_of_memory(error):
         return False
     return isinstance(error, InputError) or _usage_message(error) is not None or is_disk_full(error)
 
 
 def _usage_message(error: Exception) -> str | None:
-    """What the argument parser says, if it raised this; typer may carry its own click, so no class can be named."""
+    """The message of an error of the argument parser; None for other errors.
+
+    Such errors are known by their method, not their class: typer may carry a copy of click of its own.
+    """
     message = getattr(error, "format_message", None)
     return message() if message else None
 
 
 def explain(error: Exception, command: str = "") -> str:
-    """What went wrong in ``command``, and what to do about it."""
+    """The message for an error: what went wrong, and what to do about it.
+
+    Args:
+        error: The error.
+        command: The command that it ended, for advice on memory.
+    """
     usage = _usage_message(error)
     if usage is not None:
         context = getattr(error, "ctx", None)
@@ -50,7 +58,7 @@ def explain(error: Exception, command: str = "") -> str:
 
 
 def check_encoding(arguments: list[str]) -> None:
-    """Raise :class:`InputError` for an argument that is not UTF-8: no path, prompt or name of ours can hold it."""
+    """Raise :class:`InputError` for an argument that is not UTF-8, which no path, prompt or name can hold here."""
     for argument in arguments:
         try:
             argument.encode()
@@ -59,6 +67,9 @@ def check_encoding(arguments: list[str]) -> None:
 
 
 def line(message: str) -> str:
-    """One line; of a message that quotes endless input, the beginning and the end. Lone surrogates are escaped."""
+    """A message on one line, its middle left out where it is longer than 1200 characters.
+
+    Lone surrogates are escaped.
+    """
     words = " ".join(message.encode(errors="backslashreplace").decode().split())
     return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 300]} […] {words[-200:]}"

@@ -1,14 +1,14 @@
-"""``tensorfold eval``: what a model is judged by, from options or a recipe."""
+"""``tensorfold eval``: a model's quality by a named protocol, on a text that options or a recipe name."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensorfold.cli.bench import DtypeChoice
+from tensorfold.cli.options import TEXT_HELP, Dtype, Json, ModelOrRecipe
+from tensorfold.cli.output import emit
 from tensorfold.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,18 +16,8 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]", help="Hub id, local directory, .gguf file, or smollm2-135m. Default: the recipe's."
-        ),
-    ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            "--text", help="File, .jsonl, directory, or a named text such as wikitext-2. Default: the recipe's."
-        ),
-    ] = None,
+    model: ModelOrRecipe = None,
+    text: Annotated[str | None, typer.Option("--text", help=f"{TEXT_HELP} Default: the recipe's.")] = None,
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -35,26 +25,25 @@ def evaluate(
             help="hf-1024, hf-512, krony, svd-llm, lambada, disjoint-N, or lm-eval. Default: the recipe's, or hf-1024.",
         ),
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Use only the first this many.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="How many tokens of the text, from its beginning. Default: all.")
+    ] = None,
     tasks: Annotated[
-        str | None, typer.Option("--tasks", help="Of lm-eval, comma-separated: wikitext, lambada_openai, …")
+        str | None, typer.Option("--tasks", help="Tasks of lm-eval, comma-separated: wikitext, lambada_openai, …")
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option("--include-path", help="Of lm-eval: a directory with YAML files of further tasks.")
+        Path | None, typer.Option("--include-path", help="Directory with YAML files of further tasks for lm-eval.")
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", help="Judge by its 'eval' section, where no option says otherwise.")
+        str | None,
+        typer.Option("--recipe", help="Take text and protocol from its 'eval' section, where no option gives them."),
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Of lm-eval: documents of each task, at most.")] = None,
-    dtype: Annotated[
-        DtypeChoice | None, typer.Option("--dtype", help="Load the weights in this type. Default: as stored.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Most documents of each task of lm-eval.")] = None,
+    dtype: Dtype = None,
     record: Annotated[
-        bool, typer.Option("--record", help="Note the result in the model's directory, for tensorfold report.")
+        bool, typer.Option("--record", help="Record the result in the model's directory, for tensorfold report.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure perplexity and accuracy by a named protocol."""
     from tensorfold.evaluation.perplexity import check_judge
@@ -92,14 +81,14 @@ def evaluate(
     result = measure(loaded, source.tokenizer(), protocol=protocol, **judge)
     if record:
         record_evaluation(model, result.to_dict())
-    typer.echo(json.dumps(result.to_dict()) if as_json else str(result))
+    emit(as_json, result.to_dict(), result.__str__)
 
 
 def _judge_of(recipe: str) -> Recipe:
-    """A recipe that says how a model is judged.
+    """A recipe with an ``eval`` section.
 
     Raises:
-        InputError: It does not.
+        InputError: It has none, or cannot be read.
     """
     from tensorfold.recipes.recipe import Recipe
 

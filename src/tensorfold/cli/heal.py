@@ -1,9 +1,8 @@
-"""``tensorfold heal``: its options, and how they, a recipe and ``--set`` make one set of settings."""
+"""``tensorfold heal``: training of a folded model, with settings from options, a recipe and ``--set``."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from tensorfold.cli.bench import DtypeChoice
+from tensorfold.cli.options import DtypeChoice, Json
+from tensorfold.cli.output import emit
 from tensorfold.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,13 +24,13 @@ def heal(
         list[str] | None,
         typer.Option("--train", help="Text to train on; give it again for more. Default: the recipe's."),
     ] = None,
-    teacher: Annotated[str | None, typer.Option("--teacher", help="The dense model, to be distilled from.")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="The dense model, to distil from.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Directory to write [DIR-healed]; checkpoints lie in OUT.heal.")
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", help="Its 'heal' settings; stages before the last stay in OUT.stage-N."),
+        typer.Option("--recipe", help="Take its 'heal' settings; stages before the last stay in OUT.stage-N."),
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps end to end.")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")] = None,
@@ -38,7 +38,8 @@ def heal(
     micro_batch: Annotated[int | None, typer.Option("--micro-batch", help="Sequences in one forward pass.")] = None,
     block: Annotated[int | None, typer.Option("--block", help="Tokens in a sequence.")] = None,
     blockwise_tokens: Annotated[
-        int | None, typer.Option("--blockwise-tokens", help="First fit each block to the teacher's on so many tokens.")
+        int | None,
+        typer.Option("--blockwise-tokens", help="First fit each block to the teacher's, on this many tokens."),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, as in a recipe.")
@@ -47,9 +48,7 @@ def heal(
     dtype: Annotated[
         DtypeChoice | None, typer.Option("--dtype", help="Load model and teacher in this type. Default: as stored.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Train a folded model to win quality back. Killed and started again, it goes on from its last checkpoint."""
     given = {
@@ -97,13 +96,21 @@ def heal(
         )
         started_from = stage
     if PartialState().is_main_process:
-        typer.echo(json.dumps(report.to_dict()) if as_json else str(report))
+        emit(as_json, report.to_dict(), report.__str__)
         if recipe is not None and Recipe.load(recipe).eval is not None:
             typer.echo(f"how the recipe judges it: tensorfold eval {target} --recipe {recipe}", err=True)
 
 
 def _chosen(pairs: list[str], given: dict[str, Any]) -> dict[str, Any]:
-    """The settings that options of their own and ``--set`` choose, each once."""
+    """The settings that are chosen on the command line, by name.
+
+    Args:
+        pairs: Values of ``--set``, such as ``kl=1``.
+        given: Settings that have an option of their own.
+
+    Raises:
+        InputError: A pair is not KEY=VALUE, a key is unknown, or a setting is chosen twice.
+    """
     from tensorfold.recipes.settings import HealSettings
     from tensorfold.utils.validation import check_keys
 
@@ -125,10 +132,15 @@ def _chosen(pairs: list[str], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stages(recipe: str | None, chosen: dict[str, Any], teacher: bool) -> list[tuple[HealSettings, dict[str, Any]]]:
-    """The settings of each stage of a recipe, or the defaults, and those of the ``chosen`` ones that change it.
+    """The stages of a recipe, or one with the defaults: settings, and which of the ``chosen`` ones replace some.
+
+    Args:
+        recipe: Name or file of the recipe; None for the defaults.
+        chosen: Settings chosen on the command line, by name.
+        teacher: Whether a teacher is given.
 
     Raises:
-        InputError: The recipe has none, or one that is chosen cannot be had, or does nothing in any stage.
+        InputError: The recipe has no stages, or a chosen setting is out of range or has no effect in any stage.
     """
     from tensorfold.recipes.recipe import Recipe
     from tensorfold.recipes.settings import HEAL_NEEDS, HealSettings

@@ -1,121 +1,46 @@
-"""What every option of every command needs to have an effect; one that was given without it is an error."""
+"""Options that several commands have, each with its one help text; commands keep their own options to themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from enum import StrEnum
+from typing import Annotated
 
-from typer.core import TyperCommand
+import typer
 
-from tensorfold.utils.effects import ALWAYS, Need, Needs, check_effects
-
-Values = Mapping[str, Any]
-
-_NO_RECIPE = Need("--keep; a recipe names its own targets, edit it", lambda given: given["recipe"] is None)
-_NO_EFFORT = Need(
-    "--keep; in a recipe, effort belongs to entries of method: auto", lambda given: given["recipe"] is None
-)
-_HARNESS = Need("--protocol lm-eval", lambda given: given["protocol"] == "lm-eval")
-_TEXT_PROTOCOL = Need("a protocol that reads a text, not lm-eval", lambda given: given["protocol"] != "lm-eval")
-_SAMPLING = Need("a --temperature above 0", lambda given: given["temperature"] > 0)
-_SAMPLES = Need("samples; leave out --no-samples", lambda given: given["samples"])
-_NAME = Need("the name of a shipped recipe", lambda given: given["name"] is not None)
+MODEL_HELP = "Hub id, local directory, .gguf file, or smollm2-135m."
+TEXT_HELP = "File, .jsonl, directory, or a named text such as wikitext-2 or python-docs."
 
 
-def _calibrates(given: Values) -> bool:
-    """Whether a fold has calibration text, by its options and its recipe."""
-    if given["calibrate"] is not None or given["recipe"] is None:
-        return given["calibrate"] not in (None, "none")
-    from tensorfold.recipes.recipe import Recipe
+class DtypeChoice(StrEnum):
+    """Dtypes that weights can be converted to."""
 
-    return Recipe.load(given["recipe"]).calibrate is not None
-
-
-_CALIBRATION = Need("calibration text: --calibrate TEXT", _calibrates)
-
-_MODEL = {"model": ALWAYS, "as_json": ALWAYS}
-_RECIPE = {"recipe": ALWAYS, "keep": ALWAYS, "targets": (_NO_RECIPE,), "untie": ALWAYS}
-
-# By command and parameter. What depends on the model itself is checked where it is known, see tensorfold.utils.effects.
-NEEDS: Mapping[str, Needs] = {
-    "plan": {**_MODEL, **_RECIPE, "shapes": ALWAYS},
-    "fold": {
-        **_MODEL,
-        **_RECIPE,
-        "out": ALWAYS,
-        "dtype": ALWAYS,
-        "effort": (_NO_EFFORT, _CALIBRATION),
-        "calibrate": ALWAYS,
-        "tokens": (_CALIBRATION,),
-    },
-    "heal": {
-        **_MODEL,
-        **dict.fromkeys(("train", "teacher", "out", "recipe", "report_to", "dtype"), ALWAYS),
-        # Settings of healing, checked together with a recipe's: tensorfold.recipes.settings.HEAL_NEEDS.
-        **dict.fromkeys(("steps", "lr", "batch", "micro_batch", "block", "blockwise_tokens", "set_"), ALWAYS),
-    },
-    "eval": {
-        **_MODEL,
-        "recipe": ALWAYS,
-        "protocol": ALWAYS,
-        "record": ALWAYS,
-        "dtype": ALWAYS,
-        "text": (_TEXT_PROTOCOL,),
-        "max_tokens": (_TEXT_PROTOCOL,),
-        "tasks": (_HARNESS,),
-        "include_path": (_HARNESS,),
-        "limit": (_HARNESS,),
-    },
-    "bench": {
-        **_MODEL,
-        **dict.fromkeys(("against", "prefill", "decode", "rounds", "threads", "dtype", "memory", "plot"), ALWAYS),
-        # Settings of single folded layers, checked once it is known whether there are any: settings.BENCH_NEEDS.
-        **dict.fromkeys(("tokens", "way"), ALWAYS),
-    },
-    "export": {**_MODEL, "to": ALWAYS, "out": ALWAYS},
-    "sample": {
-        **_MODEL,
-        "prompt": ALWAYS,
-        "tokens": ALWAYS,
-        "dtype": ALWAYS,
-        "temperature": ALWAYS,
-        "top_k": (_SAMPLING,),
-        "seed": (_SAMPLING,),
-    },
-    "report": {
-        "directories": ALWAYS,
-        "out": ALWAYS,
-        "prompt": (_SAMPLES,),
-        "tokens": (_SAMPLES,),
-        "samples": ALWAYS,
-        "as_json": ALWAYS,
-    },
-    "push": {
-        "directory": ALWAYS,
-        "repo": ALWAYS,
-        "private": ALWAYS,  # a dry run is given what the upload will be given
-        "dry_run": ALWAYS,
-        "as_json": ALWAYS,
-    },
-    "recipes": {"name": ALWAYS, "copy": (_NAME,)},
-    "demo": {"out": ALWAYS},
-}
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
 
 
-class Command(TyperCommand):
-    """A command that refuses options without an effect before it does anything."""
-
-    def invoke(self, ctx: Any) -> Any:
-        given = [name for name in ctx.params if _was_given(ctx, name)]
-        check_effects(str(self.name), given, ctx.params, NEEDS[str(self.name)], self._shown)
-        return super().invoke(ctx)
-
-    def _shown(self, name: str) -> str:
-        """An option as it is typed; an argument by its name."""
-        parameter = next(parameter for parameter in self.params if parameter.name == name)
-        return max(parameter.opts, key=len)
-
-
-def _was_given(ctx: Any, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+ModelOrRecipe = Annotated[str | None, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Default: the recipe's.")]
+RecipeName = Annotated[str | None, typer.Option("--recipe", help="A shipped recipe's name, or a YAML file.")]
+Keep = Annotated[
+    float | None, typer.Option("--keep", help="Fraction of the targeted parameters that stays, 0 < keep < 1.")
+]
+TargetNames = Annotated[
+    str | None,
+    typer.Option(
+        "--targets",
+        help="With --keep, or plan --shapes: mlp, attention, embedding, positions, all-linear, or suffixes, "
+        "comma-separated. Default: mlp.",
+    ),
+]
+Untie = Annotated[
+    bool,
+    typer.Option(
+        "--untie", help="First give a head that is tied to the input table its own copy, so that each can be a target."
+    ),
+]
+Dtype = Annotated[
+    DtypeChoice | None, typer.Option("--dtype", help="Load the weights in this type. Default: as stored.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]

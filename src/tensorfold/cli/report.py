@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from tensorfold.cli.options import Json
+from tensorfold.cli.output import emit
 
 
 def report(
@@ -16,19 +18,17 @@ def report(
     ],
     out: Annotated[Path, typer.Option("--out", help="HTML file to write; one that is there is replaced.")],
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="What every model goes on from. Default: Once upon a time.")
+        str | None, typer.Option("--prompt", help="Prompt of every model's sample. Default: Once upon a time.")
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="New tokens in a sample, at most.")] = 48,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Most new tokens in a sample.")] = 48,
     samples: Annotated[
-        bool, typer.Option("--samples/--no-samples", help="Without samples no model has to be loaded.")
+        bool, typer.Option("--samples/--no-samples", help="Whether to show samples; without them no model is loaded.")
     ] = True,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page: sizes, perplexities, errors, spectra, losses, samples.
 
-    Perplexities are those that `tensorfold eval DIR --text TEXT --record` noted in the directories.
+    Perplexities are those that `tensorfold eval DIR --text TEXT --record` recorded in the directories.
     """
     from tensorfold.report.page import PROMPT, write_report
 
@@ -36,4 +36,4 @@ def report(
     write_report(directories, out, prompt=used, tokens=tokens, progress=sys.stderr.isatty())
     size = out.stat().st_size
     found = {"out": str(out), "models": [str(path) for path in directories], "bytes": size}
-    typer.echo(json.dumps(found) if as_json else f"written to {out} ({size / 1e6:.1f} MB)")
+    emit(as_json, found, lambda: f"written to {out} ({size / 1e6:.1f} MB)")

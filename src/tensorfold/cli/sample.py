@@ -8,34 +8,28 @@ from typing import Annotated, Any
 
 import typer
 
-from tensorfold.cli.bench import DtypeChoice
+from tensorfold.cli.options import Dtype, Json, Model
 
 
 def sample(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hub id, local directory, .gguf file, or smollm2-135m.")
-    ],
+    model: Model,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", help="Text to go on from. Default: the beginning-of-sequence token, or a newline."),
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option("--tokens", min=1, help="How many new ones. Default: 200, or what the context has room for."),
+        typer.Option("--tokens", min=1, help="How many new tokens. Default: 200, or what the context has room for."),
     ] = None,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="Divides the logits; 0 takes the likeliest token.")
+        float, typer.Option("--temperature", min=0.0, help="Divisor of the logits; 0 takes the likeliest token.")
     ] = 1.0,
     top_k: Annotated[
         int | None, typer.Option("--top-k", min=1, help="Draw from this many likeliest tokens. Default: from all.")
     ] = None,
-    dtype: Annotated[
-        DtypeChoice | None, typer.Option("--dtype", help="Load the weights in this type. Default: as stored.")
-    ] = None,
+    dtype: Dtype = None,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Equal seeds give equal text.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Generate text, printed as it comes."""
     import torch

@@ -1,0 +1,119 @@
+"""``tensorfold fold``: a folded copy of a model, written to disk."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tensorfold.cli.given import recipe_of, source_of
+from tensorfold.cli.options import TEXT_HELP, Dtype, Json, Keep, ModelOrRecipe, RecipeName, TargetNames, Untie
+from tensorfold.cli.output import emit
+
+if TYPE_CHECKING:
+    from tensorfold.folding.from_disk import Stream
+    from tensorfold.hf.sources import Source
+    from tensorfold.recipes.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+
+def fold(
+    out: Annotated[Path, typer.Option("--out", help="Directory to write; must not exist, or be empty.")],
+    model: ModelOrRecipe = None,
+    recipe: RecipeName = None,
+    keep: Keep = None,
+    targets: TargetNames = None,
+    untie: Untie = False,
+    effort: Annotated[
+        str | None,
+        typer.Option(
+            "--effort",
+            help="With --keep and --calibrate: low, medium or high, how much time calibration takes. Default: medium.",
+        ),
+    ] = None,
+    calibrate: Annotated[
+        str | None, typer.Option("--calibrate", help=f"{TEXT_HELP} Default: the recipe's; 'none' folds data-free.")
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--tokens", min=2, help="How many tokens of the calibration text. Default: the recipe's, or 24,000."
+        ),
+    ] = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Fold a model and write the smaller one. Under torchrun, the processes divide the matrices among themselves.
+
+    A calibrated fold by one process keeps finished blocks in OUT.fold until OUT is there; the same command resumes.
+    """
+    from tensorfold.data.texts import describe, load_text
+    from tensorfold.folding.from_disk import fold_stream, model_facts
+    from tensorfold.folding.in_memory import fold as fold_model
+    from tensorfold.folding.result import FoldReport
+    from tensorfold.hf.loading import save
+    from tensorfold.utils.atomic_files import check_target, claimed
+    from tensorfold.utils.distributed import Ranks
+
+    check_target(out)
+    chosen = recipe_of(recipe, keep, targets, untie, effort)
+    if calibrate == "none":
+        chosen, calibrate = chosen.without_text(), None
+    text = calibrate or (chosen.calibrate.text if chosen.calibrate else None)
+    ranks = Ranks.find(cpu=True)
+    with ranks.together():
+        documents = load_text(text, split="validation") if text else None
+        source = source_of(model, chosen)
+        tokenizer, absent = (source.tokenizer(), None) if text else source.tokenizer_beside()
+        stream = None if text or dtype else _stream(source, chosen)
+        loaded = source.model(None if dtype is None else dtype.value) if stream is None else None
+        bar = sys.stderr.isatty()
+
+        def card(report: FoldReport) -> dict[str, Any]:
+            label = f"{report.calibration_tokens} tokens of {describe(text, 'validation')}" if text else None
+            return model_facts(source, _label(recipe, keep, targets, untie, effort), report, label)
+
+        if stream is not None:
+            report = fold_stream(stream, out, tokenizer, card, bar)
+        else:
+            partial = Path(f"{out}.fold") if text else None
+            options: dict[str, Any] = {"calibration_tokens": tokens, "checkpoint": partial, "progress": bar}
+            alone = partial is not None and ranks.count == 1  # several processes write no checkpoints
+            with claimed(partial, "choose another --out") if alone and partial else nullcontext():
+                report = fold_model(loaded, chosen, tokenizer, documents, **options)
+                if ranks.is_first:
+                    save(loaded, tokenizer, out, card(report))
+                    if partial is not None:
+                        shutil.rmtree(partial, ignore_errors=True)
+    if ranks.is_first:
+        if absent is not None:
+            typer.echo(f"written without a tokenizer: {absent}", err=True)
+        result = {**report.to_dict(), "out": str(out)}
+        emit(as_json, result, lambda: f"{report}\nwritten to {out} in {report.seconds:.0f} s")
+        if recipe is not None and chosen.eval is not None:
+            typer.echo(f"how the recipe judges it: tensorfold eval {out} --recipe {recipe}", err=True)
+
+
+def _stream(source: Source, recipe: Recipe) -> Stream | None:
+    """The fold from disk to disk, where checkpoint and recipe allow it; None where the model has to be loaded."""
+    from tensorfold.folding.from_disk import plan_stream
+    from tensorfold.hf.on_disk import NotStoredError
+
+    try:
+        return plan_stream(source, recipe)
+    except NotStoredError as error:
+        log.debug("the model is loaded whole: %s", error)
+        return None
+
+
+def _label(recipe: str | None, keep: float | None, targets: str | None, untie: bool, effort: str | None = None) -> str:
+    """The options that a model was folded with, for its card."""
+    given = recipe if recipe is not None else f"--keep {keep} --targets {'mlp' if targets is None else targets}"
+    given = f"{given} --effort {effort}" if effort else given
+    return f"{given} --untie" if untie else given

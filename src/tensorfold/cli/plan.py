@@ -1,0 +1,65 @@
+"""``tensorfold plan``: what a recipe would do to a model, by its configuration alone."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tensorfold.cli.given import recipe_of, source_of
+from tensorfold.cli.options import Json, Keep, ModelOrRecipe, RecipeName, TargetNames, Untie
+from tensorfold.cli.output import emit
+from tensorfold.errors import InputError
+
+
+def plan(
+    model: ModelOrRecipe = None,
+    recipe: RecipeName = None,
+    keep: Keep = None,
+    targets: TargetNames = None,
+    untie: Untie = False,
+    shapes: Annotated[
+        bool, typer.Option("--shapes", help="List the Kronecker shapes that the targets (default: mlp) can have.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a recipe would do to a model. Reads its configuration, not its weights."""
+    from tensorfold.folding.plan import plan as make_plan
+    from tensorfold.hf.model_card import source_line
+
+    if shapes:
+        _list_shapes(model, recipe, keep, targets, untie, as_json)
+        return
+    chosen = recipe_of(recipe, keep, targets, untie)
+    source = source_of(model, chosen)
+    planned = make_plan(source.config(), chosen)
+    stored = source.stored
+    emit(
+        as_json,
+        {**planned.to_dict(), **({"source": stored} if stored else {})},
+        lambda: f"{planned}\nsource: {source_line(stored)}" if stored else str(planned),
+    )
+
+
+def _list_shapes(
+    model: str | None, recipe: str | None, keep: float | None, targets: str | None, untie: bool, as_json: bool
+) -> None:
+    """Print the Kronecker shapes that the targets can have.
+
+    Raises:
+        InputError: No model is given, or an option that goes with recipes is.
+    """
+    from tensorfold.folding.plan import skeleton
+    from tensorfold.hf.sources import find_model
+    from tensorfold.methods.shapes import shape_rows, shape_table
+    from tensorfold.models.anatomy import match, matrices
+    from tensorfold.models.surgery import untie_head
+
+    if model is None or recipe is not None or keep is not None:
+        raise InputError("plan --shapes: needed a MODEL, at most --targets and --untie; leave out --recipe and --keep.")
+    empty = skeleton(find_model(model).config())
+    if untie:
+        untie_head(empty)
+    available = matrices(empty)
+    rows = shape_rows([available[name] for name in match(targets or "mlp", available, empty)])
+    emit(as_json, {"shapes": rows}, lambda: shape_table(rows))
