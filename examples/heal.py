@@ -15,7 +15,7 @@ parser.add_argument("model", help="hub id, directory, .gguf file or smollm2-135m
 parser.add_argument("--keep", type=float, default=0.5, help="fraction of the MLP's parameters that stays")
 parser.add_argument("--text", default="python-docs")
 parser.add_argument("--steps", type=int, default=200)
-parser.add_argument("--block", type=int, default=512, help="tokens in a sequence")
+parser.add_argument("--block", type=int, default=512, help="tokens in a window")
 parser.add_argument("--out", default="healed")
 given = parser.parse_args()
 

@@ -17,7 +17,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", help="a folded directory")
 parser.add_argument("--text", default="python-docs")
 parser.add_argument("--steps", type=int, default=20)
-parser.add_argument("--block", type=int, default=128, help="tokens in a sequence")
+parser.add_argument("--block", type=int, default=128, help="tokens in a window")
 parser.add_argument("--out", default="adapter")
 given = parser.parse_args()
 

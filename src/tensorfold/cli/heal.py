@@ -34,9 +34,9 @@ def heal(
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps end to end.")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")] = None,
-    batch: Annotated[int | None, typer.Option("--batch", help="Sequences in a step, over all devices.")] = None,
-    micro_batch: Annotated[int | None, typer.Option("--micro-batch", help="Sequences in one forward pass.")] = None,
-    block: Annotated[int | None, typer.Option("--block", help="Tokens in a sequence.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Windows in a step, over all devices.")] = None,
+    micro_batch: Annotated[int | None, typer.Option("--micro-batch", help="Windows in one forward pass.")] = None,
+    block: Annotated[int | None, typer.Option("--block", help="Tokens in a window.")] = None,
     blockwise_tokens: Annotated[
         int | None,
         typer.Option("--blockwise-tokens", help="First fit each block to the teacher's, on this many tokens."),

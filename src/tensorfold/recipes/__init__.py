@@ -1,1 +1,1 @@
-"""Recipes: what is folded how, with the settings of every command; shipped ones beside."""
+"""Recipes, the settings of the commands, and the recipes that come with the package."""

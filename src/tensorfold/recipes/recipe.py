@@ -1,6 +1,6 @@
-"""Recipes: which matrices are folded how, on what text they are calibrated, and how the result is healed and judged.
+"""Recipes: which matrices a method folds, the calibration text, and how the result is healed and evaluated.
 
-A recipe is YAML and strict: an unknown key is an error that names the nearest known one.
+A recipe is read from YAML, and strictly: an unknown key is an error that names the nearest known one.
 """
 
 from __future__ import annotations
@@ -28,10 +28,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One entry of a recipe: the matrices named by ``targets``, less ``exclude``, are folded by ``method``.
+    """One entry of a recipe: a method, and the matrices that it folds.
 
-    ``split`` first takes a fused matrix apart, into equal parts or parts of the given sizes, and folds each by itself:
-    3 for the query, key and value in GPT-2's ``c_attn``.
+    Args:
+        targets: Matrices to fold: a group such as ``mlp``, a list of names, or a regex.
+        method: Method and its settings.
+        exclude: Matrices among the targets that stay dense.
+        split: How to take a fused matrix apart before its parts are folded, each by itself: into this many equal parts,
+            or into parts of these sizes. 3 separates query, key and value in GPT-2's ``c_attn``.
+
+    Raises:
+        InputError: A value is of the wrong type.
     """
 
     targets: Targets
@@ -51,14 +58,22 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Rules in order (the first whose targets match a matrix wins) and optional settings for the other commands.
+    """How a model is folded, and optionally how it is calibrated, healed and evaluated.
 
-    ``heal`` is one stage or, as Krony-PT trains, several one after another. ``layers`` keeps only those blocks before
-    anything is folded, as DistilGPT2 does; with it there may be no rules. ``untie`` first gives a head that is tied to
-    the input table a copy of the weight, so that the two are targets of their own; in an untied model they are already.
+    Args:
+        fold: Rules in order; a matrix is folded by the first rule whose targets match it.
+        model: Name or path of the model that the recipe is for.
+        calibrate: Calibration text.
+        heal: Settings of healing, a stage each, such as the two stages of Krony-PT.
+        eval: Text and protocol of evaluation.
+        layers: Indices of the blocks that are kept before anything is folded, as DistilGPT2 keeps six; None for all.
+            With it there may be no rules.
+        name: The recipe's name, for reports.
+        untie: Whether a head that is tied to the input table first gets a copy of its weight, so that the two can be
+            folded differently. Makes no difference to a model whose head is not tied.
 
     Raises:
-        InputError: There is nothing to do, or a value of the wrong type.
+        InputError: There is nothing to do, or a value is of the wrong type.
     """
 
     fold: tuple[Rule, ...]
@@ -80,22 +95,35 @@ class Recipe:
 
     @property
     def changes_modules(self) -> bool:
-        """Whether planning unties the head, drops layers or splits matrices, and so has to look at a copy."""
+        """Whether planning unties the head, drops blocks or splits matrices, and so has to work on a copy."""
         return self.untie or self.layers is not None or any(rule.split is not None for rule in self.fold)
 
     def without_text(self) -> Recipe:
-        """The same fold without calibration: what only text would make a difference to is as by default."""
+        """A copy of the recipe without calibration, in which settings that need text have their defaults."""
         return dataclasses.replace(self, fold=tuple(_without_text(rule) for rule in self.fold), calibrate=None)
 
     @classmethod
     def keep(cls, keep: float, targets: Targets = "mlp", effort: str = "medium") -> Recipe:
-        """The recipe of ``--keep F --targets T --effort E``: what is best for a fraction of the parameters."""
+        """The recipe that ``--keep``, ``--targets`` and ``--effort`` stand for: the method ``auto``.
+
+        Args:
+            keep: Fraction of the targets' parameters that stays.
+            targets: Matrices to fold.
+            effort: How much time calibration takes: ``low``, ``medium`` or ``high``.
+        """
         return cls(fold=(Rule(targets, Auto(keep=keep, effort=effort)),))  # type: ignore[arg-type]
 
     @classmethod
     def of(cls, recipe: Recipe | Method | Mapping[str, Any] | str | Path) -> Recipe:
-        """A recipe from whatever stands for one: a recipe, a method (for the MLP, or else the embedding), a mapping, a
-        name or a file."""
+        """A recipe from anything that stands for one.
+
+        Args:
+            recipe: A recipe; a method, which then folds the embedding if it is one for tables, else the MLP; the
+                mapping that a YAML file holds; or a name or file.
+
+        Raises:
+            InputError: It stands for no recipe, or a key or value in it is wrong.
+        """
         if isinstance(recipe, Recipe):
             return recipe
         if isinstance(recipe, Method):
@@ -109,10 +137,10 @@ class Recipe:
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Recipe:
-        """A shipped recipe by name, or a YAML file.
+        """Read a shipped recipe by its name, or a YAML file.
 
         Raises:
-            InputError: Neither exists, the file is not UTF-8 YAML, or a key or value in it is wrong.
+            InputError: There is neither, the file is not UTF-8 or not YAML, or a key or value in it is wrong.
         """
         text = recipe_source(name_or_path)
         try:
@@ -123,10 +151,11 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Any) -> Recipe:
-        """A recipe from the mapping its YAML holds.
+        """A recipe from the mapping that its YAML file holds.
 
         Raises:
-            InputError: An unknown key (the nearest known one is named) or a value of the wrong type or range.
+            InputError: A key is unknown (the message names the nearest known one), or a value is of the wrong type or
+                range.
         """
         check_keys("recipe", data, ("model", "untie", "layers", "fold", "calibrate", "heal", "eval"))
         layers = data.get("layers")
@@ -150,12 +179,14 @@ class Recipe:
 
 
 def _without_text(rule: Rule) -> Rule:
+    """A copy of a rule in which the method's settings that need text have their defaults."""
     ours = [name for name, needs in rule.method.needs_of_use.items() if TEXT in needs]
     default = {field.name: field.default for field in dataclasses.fields(rule.method) if field.name in ours}
     return dataclasses.replace(rule, method=dataclasses.replace(rule.method, **default))
 
 
 def _settings(key: str, kind: Any, data: Mapping[str, Any]) -> Any:
+    """The settings in one section of a recipe, as an object of the class ``kind``; None without that section."""
     if data.get(key) is None:
         return None
     check_keys(f"recipe: {key}", data[key], [field.name for field in dataclasses.fields(kind)])
@@ -163,6 +194,7 @@ def _settings(key: str, kind: Any, data: Mapping[str, Any]) -> Any:
 
 
 def _stages(data: Any) -> tuple[HealSettings, ...]:
+    """The settings of each stage in a recipe's section ``heal``, which is a mapping or a list of mappings."""
     stages = data if isinstance(data, list) else [] if data is None else [data]
     if None in stages:
         raise InputError("recipe: heal has an empty stage; needed a mapping of settings for each.")
@@ -173,6 +205,7 @@ def _stages(data: Any) -> tuple[HealSettings, ...]:
 
 
 def _rule(index: int, entry: Any) -> Rule:
+    """The rule in entry ``index`` of a recipe's section ``fold``."""
     where = f"recipe: fold[{index}]"
     if not isinstance(entry, dict):
         raise InputError(f"{where}: got {entry!r}; needed a mapping with targets and method.")
@@ -200,6 +233,7 @@ def _rule(index: int, entry: Any) -> Rule:
 
 
 def _check_split(where: str, split: object) -> None:
+    """Raise :class:`InputError` unless ``split`` is None, a number of parts or a list of sizes."""
     sizes = split if isinstance(split, list | tuple) else [1 if split is None else split]
     if not sizes or not all(type(size) is int and size > 0 for size in sizes):
         raise InputError(f"{where}: split={split!r:.100}; needed a number of equal parts or a list of sizes.")

@@ -1,4 +1,4 @@
-"""Settings of the commands, as recipes carry them: calibration, healing, evaluation."""
+"""Settings of calibration, evaluation, benchmark and healing, as recipes and the command line give them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ Weight = Annotated[float, Ge(0)]
 
 @strict
 class CalibrateSettings:
-    """Calibration text (the Contract's ``TEXT``, its validation split where named) and how many tokens of it."""
+    """The calibration text.
+
+    Args:
+        text: File, directory or named text; of a named text the validation split is read.
+        tokens: How many of its tokens are used, from its beginning.
+    """
 
     text: str = "wikitext-2"
     tokens: Count = 24_000
@@ -26,7 +31,13 @@ class CalibrateSettings:
 
 @strict
 class EvalSettings:
-    """Evaluation text (test split where named), protocol, and how many tokens of it (all if None)."""
+    """The text and protocol of evaluation.
+
+    Args:
+        text: File, directory or named text; of a named text the test split is read.
+        protocol: Name of the protocol.
+        max_tokens: How many tokens of the text are used, from its beginning; None for all.
+    """
 
     text: str = "wikitext-2"
     protocol: str = "hf-1024"
@@ -35,17 +46,18 @@ class EvalSettings:
 
 @strict
 class BenchSettings:
-    """What ``bench`` measures.
+    """Settings of the benchmark.
 
     Args:
         tokens: Numbers of tokens at which single layers are timed.
         prefill: Tokens of the prompt that whole models read; if None, 512 or what the context has room for.
-        decode: Tokens generated after it, one at a time.
-        rounds: Samples of everything, one of each in turn.
-        way: ``chain`` (fewest multiply–adds) or ``materialise`` for all folded layers; if None, what each chooses.
-        threads: torch's; as many as it has if None.
-        dtype: Of the weights; as stored if None.
-        memory: Whether peak memory is measured too.
+        decode: Tokens generated after the prompt, one at a time.
+        rounds: Measurements of everything, each kind in turn.
+        way: How all folded layers are applied: along the ``chain`` of their cores with the fewest multiply–adds, or by
+            the dense matrix that they ``materialise``; if None, what each chooses.
+        threads: Threads of torch; its own choice if None.
+        dtype: Dtype of the weights; as stored if None.
+        memory: Whether peak memory is measured as well.
     """
 
     tokens: Annotated[tuple[Annotated[int, Ge(1), Le(2**20)], ...], MinLen(1)] = (1, 16, 128, 1024, 4096)
@@ -64,36 +76,52 @@ class BenchSettings:
 
 @strict
 class HealSettings:
-    """How quality is recovered. Block-by-block comes first where ``blockwise_tokens`` asks for it, then end to end.
+    """Settings of healing: block by block first, where ``blockwise_tokens`` asks for it, then end to end.
 
-    End to end, the loss is ``cross_entropy·CE + kl·T²·KL(teacher ‖ student)/tokens + embedding·MSE + attention·KL +
-    ffn·MSE``; the last three compare with the teacher layer by layer, as KnGPT2 (arXiv 2110.08152) weighs them.
+    The loss end to end is ``cross_entropy·CE + kl·T²·KL(teacher ‖ student)/tokens + embedding·MSE + attention·KL +
+    ffn·MSE``; the last three compare with the teacher layer by layer, as in KnGPT2 (arXiv 2110.08152).
 
     Args:
-        text: Training text (train split where named).
+        text: Training text: file, directory or named text; of a named text the train split is read.
         steps: Optimiser steps end to end; 0 for none.
-        batch: Sequences in one step, over all devices and accumulation.
-        micro_batch: Sequences in one forward pass on one device; ``batch`` over the number of processes if None.
-        block: Tokens in a sequence.
-        windows: Where sequences begin: ``packed``, one after another, each once in a pass over the text; or ``random``,
-            anywhere, drawn anew for every sequence.
+        batch: Windows in one step, over all devices and accumulation.
+        micro_batch: Windows in one forward pass on one device; ``batch`` over the number of processes if None.
+        block: Tokens in a window.
+        windows: Where windows begin: ``packed``, one after another, each once in a pass over the text; or ``random``,
+            anywhere, drawn anew for every window.
         lr: Peak learning rate of AdamW.
         min_lr: Learning rate at the end of a cosine schedule.
-        schedule: ``cosine``, ``linear`` or ``constant`` after ``warmup`` steps.
-        train: ``cores``; ``all`` parameters; or ``all-but-embeddings``.
-        dropout: Probability of every dropout while training, in place of the configuration's; the terms that compare
-            with a teacher are of a pass without.
-        freeze_scalars: Leave the Kronecker terms' scalars as they are.
-        precision: ``bf16`` is autocast over fp32 weights.
-        validation_fraction: Part of the text's end that chooses the best checkpoint and is never trained on.
-        select: Whose weights are kept: of the ``best`` evaluation, that of what came in being the first, or of the
-            ``last`` step, though it be worse.
-        patience: Stop after this many evaluations without improvement; None never stops.
-        blockwise_tokens: Tokens on which each block is fitted to the dense model's; 0 for none.
-        blockwise_epochs: Passes over them for each block.
-        blockwise_batch: Windows in one step of them.
-        blockwise_lr: Peak learning rate of them.
-        activations_mb: Megabytes of memory for the activations between blocks; what is beyond goes to disk.
+        schedule: ``cosine``, ``linear`` or ``constant`` after warm-up.
+        warmup: Steps in which the learning rate rises from 0 to ``lr``.
+        weight_decay: Weight decay of AdamW, for matrices and cores.
+        betas: Decay rates of AdamW's two averages.
+        clip: Largest norm of the gradient.
+        seed: Seed of the order of windows and of dropout.
+        precision: ``fp32``, or ``bf16`` for autocast over fp32 weights.
+        train: Which parameters are trained: ``cores``, ``all``, or ``all-but-embeddings``.
+        dropout: Probability of every dropout in training, in place of the configuration's. Terms of the loss that
+            compare with a teacher are computed without dropout.
+        freeze_scalars: Whether the scalars of Kronecker terms are left as they are.
+        gradient_checkpointing: Whether blocks are computed again in the backward pass, to save memory.
+        compile: Whether the model is compiled.
+        cross_entropy: Weight of the cross-entropy.
+        kl: Weight of the divergence from the teacher's predictions.
+        temperature: T, by which logits are divided in that divergence.
+        embedding: Weight of the squared error of the embedding's output.
+        attention: Weight of the divergence from the teacher's attention probabilities.
+        ffn: Weight of the squared error of the MLPs' outputs.
+        validation_fraction: Share of the windows, at the text's end, that selects the weights and is never trained on.
+        evaluate_every: Steps between evaluations; a tenth of the run if None.
+        save_every: Steps between checkpoints; one at each evaluation if None.
+        select: Whose weights are kept: those with the ``best`` evaluation, the first one being before healing, or those
+            of the ``last`` step, even if they are worse.
+        patience: Evaluations without improvement after which training stops; None for no limit.
+        blockwise_tokens: Tokens on which each block is fitted to the dense model's block; 0 for none.
+        blockwise_epochs: Passes over those tokens for each block.
+        blockwise_batch: Windows in one step of that fit.
+        blockwise_lr: Peak learning rate of that fit.
+        activations_mb: Megabytes (10⁶ bytes) of memory for hidden states between blocks; more go to disk.
+        workers: Processes that tokenise and load windows; 0 for this process alone.
     """
 
     text: str = "openwebtext"
@@ -147,11 +175,12 @@ class HealSettings:
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether a term of the loss, or block-by-block healing, compares with a teacher."""
         return bool(self.kl or self.embedding or self.attention or self.ffn or self.blockwise_tokens)
 
     @property
     def compared(self) -> HealSettings:
-        """The settings as they are where a teacher was given: without a term that compares with it, ``kl`` is 1."""
+        """The settings for a run with a teacher: where nothing compares with it, a copy in which ``kl`` is 1."""
         return self if self.needs_teacher else dataclasses.replace(self, kl=1.0)
 
 
@@ -204,7 +233,7 @@ HEAL_NEEDS: Needs = {
 
 _LAYERS = Need("folded layers, and this model has none", lambda found: found)
 
-BENCH_NEEDS: Needs = {  # of the folded layers that were found
+BENCH_NEEDS: Needs = {  # conditions on the folded layers that were found
     **dict.fromkeys(("prefill", "decode", "rounds", "threads", "dtype", "memory"), ALWAYS),
     "tokens": (_LAYERS,),
     "way": (_LAYERS,),
