@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tensorfold.data.texts import HUB_DATASETS, describe, load_text
+from tensorfold.data.hub import HUB_DATASETS
+from tensorfold.data.texts import describe, load_text
 from tensorfold.errors import InputError
 
 

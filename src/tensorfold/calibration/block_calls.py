@@ -63,7 +63,7 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @dataclass(frozen=True)
 class Passed:
-    """What one block hands to the next, for one window or several.
+    """The data that one block hands to the next, for one window or several.
 
     Attributes:
         hidden: Hidden states, shape (windows, ...), most often (windows, length, width).

@@ -36,6 +36,7 @@ def calibration_windows(
     counts as part of it. Lengths are equal so that one attention mask serves all windows.
 
     Args:
+        tokenizer: The model's tokenizer.
         documents: The text before tokenising.
         tokens: Tokens in all windows together, or a few less where they do not divide evenly.
         limit: Most tokens of a window beside :data:`WINDOW`, such as the model's context length.
@@ -68,10 +69,15 @@ def calibration_windows(
 
 
 def token_counts(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], vocabulary: int) -> Tensor:
-    """How often a text uses each token; int64, shape (vocabulary,).
+    """Counts of the tokens in a text, int64, shape (vocabulary,).
 
     Special tokens get the count of the most frequent token: chats and documents are built of them, but plain text
     holds none.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        documents: The text before tokenising.
+        vocabulary: Rows of the model's table.
 
     Raises:
         InputError: The tokenizer gives a token that the vocabulary lacks.
@@ -132,6 +138,7 @@ class BlockStream:
         """Hidden states behind block ``index``, at whose entrance the stream has to stand.
 
         Args:
+            index: The block's index.
             chosen: Indices of the windows to run, as one batch.
 
         Returns:

@@ -100,5 +100,5 @@ class Packed:
 
 
 def numbers(size: int) -> int:
-    """How many numbers a packed matrix of shape (size, size) stores."""
+    """Number of values that a packed matrix of shape (size, size) stores."""
     return sum(min(_PANEL, size - first) * (size - first) for first in range(0, size, _PANEL))

@@ -17,6 +17,13 @@ def recipe_of(
 ) -> Recipe:
     """The recipe that ``--recipe`` names, or the one that ``--keep`` stands for.
 
+    Args:
+        recipe: Name or file of a recipe.
+        keep: Fraction of the targets' parameters that stays.
+        targets: Matrices to fold, where ``keep`` is given; the MLP's by default.
+        untie: Whether to untie the head first, whatever the recipe says.
+        effort: How much time calibration takes, where ``keep`` is given; ``medium`` by default.
+
     Raises:
         InputError: Both or neither are given, or the recipe cannot be read.
     """
@@ -33,7 +40,7 @@ def recipe_of(
 
 
 def source_of(model: str | None, recipe: Recipe) -> Source:
-    """Where the model comes from that is named on the command line, or else by the recipe.
+    """The source of the model that the command line names, or else the recipe.
 
     Raises:
         InputError: Neither names one, or there is no such model.

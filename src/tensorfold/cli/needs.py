@@ -1,4 +1,4 @@
-"""What every option of every command needs to have an effect; an option given in vain is an error."""
+"""Conditions under which the options of every command have an effect; an option without one is an error."""
 
 from __future__ import annotations
 

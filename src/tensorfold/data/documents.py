@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from tensorfold.data import texts
+from tensorfold.data.hub import HubDataset
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.utils.fingerprints import hash_file
 
@@ -80,7 +81,7 @@ class Hub:
     """
 
     label: str
-    dataset: texts.HubDataset
+    dataset: HubDataset
     split: str
     revision: str | None
 

@@ -116,6 +116,8 @@ def encode_all(pieces: Iterable[Piece], encoder: StreamEncoder, workers: int) ->
     """Token ids of all pieces in their order, as arrays of a few hundred thousand, shape (tokens,).
 
     Args:
+        pieces: Pieces of text, in order.
+        encoder: Pieces to token ids.
         workers: Processes that tokenise; with one it is this process. At most two batches a worker are in memory.
 
     Raises:

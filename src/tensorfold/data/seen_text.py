@@ -96,6 +96,7 @@ def overlaps(model: Any, windows: Iterable[np.ndarray]) -> list[dict[str, Any]]:
     """The recorded texts of a model that the windows have at least 1 % in common with.
 
     Args:
+        model: A model, perhaps with records attached or a card beside its files.
         windows: Token ids, shape (length,) each.
 
     Returns:

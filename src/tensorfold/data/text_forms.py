@@ -15,7 +15,7 @@ _SAME_JUDGE = {"wikitext-2": "wikitext-103", "wikitext-103": "wikitext-2"}
 
 
 def form_of(documents: Sequence[str]) -> str | None:
-    """Which form of wikitext a text has: ``non-raw`` with ``<unk>`` in it, ``raw`` without; None for any other text.
+    """The form of a wikitext: ``non-raw`` where ``<unk>`` occurs in it, ``raw`` where not; None for any other text.
 
     A text is taken for wikitext by its ``@-@``, which both forms write for a hyphen inside a word.
     """

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tensorfold.data.hub import HUB_DATASETS, HubDataset
 from tensorfold.data.text_forms import FORMS, form_of, other_names
 from tensorfold.errors import InputError, pass_on_memory
 
@@ -34,49 +35,8 @@ _CHUNK = 1 << 16  # bytes read at a time
 
 
 @dataclass(frozen=True)
-class HubDataset:
-    """A named data set on the Hugging Face hub.
-
-    Args:
-        path: Repository of the data set.
-        config: Name of its configuration; ``None`` where it has only one.
-        splits: Canonical names of its splits.
-        rows_are_lines: Whether rows are lines of one text, joined by blank lines as in Hugging Face's recipe.
-        first: How many rows are streamed from its beginning; ``None`` to download all.
-    """
-
-    path: str
-    config: str | None
-    splits: tuple[str, ...]
-    rows_are_lines: bool = False
-    first: int | None = None
-
-    @property
-    def origin(self) -> str:
-        """Repository and configuration, for labels."""
-        return f"{self.path}, {self.config}" if self.config else self.path
-
-
-_WIKITEXT_SPLITS = ("train", "validation", "test")
-HUB_DATASETS = {
-    "wikitext-2": HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", _WIKITEXT_SPLITS, rows_are_lines=True),
-    "wikitext-103": HubDataset("Salesforce/wikitext", "wikitext-103-raw-v1", _WIKITEXT_SPLITS, rows_are_lines=True),
-    "wikitext-2-raw-v1": HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", _WIKITEXT_SPLITS, rows_are_lines=True),
-    "wikitext-103-raw-v1": HubDataset(
-        "Salesforce/wikitext", "wikitext-103-raw-v1", _WIKITEXT_SPLITS, rows_are_lines=True
-    ),
-    # The non-raw form (``<unk>``, `` @-@ ``) that the ``krony`` protocol asks for.
-    "wikitext-2-v1": HubDataset("Salesforce/wikitext", "wikitext-2-v1", _WIKITEXT_SPLITS, rows_are_lines=True),
-    "wikitext-103-v1": HubDataset("Salesforce/wikitext", "wikitext-103-v1", _WIKITEXT_SPLITS, rows_are_lines=True),
-    "lambada": HubDataset("EleutherAI/lambada_openai", "default", ("test",)),
-    "openwebtext": HubDataset("Skylion007/openwebtext", None, ("train",), first=100_000),
-    "c4": HubDataset("allenai/c4", "en", ("train", "validation"), first=100_000),
-}
-
-
-@dataclass(frozen=True)
 class Located:
-    """Where a text was found: in local files, on the hub, or, with neither, in Python's own documentation.
+    """The place of a text: local files, the hub, or, with neither, Python's own documentation.
 
     Attributes:
         label: Short name for results and reports.
@@ -349,7 +309,14 @@ def _json_document(line: str, place: str) -> str:
 
 
 def python_docs(half: str) -> list[str]:
-    """First (``calibration``) or last (``test``) half of the prose in ``pydoc_data.topics``, cut between paragraphs."""
+    """One half of the prose in ``pydoc_data.topics``, cut between paragraphs, as a list of one document.
+
+    Args:
+        half: ``calibration`` for the first half, ``test`` for the last.
+
+    Raises:
+        InputError: This Python was installed without that module.
+    """
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -363,6 +330,7 @@ def python_docs(half: str) -> list[str]:
 
 
 def _find_on_hub(name: str, split: str) -> Located:
+    """The place of a named data set on the hub, which is not asked."""
     dataset = HUB_DATASETS[name]
     if split not in dataset.splits:
         raise InputError(
@@ -374,6 +342,7 @@ def _find_on_hub(name: str, split: str) -> Located:
 
 
 def _read_hub(name: str, dataset: HubDataset, split: str) -> list[str]:
+    """The documents of a data set of the hub."""
     try:
         from datasets import load_dataset  # type: ignore[import-untyped]
     except ImportError as error:
@@ -385,7 +354,7 @@ def _read_hub(name: str, dataset: HubDataset, split: str) -> list[str]:
             dataset.path, dataset.config, split=split, streaming=dataset.first is not None
         )
         texts = [row["text"] for row in itertools.islice(rows, dataset.first)]
-    # The hub fails with exceptions of half a dozen libraries, and all of them mean the same to the user.
+    # The hub fails with exceptions of half a dozen libraries, which all mean the same to the user.
     except Exception as error:
         pass_on_memory(error)
         reason = (str(error).strip().splitlines() or [""])[0]
@@ -397,4 +366,5 @@ def _read_hub(name: str, dataset: HubDataset, split: str) -> list[str]:
 
 
 def _or_local(name: str, split: str) -> str:
+    """Advice for a data set that cannot be read from the hub, as the end of a message."""
     return f"or put the text at ${DATA_VARIABLE}/{name}-{split}.txt, or use --text {_PYTHON_DOCS}"

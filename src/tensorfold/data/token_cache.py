@@ -80,7 +80,7 @@ class TokenCache:
 
     @property
     def windows(self) -> int:
-        """How many whole windows the stream has; the rest, shorter than one window, is left out."""
+        """Number of whole windows in the stream; the rest, shorter than one window, is left out."""
         return self.tokens // self._text_size
 
     @property

@@ -93,7 +93,7 @@ def check_ids(model: nn.Module | int, ids: Tensor, what: str, tokenizer: Any = N
 
 
 def table_rows(model: nn.Module) -> int | None:
-    """How many token ids a model can take in and predict; None where it does not say.
+    """Number of token ids that a model can take in and predict; None where it does not say.
 
     The smallest of the rows of its input table, the rows of its head, and its configuration's ``vocab_size``.
     """

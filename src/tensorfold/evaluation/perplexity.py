@@ -98,6 +98,14 @@ def check_judge(
     """Raise :class:`InputError` unless the protocol is known, and what is given fits it.
 
     The protocol ``lm-eval`` takes tasks, the others a text; arguments of the other kind have to be None.
+
+    Args:
+        protocol: Name of the protocol.
+        text: Text, or its name.
+        tasks: Names of tasks.
+        include_path: Directory of further tasks.
+        limit: Most documents of each task.
+        max_tokens: How many tokens of the text are used.
     """
     if protocol != HARNESS:
         get_protocol(protocol)

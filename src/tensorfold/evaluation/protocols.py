@@ -103,7 +103,7 @@ class WindowProtocol:
 
     @property
     def context(self) -> int | None:
-        """How many positions the model must have."""
+        """Number of positions that the model must have."""
         return self.length
 
     def windows(

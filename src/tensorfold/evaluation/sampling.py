@@ -23,6 +23,11 @@ def prompt_ids(tokenizer: Any, prompt: str | None, model: PreTrainedModel) -> li
     Without a prompt they are that prefix alone; where the tokenizer has none, its beginning-of-sequence token; where it
     has none either, a newline.
 
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt: Text of the prompt; None without any.
+        model: The model, for the size of its vocabulary.
+
     Raises:
         InputError: The prompt is empty, or the tokenizer or the model does not know one of its tokens.
     """
@@ -50,7 +55,7 @@ def prompt_ids(tokenizer: Any, prompt: str | None, model: PreTrainedModel) -> li
 
 
 def new_tokens(asked: int | None, prompt: int, model: PreTrainedModel) -> int:
-    """How many tokens to generate.
+    """Number of tokens to generate.
 
     Args:
         asked: The number asked for; None for :data:`TOKENS`, or as many as the context has room for.
@@ -70,7 +75,7 @@ def new_tokens(asked: int | None, prompt: int, model: PreTrainedModel) -> int:
 
 
 def context_room(prompt: int, model: PreTrainedModel) -> int | None:
-    """How many positions a prompt of so many tokens leaves free; None where the model names no limit."""
+    """Number of positions that a prompt of ``prompt`` tokens leaves free; None where the model names no limit."""
     context = context_length(model.config)
     return None if context is None else context - prompt
 
@@ -115,6 +120,7 @@ def continuation(tokenizer: Any, ids: list[int], given: list[int]) -> tuple[str,
     Both are decoded from the prompt's beginning, since some tokenizers drop the space before the first decoded token.
 
     Args:
+        tokenizer: The model's tokenizer.
         ids: Token ids of the prompt.
         given: Token ids of the prompt and of what follows it.
     """

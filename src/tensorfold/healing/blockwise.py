@@ -380,6 +380,7 @@ class _Bar:
         self._last = now
 
     def finish_block(self) -> None:
+        """Show that a block is done."""
         self._done += 1
         self._progress.update(self._task, completed=self._done)
         self._last = time.monotonic()

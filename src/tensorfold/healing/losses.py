@@ -299,7 +299,7 @@ class HealLoss:
         return terms
 
     def remedy(self) -> str:
-        """What to do about a loss that is NaN or infinite, as a sentence for the user.
+        """Advice on a loss that is NaN or infinite, as a sentence for the user.
 
         The student trains in float32, but a teacher runs in its own dtype, so float16 may have overflowed there.
         """

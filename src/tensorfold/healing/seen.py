@@ -31,6 +31,8 @@ def seen_by_healing(
     A long training text is represented by the first 16 million tokens in the order of the run.
 
     Args:
+        cache: The training text as tokens.
+        settings: Settings of the run.
         validation: The windows that the run was judged by; None without any.
         kept: Whose weights are kept: ``steps``, ``blocks`` or ``start``.
         steps: Steps taken end to end.

@@ -96,7 +96,7 @@ class RunOrder(Sampler[int]):
 
 
 def micro_batch(settings: HealSettings, processes: int) -> int:
-    """How many windows one forward pass on one device takes.
+    """Number of windows in one forward pass on one device.
 
     Raises:
         InputError: The batch is no multiple of ``processes`` times that number.

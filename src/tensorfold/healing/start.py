@@ -49,6 +49,7 @@ def round_to(model: nn.Module, dtypes: Mapping[int, torch.dtype]) -> bool:
     """Round each parameter to the dtype that it will be stored in, leaving it in the dtype that it has.
 
     Args:
+        model: The model, changed in place.
         dtypes: Dtype to round to, by the ``id`` of the parameter.
 
     Returns:

@@ -58,7 +58,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a model is folded, and optionally how it is calibrated, healed and evaluated.
+    """A plan for folding a model, and optionally for calibrating, healing and evaluating it.
 
     Args:
         fold: Rules in order; a matrix is folded by the first rule whose targets match it.

@@ -1,1 +1,1 @@
-"""What every layer needs: files that are whole or absent, checks of arguments, processes, memory."""
+"""Tools for every folder: files that are whole or absent, checks of arguments, processes, memory."""

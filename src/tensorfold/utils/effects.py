@@ -29,7 +29,13 @@ ALWAYS: tuple[Need, ...] = ()  # for a setting that has an effect whatever the o
 
 
 def has_effect(name: str, settings: Any, needs: Needs) -> bool:
-    """Whether a setting has an effect: all its conditions in ``needs`` are met."""
+    """Whether a setting has an effect: all its conditions are met.
+
+    Args:
+        name: The setting's name.
+        settings: All settings.
+        needs: Conditions of each setting, by name.
+    """
     return all(need.is_met(settings) for need in needs[name])
 
 

@@ -55,6 +55,7 @@ def check_takes_gradients(model: nn.Module, what: str) -> None:
     """Raise :class:`InputError` for a model that was made under ``torch.inference_mode`` and cannot have gradients.
 
     Args:
+        model: The model to be trained.
         what: Beginning of the message.
     """
     for name, parameter in model.named_parameters():

@@ -21,7 +21,7 @@ def strict(cls: type[T]) -> type[T]:
     """Decorate a class as a frozen dataclass that checks its fields.
 
     Values have to be of the annotated types, and numbers finite. An unknown field is an error that names the nearest
-    known one. All errors are :class:`InputError`.
+    known one. Every error that making an object raises is an :class:`InputError`.
     """
     checked: Any = dataclass(
         frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
@@ -49,7 +49,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def check_keys(where: str, mapping: Any, known: Iterable[str]) -> None:
-    """Raise :class:`InputError` unless ``mapping`` is a mapping with no other keys than ``known``."""
+    """Raise :class:`InputError` unless a value is a mapping whose keys are all known.
+
+    Args:
+        where: Beginning of the message.
+        mapping: The value to check.
+        known: Names that may be keys.
+    """
     known = list(known)
     if not isinstance(mapping, dict):
         raise InputError(f"{where}: got {mapping!r}; needed a mapping with some of the keys {', '.join(known)}.")
