@@ -95,6 +95,24 @@ def test_the_lower_folders_know_no_transformers():
             }, path
 
 
+# Attributes of models that transformers keeps to itself, or that hang on its versions.
+INTERNALS = re.compile(
+    r"_tied_weights_keys|all_tied_weights_keys|_init_weights|_is_hf_initialized|_no_split_modules|_from_config|_keys_to_.*"
+)
+
+
+def test_transformers_internals_are_known_in_one_folder():
+    """Others ask ``hf``. PicoGPT is a model of transformers itself; a promised tie is read by name, never set."""
+    touched = [
+        f"{name}: {node.attr}"
+        for name, path in modules()
+        if not name.startswith(("hf.", "models.picogpt"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and INTERNALS.fullmatch(node.attr)
+    ]
+    assert not touched
+
+
 def test_tests_mirror_the_folders():
     tests = Path(__file__).parent
     folders = {path.name for path in tests.iterdir() if path.is_dir() and any(path.glob("test_*.py"))}

@@ -13,8 +13,8 @@ from tensorfold.algebra.solvers.solve import relative_error
 from tensorfold.algebra.solvers.ttsvd import tt_svd
 from tensorfold.algebra.statistics import Statistics
 from tensorfold.folding.plan import skeleton
+from tensorfold.hf.surgery import hidden_units
 from tensorfold.models.anatomy import count_parameters
-from tensorfold.models.surgery import hidden_units
 
 # (m1, n1) of c_fc -> parameters of one matrix, of the model (with one scalar a matrix where the paper's table has it).
 TABLE_1 = {
@@ -245,7 +245,7 @@ def test_hidden_order_is_absorbed(tiny, architecture):
     assert len(groups) == 2
     order = torch.randperm(groups[0].down.in_features, generator=torch.Generator().manual_seed(0))
     old = tensorfold.models.anatomy.dense_weight(groups[0].down.module).detach().clone()
-    tensorfold.models.surgery.reorder_hidden(groups[0], order)
+    tensorfold.hf.surgery.reorder_hidden(groups[0], order)
     assert not torch.equal(old, tensorfold.models.anatomy.dense_weight(groups[0].down.module))
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)

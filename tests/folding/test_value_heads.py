@@ -18,9 +18,9 @@ from tensorfold.export.checkpoints import export_dense, export_onnx
 from tensorfold.export.engines import PACKAGES
 from tensorfold.folding import rank_search as search
 from tensorfold.folding.value_heads import free, value_heads
+from tensorfold.hf.surgery import split_linear
 from tensorfold.methods import auto
 from tensorfold.models.anatomy import by_block, matrices
-from tensorfold.models.surgery import split_linear
 
 HEADS, GROUPS, WHOLE, WIDTH = 6, 3, 8, 20
 

@@ -10,8 +10,8 @@ import tensorfold
 from tensorfold import MPO, InputError, Kronecker, LowRank, Recipe, Rule, Spec
 from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.solvers.solve import fit, relative_error
+from tensorfold.hf.surgery import hidden_units
 from tensorfold.models.anatomy import matrices
-from tensorfold.models.surgery import hidden_units
 from tensorfold.nn import MPOEmbedding, MPOLinear
 
 ATTENTION = Rule("attention", LowRank(keep=0.5))

@@ -18,8 +18,8 @@ from transformers import (
 
 import tensorfold
 from tensorfold import InputError, LowRank, Recipe, Rule
+from tensorfold.hf.surgery import keep_layers
 from tensorfold.models.anatomy import blocks
-from tensorfold.models.surgery import keep_layers
 
 MLP = Recipe((Rule("mlp", LowRank(keep=0.5)),))
 FOLD = {"fold": [{"targets": "mlp", "method": "low-rank", "keep": 0.5}]}

@@ -17,8 +17,8 @@ from tensorfold.folding.found import Found
 from tensorfold.folding.plan import Plan
 from tensorfold.folding.text import Text
 from tensorfold.hf.modules import scale_of
+from tensorfold.hf.surgery import hidden_units
 from tensorfold.models.anatomy import Matrix, by_block, dense_weight, matrices
-from tensorfold.models.surgery import hidden_units
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from tensorfold.algebra.orders.permutation import search_row_order
 from tensorfold.algebra.statistics import Statistics
 from tensorfold.folding.plan import Plan
+from tensorfold.hf.surgery import HiddenUnits, hidden_units, reorder_hidden
 from tensorfold.methods.base import NOTHING
 from tensorfold.models.anatomy import Matrix, dense_weight, matrices
-from tensorfold.models.surgery import HiddenUnits, hidden_units, reorder_hidden
 from tensorfold.utils.distributed import Ranks
 
 

@@ -15,11 +15,11 @@ from tensorfold.folding.budgets import check_budgets, searched
 from tensorfold.folding.plan import Plan, plan
 from tensorfold.folding.text import Text
 from tensorfold.hf.modules import scale_of
+from tensorfold.hf.surgery import hidden_units
 from tensorfold.methods import Method
 from tensorfold.methods.base import Use, check_use
 from tensorfold.models.anatomy import Matrix, matrices
 from tensorfold.models.modes import evaluation_mode
-from tensorfold.models.surgery import hidden_units
 from tensorfold.recipes.recipe import Recipe
 from tensorfold.utils.distributed import Ranks
 from tensorfold.utils.fingerprints import describe_configuration, hash_tensor, saved_tensors

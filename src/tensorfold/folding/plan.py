@@ -14,6 +14,7 @@ from tensorfold.algebra.specs.registry import check_size
 from tensorfold.algebra.specs.structure import Structure
 from tensorfold.errors import InputError, SpecError
 from tensorfold.folding.tables import module_table
+from tensorfold.hf.surgery import keep_layers, split_linear, untie_head, without_weights
 from tensorfold.hf.ties import check_sayable, disagreement
 from tensorfold.methods import Method
 from tensorfold.methods.auto import Auto
@@ -27,10 +28,8 @@ from tensorfold.models.anatomy import (
     empty_model,
     match,
     matrices,
-    without_weights,
 )
 from tensorfold.models.sizes import stored_bytes
-from tensorfold.models.surgery import keep_layers, split_linear, untie_head
 from tensorfold.recipes.recipe import Recipe, Rule
 from tensorfold.utils.torch_modes import in_usual_modes
 

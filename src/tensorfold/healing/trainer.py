@@ -23,7 +23,7 @@ from tensorfold.errors import TensorfoldError
 from tensorfold.healing.checkpoints import STATE, rotate, sealed
 from tensorfold.healing.losses import HealLoss, cross_entropy
 from tensorfold.healing.setup import RunOrder, uses_fsdp
-from tensorfold.nn import FoldedModule
+from tensorfold.hf.sharding import as_accelerate_takes_it
 from tensorfold.recipes.settings import HealSettings
 
 
@@ -86,7 +86,7 @@ class HealTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        with _as_accelerate_takes_it(self.model if self.is_fsdp_enabled else None):
+        with as_accelerate_takes_it(self.model if self.is_fsdp_enabled else None):
             return super()._prepare_for_training(*args, **kwargs)
 
     def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, *rest: Any) -> tuple[int, int]:
@@ -233,34 +233,6 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in state.items():
         once.setdefault(id(tensor), name)
     return {name: state[name].detach().contiguous() for name in once.values()}
-
-
-@contextmanager
-def _as_accelerate_takes_it(model: PreTrainedModel | None) -> Iterator[None]:
-    """Make a folded model look, for the ``with`` block, as accelerate needs it for sharding.
-
-    accelerate wraps the classes that a device map may not divide, among which folded modules are: they are left out, so
-    that whole blocks are wrapped. It finds ties by comparing ``weight``: a folded table and its head get one, since
-    they share cores, and FSDP2 refuses to shard them apart.
-    """
-    if model is None:
-        yield
-        return
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    tied = all(isinstance(end, FoldedModule) for end in ends) and ends[0].cores[0] is ends[1].cores[0]
-    whole = model._no_split_modules
-    folded = {type(module).__name__ for module in model.modules() if isinstance(module, FoldedModule)}
-    try:
-        model._no_split_modules = set(whole or ()) - folded
-        if tied:
-            for end in ends:
-                end.__dict__["weight"] = ends[0].cores[0]
-        yield
-    finally:
-        model._no_split_modules = whole
-        if tied:
-            for end in ends:
-                end.__dict__.pop("weight", None)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

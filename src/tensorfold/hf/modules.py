@@ -13,8 +13,8 @@ from tensorfold.algebra.solvers.solve import Factors
 from tensorfold.algebra.specs.registry import check_size
 from tensorfold.algebra.specs.structure import Structure
 from tensorfold.errors import InputError
+from tensorfold.hf.surgery import mark_initialised, split_linear
 from tensorfold.models.anatomy import Matrix, embedding_scale, matrices
-from tensorfold.models.surgery import mark_initialised, split_linear
 from tensorfold.nn import StructuredLinear, StructuredTable, linear_class, table_class
 
 Folded = StructuredLinear | StructuredTable

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from tensorfold.errors import InputError, pass_on_memory
 from tensorfold.models.direct_reads import is_read_directly
 from tensorfold.models.linear_maps import check_weights, orientation, other_weights
-from tensorfold.models.tied_heads import is_promised, tied_head
+from tensorfold.models.tied_heads import tied_head
 from tensorfold.nn import FoldedModule
 from tensorfold.utils.validation import nearest
 
@@ -144,25 +144,6 @@ def context_length(config: Any) -> int | None:
         config = config.get_text_config()
     named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # the latter is MPT's
     return next((each for each in named if each is not None and each > 0), None)
-
-
-def without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model on the meta device, with the sharing of its weights, whatever the configuration says.
-
-    On the meta device promises of ties count, so that one which the weights do not keep is not copied.
-    """
-    empty: dict[int, Any] = {}
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        meta = torch.empty_like(tensor, device="meta")
-        empty[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
-    twin: PreTrainedModel = copy.deepcopy(model, empty)
-    if tied_head(model) is None and is_promised(model):
-        for module in twin.modules():
-            if isinstance(module, PreTrainedModel):
-                module._tied_weights_keys, module.all_tied_weights_keys = {}, {}
-    elif tied_head(model) is not None:
-        twin.get_output_embeddings().weight = twin.get_input_embeddings().weight
-    return twin
 
 
 def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -11,6 +11,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tensorfold.errors import InputError, pass_on_memory
 from tensorfold.models.anatomy import Matrix, blocks, dense_weight, is_plain_linear, matrices
+from tensorfold.models.tied_heads import is_promised, tied_head
 from tensorfold.nn import StackedLinear
 
 _LAYER_INDEX = re.compile(r"layer_?(idx|id|index|number)$")
@@ -49,8 +51,32 @@ def untie_head(model: PreTrainedModel) -> Matrix | None:
             for config in (module.config, module.config.get_text_config()):
                 if getattr(config, "tie_word_embeddings", False):
                     config.tie_word_embeddings = False
-            module._tied_weights_keys, module.all_tied_weights_keys = {}, {}
+            forget_ties(module)
     return table
+
+
+def forget_ties(model: PreTrainedModel) -> None:
+    """Let transformers know of no tied weights in the model, whatever its class and configuration say."""
+    model._tied_weights_keys, model.all_tied_weights_keys = {}, {}
+
+
+def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model on the meta device, with the sharing of its weights, whatever the configuration says.
+
+    On the meta device promises of ties count, so that one which the weights do not keep is not copied.
+    """
+    empty: dict[int, Any] = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        meta = torch.empty_like(tensor, device="meta")
+        empty[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+    twin: PreTrainedModel = copy.deepcopy(model, empty)
+    if tied_head(model) is None and is_promised(model):
+        for module in twin.modules():
+            if isinstance(module, PreTrainedModel):
+                forget_ties(module)
+    elif tied_head(model) is not None:
+        twin.get_output_embeddings().weight = twin.get_input_embeddings().weight
+    return twin
 
 
 def fewer_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
