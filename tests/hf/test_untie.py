@@ -14,8 +14,8 @@ import tensorfold
 from tensorfold import Graded, InputError, Kronecker, LowRank, Recipe, Rule, TokenMPS
 from tensorfold.export.checkpoints import export_dense, export_onnx
 from tensorfold.export.engines import PACKAGES
-from tensorfold.hf.surgery import untie_head
-from tensorfold.models.anatomy import count_parameters, matrices, without_weights
+from tensorfold.hf.surgery import untie_head, without_weights
+from tensorfold.models.anatomy import count_parameters, matrices
 from tensorfold.nn import FoldedModule, GradedEmbedding, MPOLinear, TokenMPSEmbedding
 
 # Plain, gated, with scaled embeddings, with a bias of the head's own, and with a bias that is tied as well.
