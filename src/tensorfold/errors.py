@@ -59,3 +59,10 @@ def pass_on_memory(error: BaseException) -> None:
     """Raise ``error`` again if memory ran out: for handlers that take every other error for a fault of the input."""
     if is_out_of_memory(error):
         raise error
+
+
+def reason(error: BaseException) -> str:
+    """One line that says why: the message's first, with the next where the first only announces it."""
+    message = f"no key {error}" if isinstance(error, KeyError) else str(error)
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]

@@ -25,7 +25,7 @@ import tensorfold
 from tensorfold import LowRank, Recipe, Rule
 from tensorfold.benchmark.timing import Spread, interleave
 from tensorfold.data.texts import describe, load_text
-from tensorfold.hf.int8 import stored_bytes
+from tensorfold.models.sizes import stored_bytes
 from tensorfold.hf.sources import find_model
 
 LOG = Path(__file__).with_suffix(".jsonl")

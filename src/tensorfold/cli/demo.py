@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 import tensorfold
 from tensorfold.data.texts import describe, in_form, load_text
-from tensorfold.evaluation.perplexity import Evaluation, evaluate
+from tensorfold.evaluation.perplexity import evaluate
 from tensorfold.evaluation.protocols import form_needed
+from tensorfold.evaluation.result import Evaluation
 from tensorfold.folding.in_memory import fold
 from tensorfold.folding.plan import plan
 from tensorfold.hf.loading import load, save

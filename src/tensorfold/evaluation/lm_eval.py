@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
-from tensorfold.evaluation.perplexity import Evaluation
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory, reason
 from tensorfold.evaluation.protocols import HARNESS
-from tensorfold.hf.loading import reason
+from tensorfold.evaluation.result import Evaluation
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.models.sizes import stored_bytes
 

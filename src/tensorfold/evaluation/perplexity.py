@@ -10,19 +10,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tensorfold.data.seen_text import overlaps, sentence
+from tensorfold.data.seen_text import overlaps
 from tensorfold.data.text_forms import form_of
 from tensorfold.data.tokens import Encoder, check_ids
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.evaluation.protocols import HARNESS, Score, Window, get_protocol
+from tensorfold.evaluation.result import Evaluation
 from tensorfold.models.anatomy import context_length
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.models.sizes import stored_bytes
@@ -34,62 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 256  # positions whose logits are held in fp32 at once
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The result of an evaluation.
-
-    Args:
-        perplexity: Exponential of the mean negative log-likelihood, averaged as the protocol says.
-        tokens: How many tokens were predicted.
-        protocol: Name of the protocol.
-        text: Name of the text.
-        seconds: Wall time, tokenising included.
-        parameters: Parameters of the whole model, shared ones once.
-        accuracy: Share of the predicted tokens that are the argmax of the logits; for ``lambada`` the share of passages
-            in which all predicted tokens are.
-        device: Device that the model ran on.
-        dtype: Dtype of the model's floating-point parameters.
-        window: Tokens of text in a full window of the protocol; None where it has no fixed length.
-        prefix: Token ids that every window begins with: what the tokenizer puts before a document.
-        seen: Recorded texts of the model that overlap with this one: ``purpose`` (``calibration``, ``training``, or
-            ``selection`` of a checkpoint), ``text``, and the ``share`` in common. Empty where none is known.
-        form: Form of a wikitext, ``raw`` or ``non-raw``, as found in it (see ``data.text_forms``); None for other text.
-        bytes: Bytes of the whole model in its files, stored orders and scales included.
-    """
-
-    perplexity: float
-    tokens: int
-    protocol: str
-    text: str
-    seconds: float
-    parameters: int
-    accuracy: float
-    device: str
-    dtype: str
-    window: int | None = None
-    prefix: tuple[int, ...] = ()
-    seen: list[dict[str, Any]] = field(default_factory=list)
-    form: str | None = None
-    bytes: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "prefix", tuple(self.prefix))  # JSON gives a list
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values under the field names, ready for JSON."""
-        return {**asdict(self), "prefix": list(self.prefix)}
-
-    def __str__(self) -> str:
-        perplexity = f"{self.perplexity:.2f}" if self.perplexity < 1e5 else f"{self.perplexity:.2e}"
-        form = f", {self.form}" if self.form else ""
-        start = f", windows begin with token {' '.join(map(str, self.prefix))}" if self.prefix else ""
-        line = (
-            f"perplexity {perplexity}, accuracy {self.accuracy:.2%} "
-            f"({self.protocol}{start}, {self.text}{form}, {self.tokens:,} tokens, {self.parameters:,} parameters)"
-        )
-        return "\n".join([line, *map(sentence, self.seen)])
 
 
 def check_judge(

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tensorfold.data.tokens import Encoder, check_ids
-from tensorfold.errors import InputError, pass_on_memory
-from tensorfold.hf.loading import reason
+from tensorfold.errors import InputError, pass_on_memory, reason
 from tensorfold.models.anatomy import context_length
 
 if TYPE_CHECKING:

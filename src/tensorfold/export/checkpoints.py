@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory, reason
 from tensorfold.export.engines import check_finite, check_packages, compare, probe, trace
 from tensorfold.hf.beside import carry_over
 from tensorfold.hf.dense import check_floating, check_in_memory, plain_config, plain_model
 from tensorfold.hf.int8 import quantize
-from tensorfold.hf.loading import load, reason
+from tensorfold.hf.loading import load
 from tensorfold.models.anatomy import count_parameters
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.utils.atomic_files import atomic_directory, check_target

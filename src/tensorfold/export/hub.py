@@ -9,8 +9,8 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
-from tensorfold.hf.loading import load, reason
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory, reason
+from tensorfold.hf.loading import load
 from tensorfold.hf.model_card import model_card
 from tensorfold.utils.atomic_files import check_path
 from tensorfold.utils.records import CARD, EVALUATIONS, read_lines, read_object

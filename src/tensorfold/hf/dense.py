@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
-from tensorfold.hf.loading import reason
-from tensorfold.hf.quantizer import TensorfoldQuantizer
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory, reason
+from tensorfold.hf.config import TensorfoldConfig
 from tensorfold.hf.ties import settled_config
 from tensorfold.models.anatomy import check_no_adapter, dense_weight
 from tensorfold.models.linear_maps import check_weights, orientation
@@ -89,9 +88,10 @@ def check_floating(model: PreTrainedModel) -> None:
     check_in_memory(model)
     check_weights(model)
     quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, TensorfoldQuantizer) and quantizer.quantization_config.int8:
+    config = getattr(quantizer, "quantization_config", None)
+    if isinstance(config, TensorfoldConfig) and config.int8:
         raise InputError("the model is in int8; needed floating-point weights: start from what was quantised.")
-    if quantizer is not None and not isinstance(quantizer, TensorfoldQuantizer):
+    if quantizer is not None and not isinstance(config, TensorfoldConfig):
         method = getattr(model.config.quantization_config, "quant_method", "unknown method")
         raise InputError(f"the model is quantised ({method}); needed floating-point weights: load it dequantised.")
 

@@ -15,13 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from tensorfold.data.seen_text import with_notes
-from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory, reason
 from tensorfold.hf.beside import carry_over
 from tensorfold.hf.checks import check_files
-from tensorfold.hf.int8 import install_int8
+from tensorfold.hf.config import NAME, TensorfoldConfig
+from tensorfold.hf.int8_modules import install_int8
 from tensorfold.hf.model_card import model_card
 from tensorfold.hf.modules import install
-from tensorfold.hf.quantizer import NAME, TensorfoldConfig
 from tensorfold.models.anatomy import check_not_quantised, count_parameters, empty_model
 from tensorfold.nn import FoldedModule
 from tensorfold.utils.atomic_files import atomic_directory
@@ -237,10 +237,3 @@ def save_beside(directory: Path, config: PreTrainedConfig, tokenizer: Any, card:
     carry_over(config, directory)
     (directory / "README.md").write_text(model_card(card), encoding="utf-8")
     (directory / "tensorfold.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-
-
-def reason(error: BaseException) -> str:
-    """One line that says why: the message's first, with the next where the first only announces it."""
-    message = f"no key {error}" if isinstance(error, KeyError) else str(error)
-    lines = [line.strip() for line in message.splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]

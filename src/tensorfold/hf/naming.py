@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tensorfold.hf.quantizer import TensorfoldConfig
+from tensorfold.hf.config import TensorfoldConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

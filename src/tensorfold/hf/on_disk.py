@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from tensorfold.errors import InputError, pass_on_memory
+from tensorfold.errors import InputError, pass_on_memory, reason
 from tensorfold.hf.checks import check_files, shards
-from tensorfold.hf.loading import load_config, reason
+from tensorfold.hf.loading import load_config
 from tensorfold.models.anatomy import empty_model
 
 _HALF = (torch.float16, torch.bfloat16)

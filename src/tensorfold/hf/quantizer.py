@@ -6,66 +6,20 @@ transformers calls any method that changes modules before loading a quantizer; i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tensorfold.algebra.specs.registry import spec_from_dict
 from tensorfold.algebra.specs.structure import Structure
-from tensorfold.errors import InputError
+from tensorfold.hf.config import NAME, TensorfoldConfig
 from tensorfold.nn.base import ORDERS, StoresOrders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-NAME = "tensorfold"
-FORMAT = 1
-FORMAT_INT8 = 2  # with modules in int8, which a reader of the first format would take for damage
-
-
-@register_quantization_config(NAME)
-class TensorfoldConfig(QuantizationConfigMixin):
-    """What a folded checkpoint's ``config.json`` says: the spec of every folded module, which heads are tied, and which
-    modules, folded or not, are in int8.
-
-    Raises:
-        InputError: A newer format than this version reads, or a spec that no operator can have.
-    """
-
-    int8: tuple[str, ...] | list[str] = ()  # in the file only where there are any
-
-    def __init__(
-        self,
-        modules: Mapping[str, dict[str, Any]] | None = None,
-        tied: Mapping[str, str] | None = None,
-        split: Mapping[str, list[int]] | None = None,
-        format: int | None = None,
-        int8: Iterable[str] = (),
-        **_: Any,
-    ) -> None:
-        self.quant_method = NAME  # type: ignore[assignment]
-        if int8:
-            self.int8 = [str(name) for name in int8]
-        self.format = (FORMAT_INT8 if int8 else FORMAT) if format is None else format
-        if self.format not in (FORMAT, FORMAT_INT8):
-            raise InputError(
-                f"checkpoint: folded format {format!r}; this version reads {FORMAT} and {FORMAT_INT8}. Use the version "
-                "that wrote it."
-            )
-        if not isinstance(modules, Mapping) or not isinstance(tied or {}, Mapping):
-            raise InputError("checkpoint: quantization_config has no mapping of modules; the file is damaged.")
-        self.modules = {str(name): spec_from_dict(dict(data)).to_dict() for name, data in modules.items()}
-        self.split = {str(name): [int(size) for size in sizes] for name, sizes in (split or {}).items()}
-        self.tied = {str(name): str(head) for name, head in (tied or {}).items()}
-
-    @property
-    def specs(self) -> dict[str, Structure]:
-        return {name: spec_from_dict(data) for name, data in self.modules.items()}
 
 
 @register_quantizer(NAME)
@@ -85,7 +39,7 @@ class TensorfoldQuantizer(HfQuantizer):
             self.quantization_config = model.config.quantization_config = config
         install(model, config.specs, config.tied, config.split)
         if config.int8:
-            from tensorfold.hf.int8 import install_int8
+            from tensorfold.hf.int8_modules import install_int8
 
             install_int8(model, config.int8)
         _own_resizing(model)

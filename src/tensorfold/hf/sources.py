@@ -15,9 +15,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from tensorfold.errors import InputError, pass_on_memory
+from tensorfold.errors import InputError, pass_on_memory, reason
 from tensorfold.hf.gguf_header import read_gguf_header
-from tensorfold.hf.loading import load, load_config, reason
+from tensorfold.hf.loading import load, load_config
 from tensorfold.utils.atomic_files import atomic_directory, cache_directory, check_path
 from tensorfold.utils.fingerprints import hash_file
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tensorfold.algebra.specs.structure import Structure
 from tensorfold.algebra.spectrum import bond_spectra
-from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
-from tensorfold.hf.loading import folded_skeleton, folding_of, load_config, reason
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory, reason
+from tensorfold.hf.loading import folded_skeleton, folding_of, load_config
 from tensorfold.hf.model_card import source_line
 from tensorfold.models.anatomy import count_parameters, empty_model
 from tensorfold.models.sizes import stored_bytes

@@ -5,6 +5,7 @@ A process that was started in any other way is the only rank, and nothing here c
 
 from __future__ import annotations
 
+import atexit
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ class Ranks:
         if get_int_from_env(_COUNTS, 1) == 1:
             return cls()
         state = PartialState(cpu=cpu, timeout=PATIENCE)
+        atexit.register(_leave)
         return cls(state.process_index, state.num_processes, state.device)
 
     @property
@@ -201,3 +203,9 @@ def _sendable(error: BaseException | None) -> BaseException | None:
     except Exception:
         return TensorfoldError(f"{type(error).__name__}: {error}")
     return error
+
+
+def _leave() -> None:
+    """Part from the other ranks while their threads can still be joined; left to the end, they abort the process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
