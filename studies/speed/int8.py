@@ -25,8 +25,8 @@ import tensorfold
 from tensorfold import LowRank, Recipe, Rule
 from tensorfold.benchmark.timing import Spread, interleave
 from tensorfold.data.texts import describe, load_text
-from tensorfold.models.sizes import stored_bytes
 from tensorfold.hf.sources import find_model
+from tensorfold.models.sizes import stored_bytes
 
 LOG = Path(__file__).with_suffix(".jsonl")
 

@@ -12,13 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from random_words import prose
 from tensorfold.errors import InputError, TensorfoldError
-<<<<<<< HEAD
-from tensorfold.evaluation.perplexity import Evaluation, evaluate
+from tensorfold.evaluation.perplexity import evaluate
 from tensorfold.evaluation.protocols import PROTOCOLS, get_protocol
-=======
-from tensorfold.evaluation.perplexity import PROTOCOLS, evaluate, get_protocol
 from tensorfold.evaluation.result import Evaluation
->>>>>>> 283002a (Import circles of hf and evaluation cut: the configuration, the int8 modules and the result have files of their own; ranks part before the process ends)
 
 CHARACTERS = ["<s>", "</s>", "<unk>", *string.printable]
 VOCABULARY = len(CHARACTERS)

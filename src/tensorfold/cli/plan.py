@@ -51,9 +51,9 @@ def _list_shapes(
     """
     from tensorfold.folding.plan import skeleton
     from tensorfold.hf.sources import find_model
+    from tensorfold.hf.surgery import untie_head
     from tensorfold.methods.shapes import shape_rows, shape_table
     from tensorfold.models.anatomy import match, matrices
-    from tensorfold.hf.surgery import untie_head
 
     if model is None or recipe is not None or keep is not None:
         raise InputError("plan --shapes: needed a MODEL, at most --targets and --untie; leave out --recipe and --keep.")
