@@ -210,7 +210,7 @@ def test_unknown_recipe_names_the_nearest(refused):
         (["fold", "m", "--keep", "half", "--out", "o"], ["--keep", "number"]),
         (["fold", "m", "--keep", "0.5", "--out", "o", "--tokens", "1"], ["--tokens", "2"]),
         (["eval", "m"], ["--text"]),
-        (["eval", "m", "--text", "python-docs", "--protocol", "hf-1204"], ["hf-1204", "did you mean hf-1024"]),
+        (["eval", "m", "--text", "python-docs", "--protocol", "hf-1204"], ["hf-1204", "did you mean 'hf-1024'"]),
         (["plan", "m"], ["neither of --recipe and --keep"]),
         (["plan", "m", "--keep", "0.5", "--recipe", "demo"], ["both of --recipe and --keep"]),
         (

@@ -156,7 +156,7 @@ def test_an_unknown_task_is_offered_the_nearest(monkeypatch, folded_directory, t
     monkeypatch.setattr(
         lm_eval.tasks.TaskManager, "__init__", lambda self, **o: make(self, **{**o, "include_defaults": False})
     )
-    with pytest.raises(InputError, match="no task 'tiny_page'; did you mean tiny_pages"):
+    with pytest.raises(InputError, match="no task 'tiny_page'; did you mean 'tiny_pages'"):
         evaluate_tasks(tensorfold.load(folded_directory), tokenizer, ["tiny_page"], include_path=task_directory)
 
 
@@ -184,7 +184,7 @@ def test_without_the_package_the_message_is_the_command(refused, monkeypatch, de
         (("--text", "x", "--tasks", "wikitext"), ["--tasks has no effect", "lm-eval"]),
         (("--text", "x", "--limit", "3"), ["--limit has no effect"]),
         ((), ["nothing to evaluate on", "needed a text"]),
-        (("--protocol", "lm-evil", "--text", "x"), ["did you mean lm-eval?"]),
+        (("--protocol", "lm-evil", "--text", "x"), ["did you mean 'lm-eval'?"]),
     ],
 )
 def test_text_or_tasks(refused, dense_directory, arguments, says):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from tensorfold.hf.model_card import source_line
 from tensorfold.hf.sources import find_model
 from tensorfold.recipes.recipe import Recipe
 from tensorfold.utils.atomic_files import check_target
+from tensorfold.utils.records import read_card
 
 PROMPT = "The most important thing about a good tool is"
 MAX_TOKENS = 16_384  # of the text that both models are evaluated on
@@ -108,10 +108,7 @@ def run_demo(out: Path) -> None:
 
 def _is_of_a_demo(out: Path) -> bool:
     """Whether an earlier demo wrote the directory, which alone may be replaced."""
-    try:
-        return json.loads((out / "tensorfold.json").read_text(encoding="utf-8")).get("recipe") == "demo"
-    except (OSError, ValueError, AttributeError):
-        return False
+    return read_card(out).get("recipe") == "demo"
 
 
 def _sentence(model: PreTrainedModel, tokenizer: Any) -> str:

@@ -6,8 +6,6 @@ whole, and a data set of the hub is streamed to its end.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 from tensorfold.data import texts
 from tensorfold.data.hub import HubDataset
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
-from tensorfold.utils.fingerprints import hash_file
+from tensorfold.utils.fingerprints import hash_file, hash_json
 
 _CHUNK = 1 << 16  # characters; small enough that a batch has work for every thread of a fast tokenizer
 _MARGIN = 1 << 12  # characters before the end of a chunk that are searched for a place to cut
@@ -140,7 +138,7 @@ class Memory:
 
     def identity(self) -> str:
         """Identity of the documents: SHA-256 of all their characters."""
-        return hashlib.sha256(json.dumps(self.held).encode()).hexdigest()
+        return hash_json(self.held)
 
     def changed(self) -> bool:
         """False: text in memory is not written to."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -19,7 +18,7 @@ import numpy as np
 
 from tensorfold.data.documents import Piece
 from tensorfold.errors import TensorfoldError
-from tensorfold.utils.fingerprints import hash_file
+from tensorfold.utils.fingerprints import hash_file, hash_json
 
 _BATCH = 1 << 20  # characters tokenised at a time: about 250 thousand tokens
 
@@ -84,7 +83,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     else:
         state = [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items()), _files_and_settings(tokenizer)]
     described = [state, tokenizer.eos_token_id, bool(getattr(tokenizer, "split_special_tokens", False))]
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    return hash_json(described)
 
 
 def _files_and_settings(tokenizer: Any) -> list[Any]:

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorfold.errors import InputError, pass_on_memory
-from tensorfold.utils.records import CARD, read_object
+from tensorfold.utils.records import read_card
 
 KEY = "seen_text"
 CALIBRATION, TRAINING, SELECTION = "calibration", "training", "selection"
@@ -124,11 +123,7 @@ def note(model: Any, seen: Iterable[Seen]) -> None:
 
 def noted(model: Any) -> list[Seen]:
     """All records of a model, each once: those attached to it, and those in the card beside its files."""
-    try:
-        card = read_object(Path(getattr(model, "name_or_path", "") or "/nowhere") / CARD) or {}
-    except (InputError, OSError, ValueError) as error:
-        pass_on_memory(error)
-        card = {}
+    card = read_card(Path(getattr(model, "name_or_path", "") or "/nowhere"))
     return list(dict.fromkeys([*_of_card(card), *getattr(model, _ATTRIBUTE, ())]))
 
 

@@ -27,7 +27,7 @@ from tensorfold.data.tokens import prefix_of
 from tensorfold.data.windows import TokenWindows
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.utils.atomic_files import atomic_directory, cache_directory
-from tensorfold.utils.fingerprints import hash_file
+from tensorfold.utils.fingerprints import hash_file, hash_json
 
 _FORMAT = 2  # part of a cache's key
 _TOKENS, _SIDECAR = "tokens.bin", "cache.json"
@@ -303,7 +303,7 @@ def _write(
 
 
 def _key(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    return hash_json(identity)[:32]
 
 
 def _label(texts: list[Text]) -> str:

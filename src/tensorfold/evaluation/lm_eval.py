@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib.util
 import logging
 import math
@@ -20,6 +19,7 @@ from tensorfold.evaluation.protocols import HARNESS
 from tensorfold.evaluation.result import Evaluation
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.models.sizes import stored_bytes
+from tensorfold.utils.validation import nearest
 
 _PERPLEXITIES = ("word_perplexity", "perplexity")
 
@@ -177,8 +177,7 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
         unknown = [name for name in names if name not in manager.all_tasks]
         if not unknown:
             return manager
-    near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` lists them."
+    hint = nearest(unknown[0], manager.all_tasks, otherwise="`lm_eval ls tasks` lists them.")
     raise InputError(f"lm-eval knows no task {unknown[0]!r}; {hint}")
 
 

@@ -8,7 +8,6 @@ model that was trained with it without it in all later windows.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from tensorfold.data.tokens import Encoder, begin
 from tensorfold.errors import InputError
+from tensorfold.utils.validation import nearest
 
 HARNESS = "lm-eval"  # lm-evaluation-harness, whose tasks bring text and windows of their own; see evaluation.lm_eval
 
@@ -249,8 +249,6 @@ def get_protocol(name: str) -> Protocol:
     if disjoint and int(disjoint[1]) >= 2:
         length = int(disjoint[1])
         return WindowProtocol(f"disjoint-{length}", length=length, stride=length)
-    near = difflib.get_close_matches(name, [*PROTOCOLS, "disjoint-512", HARNESS], n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(
-        f"unknown protocol {name!r}; {hint}needed one of {', '.join(PROTOCOLS)}, disjoint-N with N >= 2, or {HARNESS}"
-    )
+    known = f"needed one of {', '.join(PROTOCOLS)}, disjoint-N with N >= 2, or {HARNESS}"
+    hint = nearest(name, [*PROTOCOLS, "disjoint-512", HARNESS], otherwise="")
+    raise InputError(f"unknown protocol {name!r}; {' '.join(filter(None, (hint, known)))}")

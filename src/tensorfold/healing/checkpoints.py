@@ -7,10 +7,8 @@ after block-by-block healing, whose single blocks are in ``blockwise``) and ``ch
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,8 +20,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
-from tensorfold.utils.atomic_files import atomic_directory, make_directories
-from tensorfold.utils.fingerprints import hash_file, hash_model
+from tensorfold.utils.atomic_files import atomic_directory, make_directories, write_file
+from tensorfold.utils.fingerprints import hash_file, hash_json, hash_model
 
 log = logging.getLogger(__name__)
 
@@ -124,12 +122,7 @@ def begin(work: Path, identity: Mapping[str, Any], write: bool) -> None:
         return
     if write:
         make_directories(work, remedy="choose another --out")
-        temporary = path.with_suffix(".partial")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(identity, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_file(path, (json.dumps(identity, indent=1) + "\n").encode())
 
 
 def holds_work(work: Path) -> bool:
@@ -164,7 +157,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def digest(identity: Mapping[str, Any]) -> str:
     """The first 32 hexadecimal digits of the SHA-256 of a run's identity."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    return hash_json(identity)[:32]
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+
+from tensorfold.utils.atomic_files import write_file
+from tensorfold.utils.records import read_lines
+from tensorfold.utils.terminal import progress_bar
 
 _WIDTH, _HEIGHT, _MARGIN = 800, 400, 60  # pixels
 
@@ -30,7 +31,7 @@ class StepLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.records = _read(path)
+        self.records = read_lines(path)[0]
         self._staged = {_key(record) for record in self.records if "stage" in record}
         self._rewrite()
 
@@ -55,22 +56,7 @@ class StepLog:
             self.write(record)
 
     def _rewrite(self) -> None:
-        temporary = self.path.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
-        os.replace(temporary, self.path)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file up to the first that is not JSON."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+        write_file(self.path, "".join(json.dumps(record) + "\n" for record in self.records).encode())
 
 
 def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -90,17 +76,7 @@ class Reporter(TrainerCallback):
 
     def __init__(self, log: StepLog, tokens: int, dropout: float, progress: bool) -> None:
         self.log, self.tokens, self.dropout = log, tokens, dropout
-        self.bar = Progress(
-            TextColumn("heal"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not progress,
-            transient=True,
-        )
+        self.bar = progress_bar("heal", progress)
         self._task = self.bar.add_task("", total=None)
         self._started = time.monotonic()
         self._seconds = math.nan

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tensorfold.data.seen_text import note, noted
-from tensorfold.errors import pass_on_memory
 from tensorfold.healing.checkpoints import digest
 from tensorfold.healing.log import StepLog, loss_plot
 from tensorfold.hf.loading import load, save
 from tensorfold.utils.atomic_files import atomic_directory, check_target
+from tensorfold.utils.records import read_card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +92,7 @@ def card_of(directory: Path) -> dict[str, Any]:
 
     A ``heal`` entry that is not the report of a healing run is replaced by None.
     """
-    try:
-        card = json.loads((directory / "tensorfold.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        pass_on_memory(error)
-        return {}
-    if not isinstance(card, dict):
-        return {}
+    card = read_card(directory)
     needed = {field.name for field in dataclasses.fields(HealReport) if field.default is dataclasses.MISSING}
     healed = card.get("heal", ...)
     return card if healed is ... or (isinstance(healed, dict) and needed <= healed.keys()) else {**card, "heal": None}

@@ -1,4 +1,4 @@
-"""SHA-256 of tensors, models and files, over all their bytes.
+"""SHA-256 of tensors, models, files and JSON values, over all their bytes.
 
 A run is resumed only where these hashes are the same as before. SHA-256 reads one to two gigabytes a second where the
 processor has instructions for it: a model of 500 MB costs half a second, once a run.
@@ -65,6 +65,11 @@ def hash_model(model: Any) -> str:
     found = hashlib.sha256(describe_configuration(model.config).encode())
     found.update(hash_tensors(saved_tensors(model)).encode())
     return found.hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a JSON value; the order of keys makes no difference."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def hash_file(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -60,7 +61,8 @@ def record_evaluation(directory: str | Path, result: Mapping[str, Any]) -> None:
                 os.lseek(descriptor, -1, os.SEEK_END)
                 if os.read(descriptor, 1) != b"\n":
                     line = b"\n" + line
-            whole = os.write(descriptor, line) == len(line)
+            if os.write(descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -69,8 +71,6 @@ def record_evaluation(directory: str | Path, result: Mapping[str, Any]) -> None:
         if is_disk_full(error):
             raise TensorfoldError(f"The disk is full: nothing was recorded in {file}. Free some space.") from error
         raise InputError(f"{file} cannot be written ({error.strerror}).") from error
-    if not whole:
-        raise TensorfoldError(f"The disk is full: nothing was recorded in {file}. Free some space.")
 
 
 def read_object(file: Path) -> dict[str, Any] | None:
@@ -89,6 +89,15 @@ def read_object(file: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise InputError(f"{file.name} holds no JSON object")
     return value
+
+
+def read_card(directory: Path) -> dict[str, Any]:
+    """The card in a model's directory, ``tensorfold.json``; empty where there is none that can be read."""
+    try:
+        return read_object(directory / CARD) or {}
+    except (InputError, OSError, ValueError) as error:  # ValueError for a path with a null character
+        pass_on_memory(error)
+        return {}
 
 
 def read_lines(file: Path) -> tuple[list[dict[str, Any]], int]:

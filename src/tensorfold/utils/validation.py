@@ -41,11 +41,19 @@ def strict(cls: type[T]) -> type[T]:
     return checked
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an error: ``did you mean 'x'?`` with the nearest known name, or all of them where none is near."""
+def nearest(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """A hint for an error: ``did you mean 'x'?`` with the nearest known name.
+
+    Args:
+        name: The unknown name.
+        known: All names that are known.
+        otherwise: The hint where no known name is near; a list of all of them by default.
+    """
     known = sorted(set(known) - {name})
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"known are {', '.join(known)}." if otherwise is None else otherwise
 
 
 def check_keys(where: str, mapping: Any, known: Iterable[str]) -> None:
