@@ -180,7 +180,7 @@ def test_without_the_package_the_message_is_the_command(refused, monkeypatch, de
         (("--protocol", "lm-eval"), ["nothing to evaluate on", "wikitext"]),
         (("--protocol", "lm-eval", "--tasks", "wikitext", "--text", "x"), ["--text has no effect", "not lm-eval"]),
         (("--protocol", "lm-eval", "--tasks", "wikitext", "--max-tokens", "9"), ["--max-tokens has no effect"]),
-        (("--protocol", "lm-eval", "--tasks", " ,"), ["needed some, such as wikitext"]),
+        (("--protocol", "lm-eval", "--tasks", " ,"), ["needed names of tasks, such as wikitext"]),
         (("--text", "x", "--tasks", "wikitext"), ["--tasks has no effect", "lm-eval"]),
         (("--text", "x", "--limit", "3"), ["--limit has no effect"]),
         ((), ["nothing to evaluate on", "needed a text"]),

@@ -147,9 +147,9 @@ def test_without_text_tokens_come_in_their_own_order(make):
 def test_another_models_tokenizer_is_refused(tiny, tokenizer, prose):
     model = tiny("llama", vocab_size=100)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(InputError, match="but the table has 100 rows"):
+    with pytest.raises(InputError, match="but the model has 100 tokens"):
         token_counts(tokenizer, [prose], 100)
-    with pytest.raises(InputError, match="but the table has 100 rows"):
+    with pytest.raises(InputError, match="but the model has 100 tokens"):
         tensorfold.fold(model, Graded(keep=0.5), tokenizer, [prose], calibration_tokens=100)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

@@ -160,7 +160,7 @@ def test_going_on_otherwise_is_refused(folded_gpt2, folded_directory, text_file,
         with pytest.raises(InputError, match=message):
             heal(tensorfold.load(model or folded_gpt2), text, out=out, **{**SETTINGS, **changed})
 
-    refused(r"out\.heal holds a run that was begun otherwise: lr=0\.003 then, 0\.1 now; steps=24 then, 9 now\. Go back",
+    refused(r"other settings or inputs: lr=0\.003 then, 0\.1 now; steps=24 then, 9 now\. Use those",
             lr=0.1, steps=9)  # fmt: skip
     refused("the model to heal changed since", model=folded_directory)
     run = json.loads((tmp_path / "out.heal" / "run.json").read_text())

@@ -93,7 +93,7 @@ def test_a_refusal_keeps_what_an_earlier_run_had_finished(
         with pytest.raises(KeyboardInterrupt):
             heal(student, text_file, teacher, **run)
     found = tree(tmp_path)
-    with pytest.raises(InputError, match="begun otherwise: lr"):
+    with pytest.raises(InputError, match="other settings or inputs: lr"):
         heal(student, text_file, teacher, **{**run, "lr": 0.5})
     assert tree(tmp_path) == found
 

@@ -97,7 +97,7 @@ def fold(
         result = {**report.to_dict(), "out": str(out)}
         emit(as_json, result, lambda: f"{report}\nwritten to {out} in {report.seconds:.0f} s")
         if recipe is not None and chosen.eval is not None:
-            typer.echo(f"how the recipe judges it: tensorfold eval {out} --recipe {recipe}", err=True)
+            typer.echo(f"to evaluate it as the recipe does: tensorfold eval {out} --recipe {recipe}", err=True)
 
 
 def _stream(source: Source, recipe: Recipe) -> Stream | None:

@@ -98,7 +98,7 @@ def heal(
     if PartialState().is_main_process:
         emit(as_json, report.to_dict(), report.__str__)
         if recipe is not None and Recipe.load(recipe).eval is not None:
-            typer.echo(f"how the recipe judges it: tensorfold eval {target} --recipe {recipe}", err=True)
+            typer.echo(f"to evaluate it as the recipe does: tensorfold eval {target} --recipe {recipe}", err=True)
 
 
 def _chosen(pairs: list[str], given: dict[str, Any]) -> dict[str, Any]:

@@ -87,8 +87,8 @@ def check_ids(model: nn.Module | int, ids: Tensor, what: str, tokenizer: Any = N
         pass_on_memory(error)
         shown = ""
     raise InputError(
-        f"{what}: the tokenizer gives token id {largest}{shown}, but the table has {rows} rows (the model has {rows} "
-        f"tokens); use the model's own tokenizer, or model.resize_token_embeddings({largest + 1}) on the dense model."
+        f"{what}: the tokenizer gives token id {largest}{shown}, but the model has {rows} tokens ({rows} rows in its "
+        f"table); use the model's own tokenizer, or model.resize_token_embeddings({largest + 1}) on the dense model."
     )
 
 

@@ -62,7 +62,9 @@ def check_tasks(tasks: Sequence[str] | None, include_path: str | Path | None, li
     """
     names = [tasks] if isinstance(tasks, str) else list(tasks or ())
     if not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise InputError(f"protocol {HARNESS}: got tasks={tasks!r}; needed some, such as wikitext,lambada_openai.")
+        raise InputError(
+            f"protocol {HARNESS}: got tasks={tasks!r}; needed names of tasks, such as wikitext,lambada_openai."
+        )
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError(
             f"protocol {HARNESS} needs the package lm-eval, which is not installed; run: "
@@ -104,7 +106,9 @@ def evaluate_tasks(
     """
     names = check_tasks(tasks, include_path, limit)
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise InputError(f"protocol {HARNESS}: the tokenizer has no bos_token or eos_token; needed one to start by.")
+        raise InputError(
+            f"protocol {HARNESS}: the tokenizer has no bos_token or eos_token; needed one to begin a text with."
+        )
     start = time.perf_counter()
     with _quiet(), evaluation_mode(model):
         import lm_eval

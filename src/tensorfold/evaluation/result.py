@@ -1,4 +1,4 @@
-"""What an evaluation reports."""
+"""The result of an evaluation, for people and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Evaluation:
 
     Args:
         perplexity: Exponential of the mean negative log-likelihood, averaged as the protocol says.
-        tokens: How many tokens were predicted.
+        tokens: Number of predicted tokens.
         protocol: Name of the protocol.
         text: Name of the text.
         seconds: Wall time, tokenising included.

@@ -116,8 +116,8 @@ def begin(work: Path, identity: Mapping[str, Any], write: bool) -> None:
         changes = _changes(before, json.loads(json.dumps(identity)))
         if changes:
             raise InputError(
-                f"{work} holds a run that was begun otherwise: {'; '.join(changes)}. Go back to that, choose another "
-                f"--out, or remove {work} to begin anew."
+                f"{work} holds a run with other settings or inputs: {'; '.join(changes)}. Use those again, choose "
+                f"another --out, or remove {work} to begin anew."
             )
         return
     if write:

@@ -97,7 +97,7 @@ def heal(
         check_place(Path(out))
     target = None if out is None else Path(out).resolve()
     if target is None and state.num_processes > 1:
-        raise InputError("heal: several processes and no out; needed a directory that all of them can write.")
+        raise InputError("heal: got several processes and no out; needed a directory that all of them can write.")
     if target is not None and card_of(target).get("heal") is None:
         check_target(target)
     source = source_of(settings.text if text is None else text)

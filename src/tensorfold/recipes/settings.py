@@ -71,7 +71,7 @@ class BenchSettings:
 
     def __post_init__(self) -> None:
         if len(set(self.tokens)) != len(self.tokens):
-            raise InputError(f"bench: tokens={self.tokens}; needed different numbers.")
+            raise InputError(f"bench: tokens={self.tokens}; needed numbers that all differ.")
 
 
 @strict

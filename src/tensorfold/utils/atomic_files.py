@@ -219,7 +219,9 @@ def check_place(target: Path) -> None:
             f"bytes, since temporary files beside it have longer names, and {_DEEPEST} folders."
         )
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"{shown} cannot be written: {above} is not a directory that can be; choose another place.")
+        raise InputError(
+            f"{shown} cannot be written: {above} is not a directory with write permission; choose another place."
+        )
 
 
 def _cause(error: Exception) -> str:
