@@ -1,4 +1,4 @@
-"""What a block is measured on is what it gets in the whole model, on every window; a model for each way of passing it.
+"""Blocks run one by one get the inputs that they get in the whole model; a model for each way of passing them.
 
 A sweep over every causal language model type of transformers found the ways (``studies/reliability/streams.py``).
 """
@@ -39,10 +39,10 @@ BY_LAYER = {"vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 8}
 KINDS = ["sliding_attention", "full_attention"]
 
 CONFIGS = {
-    # What a block is given beside the hidden states is made of the tokens, and later blocks read keys of earlier ones.
+    # Blocks are given embeddings of the tokens beside the hidden states, and later blocks read keys of earlier ones.
     "gemma4": Gemma4TextConfig(num_hidden_layers=4, num_kv_shared_layers=2, global_head_dim=8, layer_types=KINDS * 2,
                                **SIZES, **HEADS, **BY_LAYER),
-    # Hidden states are four to a token, in front of the batch.
+    # There are four hidden states a token, on an axis before the batch.
     "gemma3n": Gemma3nTextConfig(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=KINDS * 2, laurel_rank=4,
                                  **{**SIZES, "intermediate_size": [48] * 4}, **HEADS, **BY_LAYER),
     # A block returns router states for the next one.
@@ -74,7 +74,7 @@ class ByKeyword(nn.Module):
 def make(name):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS["llama" if name == "by keyword" else name]).eval()
-    for parameter in model.parameters():  # what begins as zeros or ones would hide what is passed
+    for parameter in model.parameters():  # parameters that begin as zeros or ones would hide wrong inputs
         if parameter.is_floating_point() and bool((parameter == parameter.flatten()[0]).all()):
             parameter.data += 0.2 * torch.randn_like(parameter)
     if name == "by keyword":
@@ -116,7 +116,7 @@ def test_every_layer_of_every_block_is_measured_on_its_inputs_in_the_whole_model
     ],
 )
 def test_the_error_that_is_reported_is_that_on_what_the_layer_gets(name, target, tokenizer, prose):
-    """One layer a block, so that the folded model gives it just the inputs that it was measured on."""
+    """With one folded layer a block, the folded model gives each layer exactly the inputs that it was measured on."""
     model = make(name)
     before = {n: matrix.module for n, matrix in matrices(model).items()}
     report = tensorfold.fold(
@@ -160,7 +160,7 @@ def test_every_effort_measures_them(name, effort, tokenizer, prose):
 
 
 class Remembering(ByKeyword):
-    """Adds the mean of what it was given the time before."""
+    """A module that adds the mean of its input in the call before."""
 
     before = 0.0
 
@@ -170,7 +170,7 @@ class Remembering(ByKeyword):
 
 
 def test_what_passes_by_the_block_is_refused(tokenizer, prose):
-    """Hidden in the modules, so that no window alone shows it."""
+    """State hidden in modules shows in no single window."""
     model = make("llama")
     model.model.layers[1].mlp = Remembering(model.model.layers[1].mlp)
     with pytest.raises(
@@ -198,7 +198,7 @@ def test_blocks_that_are_no_chain_are_refused(config, why, tokenizer, prose):
 
 
 def test_folded_layers_take_their_input_by_name(tiny):
-    """As ``nn.Linear`` and ``nn.Embedding`` do."""
+    """Modules may be given their input by keyword, as ``nn.Linear`` and ``nn.Embedding`` allow."""
     model = tiny("llama", tied=False)
     half = LowRank(keep=0.5)
     recipe = Recipe((Rule("all-linear", half), Rule("embedding", Graded(keep=0.5)), Rule(["lm_head"], half)))
@@ -215,7 +215,7 @@ def test_folded_layers_take_their_input_by_name(tiny):
 
 @pytest.fixture
 def headless(tiny):
-    """A body without a head, and a classifier: neither has a loss of the text."""
+    """A model without a head and a classifier, neither of which has a loss on a text."""
     config = tiny("llama").config
     torch.manual_seed(0)
     return {
@@ -246,7 +246,7 @@ def test_what_needs_the_texts_loss_is_refused_before_anything_changes(headless, 
 
 
 def mllama():
-    """Of three text blocks the second looks at images."""
+    """A model with three text blocks, the second of which attends to images."""
     text = MllamaTextConfig(num_hidden_layers=3, cross_attention_layers=[1], **SIZES, num_key_value_heads=2,
                             rope_parameters={"rope_type": "default", "rope_theta": 1e4})  # fmt: skip
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What a layer is fitted to, from the calls that it gets in the dense model and in the folded one."""
+"""The matrix that error feedback fits, from a layer's calls in the dense model and in the folded one."""
 
 import copy
 
@@ -23,7 +23,7 @@ def layer(bias, out_features=3, in_features=4):
 
 
 def sums(matrix, dense, folded, lacks=None, windows=8):
-    """After inputs (tokens, in) of both models, and lacks (tokens, out), in windows of one batch."""
+    """Sums after inputs (tokens, in) of both models and lacks (tokens, out), each cut into equal windows."""
     found = _Sums(matrix)
     lacks = [None] * windows if lacks is None else lacks.float()[None].chunk(windows, 1)
     for x, y, lack in zip(
@@ -34,7 +34,7 @@ def sums(matrix, dense, folded, lacks=None, windows=8):
 
 
 def regression(weight, dense, folded, lacks, centred):
-    """The formula of the module's docstring in fp64."""
+    """The regression of the module's docstring, computed directly in fp64."""
     x, y, d = dense.float().double(), folded.float().double(), lacks.float().double()
     if centred:
         x, y, d = (each - each.mean(0) for each in (x, y, d))
@@ -47,7 +47,7 @@ def regression(weight, dense, folded, lacks, centred):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("level", [0.0, 1e3])
 def test_the_target_is_the_regression(bias, level):
-    """Also where a feature is a thousand and varies by a thousandth: fp32 sums of squares would have none of that."""
+    """Central moments keep a feature of 1000 that varies by a thousandth; plain fp32 sums of squares would lose it."""
     if level and not bias:
         pytest.skip("about the origin such a feature is a constant, and fp32 sums have its square")
     matrix = layer(bias)
@@ -93,7 +93,7 @@ def test_without_pairs_the_moment_is_about_the_origin():
 
 @pytest.mark.parametrize(("gain", "level"), [(0.0, 10.1), (0.0, 1e3), (1e-3, 1e3)])
 def test_constant_features_do_not_end_a_fold(tiny, tokenizer, prose, gain, level):
-    """A norm's gain and bias make one feature of the biased layer behind it (nearly) constant."""
+    """A layer with a bias is fitted where the norm before it makes one feature (nearly) constant."""
     model = tiny("gpt2")
     for block in model.transformer.h:
         block.ln_2.weight.data[5], block.ln_2.bias.data[5] = gain, level
@@ -114,7 +114,7 @@ def test_experts_have_pairs_where_they_are_sent_the_same_tokens():
         found.add([_Call(sent, sent)], [_Call(folded, folded)], None, len(states))
         assert (found.statistics("layer").target is not None) == paired
     found = _Sums(matrix)
-    found.add([_Call(sent, sent)], [_Call(others, others)], None, 40)  # all tokens: nobody has chosen any
+    found.add([_Call(sent, sent)], [_Call(others, others)], None, 40)  # calls with all tokens need no comparison
     assert found.statistics("layer").target is not None
 
 
@@ -158,7 +158,7 @@ def test_a_layer_that_is_called_twice_is_fitted_to_both_calls(twice):
     stage = {name: each for name, each in chosen.items() if name.endswith("again")}
     reference = Reference(twice, windows, chosen)
     other = twice.model.layers[0].self_attn.o_proj = copy.deepcopy(twice.model.layers[0].self_attn.o_proj)
-    other.weight.data *= 0.5  # stands for a fold before it
+    other.weight.data *= 0.5  # in place of an earlier fold
     stream = BlockStream(twice, windows)
     known = reference.statistics(stream, 0, stage, last=False)[next(iter(stage))]
     calls = {}
@@ -179,6 +179,7 @@ def test_a_layer_that_is_called_twice_is_fitted_to_both_calls(twice):
 
 @pytest.mark.parametrize("effort", ["low", "medium", "high"])
 def test_models_with_such_layers_are_folded(twice, tokenizer, prose, effort, monkeypatch):
-    monkeypatch.setattr(tensorfold.folding.in_memory, "check_described", lambda _: None)  # made by hand, not saved
+    # The model is made by hand and not saved.
+    monkeypatch.setattr(tensorfold.folding.in_memory, "check_described", lambda _: None)
     report = tensorfold.fold(twice, Auto(keep=0.5, effort=effort), tokenizer, [prose], calibration_tokens=512)
     assert any(name.endswith("again") for name in report.choices)

@@ -1,4 +1,4 @@
-"""Second moments of the loss's gradient against autograd by hand."""
+"""Gradient moments against sums over the gradients that autograd gives, written out here."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Symmetric matrices kept by their upper halves."""
+"""Symmetric matrices stored by their upper triangles."""
 
 import gc
 

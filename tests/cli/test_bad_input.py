@@ -309,12 +309,12 @@ def test_full_disk(command, dense_directory, workplace, text_file, monkeypatch, 
     assert outcome.out == ""
     assert outcome.err.startswith("tensorfold: The disk is full")
     assert outcome.err.count("\n") == 1
-    # What a calibrated fold had solved is kept for the next attempt.
+    # The blocks that a calibrated fold has solved are kept for the next attempt.
     assert os.listdir(workplace) == (["out.fold"] if calibrated else [])
 
 
 def test_files_that_the_system_refuses_to_write(command, dense_directory, workplace):
-    """A real write that fails halfway, by a limit on the size of files."""
+    """Make a real write fail halfway, by a limit on the size of files."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))

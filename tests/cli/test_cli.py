@@ -1,4 +1,4 @@
-"""The command line: what it prints where, what it writes, and the status it ends with."""
+"""The command line: its output and messages, the files it writes, and its exit status."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""An option, a key of a recipe or a keyword that does nothing is an error that says what it needs."""
+"""Options, keys of recipes and keywords without an effect are errors that say what they need."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from tensorfold.recipes.settings import BENCH_NEEDS, HEAL_NEEDS, BenchSettings, 
 
 COMMANDS = typer.main.get_command(app).commands
 
-# Settings of methods that do something whatever the others are. A new one belongs here, or into the method's needs.
+# Settings of methods that always have an effect. A new one belongs here, or into the method's needs.
 PLAIN = {
     "auto": {"keep"},
     "graded": {"keep", "slope", "exponent"},
@@ -26,7 +26,7 @@ PLAIN = {
 }
 OURS = [getattr(tensorfold, name) for name in ("Auto", "Graded", "Kronecker", "LowRank", "MPO", "TokenMPS")]
 
-# By command and parameter that needs something: arguments without it, and what the message names.
+# For each command and parameter with a condition: arguments that break it, and words of the message.
 WITHOUT = {
     ("plan", "targets"): [(("m", "--recipe", "demo", "--targets", "mlp"), "--keep")],
     ("fold", "targets"): [(("m", "--out", "o", "--recipe", "demo", "--targets", "mlp"), "--keep")],
@@ -82,11 +82,11 @@ def test_every_setting_states_its_need():
         assert stated == {field.name for field in dataclasses.fields(kind)}
 
 
-OTHER = {  # a value that is not the default, where none can be made up
+OTHER = {  # values other than the default, where none can be derived
     "micro_batch": 4, "windows": "random", "schedule": "linear", "betas": (0.8, 0.9), "precision": "bf16",
     "train": "cores", "select": "last", "evaluate_every": 3, "save_every": 3, "patience": 2, "lr": 0.5,
 }  # fmt: skip
-SWITCH = {  # by what is needed: the settings that take it away
+SWITCH = {  # settings that break a condition, by the condition
     "steps above 0": {"steps": 0, "blockwise_tokens": 64},
     "validation_fraction above 0": {"validation_fraction": 0.0},
     "blockwise_tokens above 0": {},

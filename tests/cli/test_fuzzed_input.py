@@ -19,7 +19,7 @@ EACH = 40
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory):
-    """The campaign's modules, and its templates."""
+    """The modules of the campaign, and its templates of arguments."""
     sys.path.insert(0, str(CAMPAIGN))
     try:
         import calls
@@ -32,7 +32,7 @@ def campaign(tmp_path_factory):
 
 @pytest.fixture
 def quiet(monkeypatch, capfd):
-    """What the command line sets before its imports, which other tests may have done already."""
+    """Set what the command line sets before its imports, since other tests may have imported already."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Where memory runs out, nobody is told that the input is wrong: exit status 1, and what takes less of it."""
+"""Running out of memory ends with exit status 1 and advice on less memory, not as an error of the input."""
 
 import ast
 import errno
@@ -52,7 +52,7 @@ def test_other_errors_are_no_want_of_memory(error):
 
 @pytest.fixture
 def starved(monkeypatch, request):
-    """The weights, or the first forward pass, run out of memory."""
+    """Let reading the weights, or the first forward pass, run out of memory."""
 
     def starve(where, error):
         def fail(*_, **__):
@@ -141,7 +141,7 @@ def test_every_handler_of_broad_errors_lets_a_want_of_memory_pass():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux only")
 def test_under_a_real_limit(tmp_path):
-    """128 MB of weights, with 60 MB of address space more than what has been imported takes."""
+    """Loading 128 MB of weights fails within 60 MB of address space beyond what imports take."""
     code = (
         "import resource, sys, torch, transformers, tensorfold\n"
         "from tensorfold.cli.main import run\n"

@@ -1,4 +1,4 @@
-"""Where an output may go: names, links, and two processes at once. Full disks of many sizes: studies/reliability."""
+"""Places that outputs may be written to: odd names, links, and two processes at once."""
 
 import os
 import threading
@@ -15,7 +15,7 @@ HALF = ("--keep", "0.5")
 
 @pytest.fixture
 def commands(dense_directory, folded_directory, text_file):
-    """Commands that write ``out``, without the name."""
+    """Commands that write an output, without its name at the end."""
     return {
         "fold": ("fold", dense_directory, *HALF, "--out"),
         "calibrated": ("fold", dense_directory, *HALF, "--calibrate", text_file, "--tokens", "200", "--out"),
@@ -59,7 +59,7 @@ def test_impossible_names_are_refused_at_once(refused, commands, workplace, monk
     (workplace / "file").write_text("mine")
     (workplace / "loop").symlink_to("loop")
     for kind, arguments in commands.items():
-        if kind not in ("heal", "report"):  # these look at their inputs first
+        if kind not in ("heal", "report"):  # these commands check their inputs first
             refused(*arguments, name, says=[])
     monkeypatch.undo()
     os.chdir(workplace)

@@ -30,7 +30,7 @@ def trained(vocabulary=400, eos="<eos>"):
 
 
 class Fatal(Bytes):
-    """Kills the process at the second batch, as an out-of-memory killer would."""
+    """A tokenizer that kills its process at the second batch, as an out-of-memory killer would."""
 
     calls = 0
 
@@ -55,7 +55,7 @@ def small_pieces(monkeypatch):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Two files: one long document, and several of which one is blank."""
+    """Two files: one with a long document, one with several documents of which one is blank."""
     root = tmp_path / "corpus"
     root.mkdir()
     (root / "a.txt").write_text(PROSE * 20)
@@ -351,7 +351,7 @@ def test_loader_workers_map_the_file_anew(corpus, tmp_path):
     cached = TokenCache.build(corpus, Bytes(), 16, cache_dir=tmp_path / "cache")
     train = cached.train
     expected = torch.stack([item["input_ids"] for item in train])
-    assert len(pickle.dumps(train)) < 2000  # after use: the map must not travel
+    assert len(pickle.dumps(train)) < 2000  # after use too, since the mapped file must not be pickled
     assert torch.equal(pickle.loads(pickle.dumps(train))[3]["input_ids"], expected[3])
     loaded = [batch["labels"] for batch in DataLoader(train, batch_size=4, num_workers=2)]
     assert torch.equal(torch.cat(loaded), expected)

@@ -72,7 +72,7 @@ def test_unknown_and_missing_sources(tmp_path):
 
 
 class FakeHub:
-    """Stands in for the packages that talk to the hub, and records what they are asked."""
+    """A stand-in for the packages that talk to the hub; it records what they are asked."""
 
     def __init__(self, monkeypatch, rows):
         self.rows, self.revision, self.asked = rows, "c0ffee", []

@@ -47,7 +47,7 @@ def tokenizers(prose):
 
 @pytest.fixture
 def fed(monkeypatch):
-    """Ids of every forward pass of a model, one list a row."""
+    """Record the token ids of every forward pass of a model, a list for each window."""
 
     def watch(model):
         rows = []
@@ -88,7 +88,7 @@ def test_evaluation_windows_begin_with_it_and_predict_the_same_tokens(
 ):
     from tensorfold.evaluation import protocols
 
-    for name in ("hf-512", "krony"):  # of tiny lengths
+    for name in ("hf-512", "krony"):  # with tiny windows
         rule = protocols.PROTOCOLS[name]
         shorter = {"length": 16, "stride": rule.stride // 64}
         monkeypatch.setitem(protocols.PROTOCOLS, name, dataclasses.replace(rule, **shorter))
@@ -191,14 +191,14 @@ def test_a_fold_by_budget_measures_on_windows_that_begin_with_it(tiny, tokenizer
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
-def test_blocks_for_healing_begin_with_it(tokenizers, text_file, tmp_path, kind):
+def test_windows_for_healing_begin_with_it(tokenizers, text_file, tmp_path, kind):
     prefix, tokenizer = TEMPLATES[kind][1], tokenizers[kind]
     cache = TokenCache.build(text_file, tokenizer, 16, cache_dir=tmp_path, validation_fraction=0.1)
     plain = tokenizers["none"](text_file.read_text())["input_ids"]
     text = []
-    for blocks in (cache.train, cache.validation):
-        for index in range(len(blocks)):
-            item = blocks[index]
+    for windows in (cache.train, cache.validation):
+        for index in range(len(windows)):
+            item = windows[index]
             assert item["input_ids"].shape == (16,)
             assert tuple(item["input_ids"][: len(prefix)].tolist()) == prefix
             assert (item["labels"][: len(prefix)] == -100).all()
@@ -214,7 +214,7 @@ def test_blocks_for_healing_begin_with_it(tokenizers, text_file, tmp_path, kind)
 
 def test_the_key_of_a_cache_follows_the_prefix(text_file, tmp_path):
     class Slow(Bytes):
-        """Without a backend whose state would differ."""
+        """A tokenizer without a backend, whose state would tell it from others."""
 
         bos_token_id, opening = 256, ()
 
@@ -246,18 +246,18 @@ def test_healing_trains_and_judges_on_windows_that_begin_with_it(tiny, tokenizer
 
 
 def test_the_prefix_is_context_and_not_part_of_the_loss(tiny, tokenizers, text_file, tmp_path):
-    """Validation is the mean over blocks of the text's cross-entropy behind the prefix of two."""
+    """The validation loss is the mean over windows of the text's cross-entropy behind a prefix of two tokens."""
     model = tiny("llama")
     fold(model, MLP)
-    blocks = TokenCache.build(text_file, tokenizers["two"], 16, cache_dir=tmp_path, validation_fraction=0.1).validation
+    windows = TokenCache.build(text_file, tokenizers["two"], 16, cache_dir=tmp_path, validation_fraction=0.1).validation
     losses = []
-    for index in range(len(blocks)):
-        ids = blocks[index]["input_ids"]
+    for index in range(len(windows)):
+        ids = windows[index]["input_ids"]
         losses.append(F.cross_entropy(model(ids[None]).logits[0, 1:-1], ids[2:]).item())
     report = heal(
         model, text_file, tokenizer=tokenizers["two"], steps=1, block=16, batch=2, lr=1e-9, validation_fraction=0.1
     )
-    assert len(losses) <= 64  # all of them judge
+    assert len(losses) <= 64  # all windows are validated on
     assert report.validation_loss_before == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Text that had a say in a model is known again, however it is cut: calibrated on, trained on, chosen by."""
+"""Texts that calibrated, trained or selected a model are recognised, however they are cut into windows."""
 
 import json
 
@@ -76,7 +76,7 @@ def test_a_card_that_is_none_says_nothing(tmp_path, card):
 
 @pytest.fixture(scope="module")
 def documents(tokenizer):
-    """Text without repetition, for the fold, for the healing and for nobody."""
+    """Three texts without repetition: for the fold, for healing, and one that no model has seen."""
     words = [word for word in tokenizer.get_vocab() if word.isalpha() and word.isascii()]
 
     def text(seed):
@@ -88,7 +88,7 @@ def documents(tokenizer):
 
 @pytest.fixture(scope="module")
 def healed(tiny, tokenizer, documents, tmp_path_factory):
-    """A calibrated fold, saved; healed from there; and the healed model in memory. Not to be changed."""
+    """Directories of a calibrated fold and of its healed copy, and that copy in memory. Read only."""
     path = tmp_path_factory.mktemp("seen")
     model = tiny("llama")
     fold = Recipe((Rule("mlp", LowRank(keep=0.5)),))

@@ -1,4 +1,4 @@
-"""Every way of naming a text, against files written by the test and a stand-in for ``datasets``."""
+"""Every way of naming a text, with files that the test writes and a stand-in for ``datasets``."""
 
 import json
 import sys

@@ -64,7 +64,7 @@ def test_ids_outside_the_table_raise(name, dtype):
 
 @pytest.mark.parametrize("name", ["padded", "ordered", "graded", "token-mps", "token-mps-int8", "dense-int8"])
 def test_compiled_tables_raise_as_well(name):
-    """In one graph: the check reads no value."""
+    """The check of ids reads no value, so a compiled table is one graph."""
     torch._dynamo.reset()
     module, index = TABLES[name], torch.arange(6).reshape(2, 3)
     assert_raises_as_well(torch.compile(module, fullgraph=True, backend="eager", dynamic=True), module, index)

@@ -1,4 +1,4 @@
-"""The first tokens of a long text, without tokenising all of it."""
+"""The first tokens of a long text are found without tokenising all of it."""
 
 import functools
 
@@ -10,7 +10,7 @@ from tensorfold.data.tokens import Encoder
 
 
 class Spy:
-    """Records how many characters a tokenizer is given."""
+    """A tokenizer that records how many characters it is given."""
 
     def __init__(self, tokenize) -> None:
         self.tokenize, self.lengths, self.bos_token_id = tokenize, [], None
@@ -31,7 +31,7 @@ def trained(kind: str):
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         trainer = trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", show_progress=False, **special)
     else:
-        tokenizer.normalizer = normalizers.Replace(" ", "▁")  # merges run across words
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")  # tokens that span several words
     tokenizer.train_from_iterator([prose(300, seed=k) for k in range(30)], trainer)
     return lambda text: tokenizer.encode(text).ids
 

@@ -66,7 +66,7 @@ def ids_of(text: str) -> list[int]:
 
 
 def hugging_face_windows(model, ids: list[int], length: int, stride: int) -> list[tuple[float, int]]:
-    """(mean loss, predicted tokens) of each window, by the recipe of transformers' page on perplexity."""
+    """Mean loss and number of predicted tokens of each window, by the recipe of transformers' page on perplexity."""
     windows, previous_end = [], 0
     for begin in range(0, len(ids), stride):
         end = min(begin + length, len(ids))
@@ -127,7 +127,7 @@ def test_svd_llm_drops_the_tail(model):
 
 
 def last_word(model, passage: str, start: list[int]) -> tuple[float, bool, int]:
-    """(summed log-likelihood, all argmax, tokens) of " word", one position at a time."""
+    """Summed log-likelihood, whether all are the argmax, and number of the tokens of " word", position by position."""
     context, _, word = passage.rpartition(" ")
     ids, total, right = start + ids_of(context), 0.0, True
     for target in ids_of(" " + word):
@@ -152,7 +152,7 @@ def test_lambada_scores_the_last_word(model, template, batch_size):
 
 
 class Constant(torch.nn.Module):
-    """Always expects ``next_token[last token]``; for accuracies that are known in advance."""
+    """A model that always predicts ``next_token[last token]``, for accuracies that are known in advance."""
 
     def __init__(self, next_token: dict[str, str]) -> None:
         super().__init__()

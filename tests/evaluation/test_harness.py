@@ -1,4 +1,4 @@
-"""Protocol lm-eval: tasks of local files through the real harness, and refusals without it."""
+"""The protocol lm-eval: tasks over local files in the real harness, and refusals without it."""
 
 import importlib.util
 import json
@@ -117,7 +117,7 @@ def test_data_that_cannot_be_had_is_named(folded_directory, tokenizer, task_dire
 
 
 def test_only_what_datasets_wraps_is_unwrapped():
-    """A data set that cannot be reached is named by the error itself, not by that of the socket below it."""
+    """The error names a data set that cannot be reached, not the socket below it."""
     exceptions = pytest.importorskip("datasets.exceptions")
     wrapped = exceptions.DatasetGenerationError("An error occurred while generating the dataset")
     wrapped.__cause__ = ValueError("JSON parse error in row 1")
@@ -129,7 +129,7 @@ def test_only_what_datasets_wraps_is_unwrapped():
 
 @needs_harness
 def test_data_that_cannot_be_read_are_one_line(command, folded_directory, task_directory):
-    """What is wrong with the file, not that something is, and nothing of the harness's own beside it."""
+    """The error says what is wrong with a file, and the harness prints nothing beside it."""
     (task_directory / "pages.jsonl").write_text('{"page": "a"}\n{"page": \n')
     arguments = ("--protocol", "lm-eval", "--tasks", "tiny_pages", "--include-path", task_directory)
     outcome = command("eval", folded_directory, *arguments)

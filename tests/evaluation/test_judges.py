@@ -1,4 +1,4 @@
-"""What a model is judged by: a recipe's ``eval`` section, and the forms of wikitext under their names."""
+"""The text and protocol of an evaluation: a recipe's ``eval`` section, and the forms of wikitext."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_the_form_is_read_off_the_text():
         ("wikitext-2-test", NON_RAW),
         ("wikitext-2-v1", NON_RAW),
         ("wikitext-2-v1-test", NON_RAW),
-        ("wikitext-103", NON_RAW),  # whose validation and test texts are those of wikitext-2
+        ("wikitext-103", NON_RAW),  # has the validation and test texts of wikitext-2
         ("wikitext-103-v1", NON_RAW),
     ],
 )
@@ -51,7 +51,7 @@ def test_names_of_the_hub_are_found_in_a_file_of_the_plain_name(data, name, foun
 @pytest.mark.parametrize("name", ["wikitext-2-raw-v1", "wikitext-103-raw-v1"])
 def test_a_file_of_the_other_form_is_not_taken_for_the_one_named(data, name):
     data(wikitext_2_test=NON_RAW)
-    assert "wikitext-2-test.txt" not in describe(name)  # the hub's, then
+    assert "wikitext-2-test.txt" not in describe(name)  # found on the hub instead
     assert "raw-v1" in describe(name)
 
 
@@ -76,7 +76,7 @@ def test_a_protocol_gets_the_form_that_it_needs(data):
     data(wikitext_2_v1_test=NON_RAW, wikitext_2_raw_v1_test=RAW)
     assert load_text(in_form("wikitext-2", form_needed("krony"))) == [NON_RAW]
     assert load_text(in_form("wikitext-2", form_needed("hf-1024"))) == [RAW]
-    assert load_text(in_form("wikitext-2-raw-v1", form_needed("krony"))) == [RAW]  # as it was asked for by name
+    assert load_text(in_form("wikitext-2-raw-v1", form_needed("krony"))) == [RAW]  # the name asks for this form
 
 
 def test_the_form_that_is_there_is_taken_where_the_right_one_is_not(data):

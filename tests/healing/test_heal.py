@@ -1,4 +1,4 @@
-"""End-to-end healing against references written out here: the loss, the steps, what trains, what is kept."""
+"""End-to-end healing against references written out here: loss, steps, trained parameters, kept weights."""
 
 import dataclasses
 import json
@@ -31,13 +31,13 @@ def log_of(directory):
 
 
 def held_out_loss(model, text, tokenizer, block, fraction):
-    blocks = TokenCache.build(text, tokenizer, block, validation_fraction=fraction).validation
+    windows = TokenCache.build(text, tokenizer, block, validation_fraction=fraction).validation
     with torch.no_grad():
-        losses = [model(b["input_ids"][None], labels=b["input_ids"][None]).loss.item() for b in blocks_of(blocks)]
+        losses = [model(w["input_ids"][None], labels=w["input_ids"][None]).loss.item() for w in windows_of(windows)]
     return sum(losses) / len(losses)
 
 
-def blocks_of(dataset):
+def windows_of(dataset):
     return [dataset[index] for index in range(len(dataset))]
 
 
@@ -47,14 +47,14 @@ def test_steps_are_those_of_a_loop_written_by_hand(folded_directory, tokenizer, 
         model, text_file, tokenizer=tokenizer, **FAST, micro_batch=2, schedule="linear", warmup=1, weight_decay=0.1,
         clip=0.5, seed=3,
     )  # fmt: skip
-    blocks = TokenCache.build(text_file, tokenizer, 16, validation_fraction=0.1).train
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(3))[:12].reshape(3, 4)
+    windows = TokenCache.build(text_file, tokenizer, 16, validation_fraction=0.1).train
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(3))[:12].reshape(3, 4)
     matrices = [p for p in reference.parameters() if p.ndim > 1]
     vectors = [p for p in reference.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     for rate, batch in zip([0, 1e-3, 0.5e-3], order, strict=True):
-        ids = torch.stack([blocks[int(index)]["input_ids"] for index in batch])
+        ids = torch.stack([windows[int(index)]["input_ids"] for index in batch])
         logits = reference(ids).logits
         F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)

@@ -1,4 +1,4 @@
-"""Healing block by block: every depth comes closer to the dense model, and a kill costs one block at most."""
+"""Block-by-block healing brings the states behind every block closer to the dense model's; a kill costs one block."""
 
 import copy
 import gc
@@ -55,7 +55,7 @@ def folded(dense):
 
 @pytest.fixture(scope="module")
 def healed(folded, dense, windows):
-    """An uninterrupted run: the model and its report. Not to be changed."""
+    """The model and the report of an uninterrupted run. Read only."""
     model = copy.deepcopy(folded)
     return model, heal_blocks(model, dense, windows, settings())
 
@@ -104,7 +104,7 @@ def test_error_falls_at_every_depth(folded, dense, healed, windows):
     assert all(b < 0.8 * a for a, b in zip(before, after, strict=True)), (before, after)
     assert (report.tokens, report.held_out_tokens) == (45 * 32, 3 * 32)
     assert [block.after for block in report.blocks] == pytest.approx(after, rel=1e-4)
-    # The first block is measured alone; a later one on what the healed blocks before it pass on.
+    # Each block is measured on the hidden states that the healed blocks before it pass on.
     assert report.blocks[0].before == pytest.approx(before[0], rel=1e-4)
     assert report.blocks[-1].before < before[-1]
 
@@ -196,7 +196,7 @@ def test_damaged_checkpoint_is_computed_again(folded, dense, healed, windows, tm
         report = heal_blocks(model, dense, windows, settings(), checkpoint=tmp_path)
     assert "block-0001" in caplog.text
     assert "computed again" in caplog.text
-    # The same bytes came out, so what was trained on top of them is still good.
+    # Computing the block again gives the same bytes, so later blocks are still valid.
     assert [block.resumed for block in report.blocks] == [True, False, True]
     assert same(model, healed[0])
 
@@ -231,7 +231,7 @@ def test_spilled_activations_give_the_same_weights(folded, dense, healed, window
     monkeypatch.setenv("TENSORFOLD_CACHE", str(tmp_path))
     model = copy.deepcopy(folded)
     heal_blocks(model, dense, windows, settings(activations_mb=0))
-    # Files have no name any more once they are mapped, so nothing is left behind by any kind of end.
+    # Mapped files have no name any more, so nothing is left behind however the process ends.
     assert made == [((48, 32, 32), [])] * 2
     assert same(model, healed[0])
 
@@ -255,14 +255,14 @@ def test_store_spills_over_its_limit(tmp_path, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_text(folded, dense, windows):
-    """With activations on disk, what stays between steps is one block's moments and starting cores, at any depth."""
+    """With activations on disk, memory between steps holds one block's moments and starting cores, at any depth."""
 
     def tensors():
         # isinstance would wake the deprecated attributes of half of torch.
         return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
 
     def held(chosen):
-        """Bytes in tensors made by the call that are not mapped, after some steps on each block."""
+        """Bytes in unmapped tensors that the call has made, after some steps on each block."""
         sizes = {}
 
         def measure(step):

@@ -1,4 +1,4 @@
-"""Runs that are killed, whose disk is full, whose checkpoints are damaged, or that are gone on with otherwise."""
+"""Runs that are killed, have a full disk or damaged checkpoints, or are resumed with other settings."""
 
 import errno
 import json
@@ -22,12 +22,12 @@ SETTINGS = {"steps": 24, "batch": 4, "block": 32, "lr": 3e-3, "validation_fracti
 
 
 class StoppedError(Exception):
-    """Stands for whatever ends a run in this process."""
+    """An end of a run in this process, in place of a kill."""
 
 
 @pytest.fixture(scope="module")
 def folded_gpt2(tiny, tokenizer, tmp_path_factory):
-    """With dropout, so that the random state matters."""
+    """The directory of a folded GPT-2, which has dropout, so that the random state matters."""
     model = tiny("gpt2")
     report = tensorfold.fold(model, tensorfold.LowRank(keep=0.5))
     path = tmp_path_factory.mktemp("gpt2") / "folded"

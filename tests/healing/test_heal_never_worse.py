@@ -1,4 +1,4 @@
-"""What healing gives back is never worse on its validation split than what came in; it says where nothing helped."""
+"""A healed model is never worse on its validation split than before, and the report says where nothing helped."""
 
 import json
 import logging
@@ -54,7 +54,7 @@ def judge(tokenizer, text_file):
 
 @pytest.fixture
 def hostile(tiny):
-    """A dense model that the student was not folded from: its blocks are no good for the student's text."""
+    """A dense model that the student was not folded from, and so a bad teacher."""
     model = tiny("llama")
     with torch.no_grad():
         for number, parameter in enumerate(model.model.layers.parameters()):

@@ -1,4 +1,4 @@
-"""Dropout while healing: off unless asked for, in every architecture, and never in what compares with the teacher."""
+"""Dropout in healing: off unless asked for, in every architecture, and never in terms that compare with a teacher."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ from tensorfold.healing.losses import HealLoss
 from tensorfold.healing.noise import Noise
 from tensorfold.recipes.settings import HealSettings
 
-# How each names its dropouts; gpt2, opt and gpt_neox have modules, the others numbers for functional dropout.
+# Each architecture's names for dropout; gpt2, opt and gpt_neox have modules, the others numbers.
 NOISY = {
     "gpt2": {"attn_pdrop": 0.4, "resid_pdrop": 0.3, "embd_pdrop": 0.2},
     "llama": {"attention_dropout": 0.5},
@@ -38,7 +38,7 @@ def logits(model, ids):
 
 
 def state(model):
-    """Every fraction that a module or the configuration holds."""
+    """All fractions in the modules and the configuration of a model, by their names."""
     places = [*model.modules(), model.config]
     return [{k: v for k, v in vars(place).items() if isinstance(v, float)} for place in places]
 

@@ -1,4 +1,4 @@
-"""What end-to-end healing trains on and is judged by: the order of its sequences, and the held-out blocks."""
+"""The windows that end-to-end healing trains on, in their order, and those that it is validated on."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_random_windows_train_on_overlapping_sequences(folded_directory, tokeniz
     assert seen == [(1, index) for index in RunOrder(len(cached.train_anywhere), 8, seed=0, draws=True)]
 
 
-def test_the_log_has_the_accuracy_on_the_held_out_blocks(folded_directory, tokenizer, text_file, tmp_path):
+def test_the_log_has_the_accuracy_on_the_held_out_windows(folded_directory, tokenizer, text_file, tmp_path):
     settings = {"steps": 2, "batch": 4, "micro_batch": 3, "block": 16, "lr": 1e-3, "validation_fraction": 0.1}
     out = tmp_path / "out"
     report = heal(

@@ -1,4 +1,4 @@
-"""A heal that is refused has changed nothing: the corrected call works, and no weight, setting or file is another."""
+"""A refused heal changes no weight, setting or file, and the corrected call works."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tensorfold.healing.heal import heal
 FAST = {"steps": 2, "batch": 4, "block": 16, "lr": 1e-3, "validation_fraction": 0.1}
 BLOCKS = {"blockwise_tokens": 400, "blockwise_epochs": 1}
 
-# What is refused only once teacher, loss or blocks are looked at: changes of the teacher, settings, the message.
+# Refusals that need a look at teacher, loss or blocks: change of the teacher, settings, message.
 REFUSALS = {
     "vocabulary": ({"vocab_size": 310}, {"kl": 1}, "310; the kl term"),
     "depth": ({"num_hidden_layers": 3}, {"ffn": 1}, "the teacher 3; the ffn term"),
@@ -36,7 +36,7 @@ def tree(directory):
 
 
 def look(model):
-    """All that healing may touch in a model."""
+    """Everything in a model that healing may change."""
     parameters = [(n, p.detach().clone(), p.dtype, p.requires_grad) for n, p in model.named_parameters()]
     return parameters, [m.training for m in model.modules()], model.config.to_dict()
 

@@ -25,7 +25,7 @@ SETTINGS = {
 
 
 def environment(file):
-    """What ``accelerate launch --config_file`` sets for the processes it starts."""
+    """The environment that ``accelerate launch --config_file`` sets for its processes."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
@@ -99,7 +99,10 @@ def test_killed_shards_go_on(folded_directory, dense_directory, text_file, tmp_p
     deadline = time.monotonic() + 60
     while not (directory / "checkpoint-10").exists() and time.monotonic() < deadline:
         time.sleep(0.001)
-    for sent in (signal.SIGSTOP, signal.SIGKILL):  # stopped first: neither sees the other's end and fails by itself
+    for sent in (
+        signal.SIGSTOP,
+        signal.SIGKILL,
+    ):  # both are stopped first, so that neither sees the other's end and fails by itself
         for process in processes:
             os.kill(process.pid, sent)
     for process in processes:

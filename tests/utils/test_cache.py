@@ -39,7 +39,8 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkey
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
     monkeypatch.setattr("filelock.lock_descriptor", unsupported)
-    (tmp_path / ".model.0123abcd.partial").mkdir()  # another process's, perhaps at work: nothing can be told of it
+    # Of another process, which may be at work: without locks nobody can tell.
+    (tmp_path / ".model.0123abcd.partial").mkdir()
     write(tmp_path / "model")
     assert names(tmp_path) == [".model.0123abcd.partial", "model"]
     with claimed(tmp_path / "work", "wait"):
@@ -84,7 +85,7 @@ def test_error_leaves_everything_as_it_was(tmp_path, error, replace):
 def test_existing_target_is_refused_unless_told(tmp_path):
     target = tmp_path / "model"
     target.mkdir()
-    write(target, "first")  # empty: free to use
+    write(target, "first")  # an empty directory may be written to
     with pytest.raises(InputError, match="already exists"), atomic_directory(target):
         pytest.fail("the block must not run")
     write(target, "second", keep_existing=True)
@@ -160,7 +161,7 @@ def _write_and_die(target, step):
         with atomic_directory(target) as temporary:
             (temporary / "half").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
-    cache.shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # right after the second rename
+    cache.shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # dies right after the second rename
     if step == "swapping":
         rename = Path.rename
 
@@ -183,12 +184,12 @@ def _killed(target, step):
 
 def test_leftover_of_a_killed_process_is_cleared(tmp_path):
     target = tmp_path / "model"
-    with atomic_directory(tmp_path / "model.v2") as other:  # alive, and of another target
+    with atomic_directory(tmp_path / "model.v2") as other:  # a live process with another target
         _killed(target, "writing")
         assert len(names(tmp_path)) == 2
         with atomic_directory(target) as temporary:
             (temporary / "whole").write_text("whole")
-            with atomic_directory(target, keep_existing=True) as second:  # alive, and of the same target
+            with atomic_directory(target, keep_existing=True) as second:  # a live process with the same target
                 assert temporary.exists()
                 assert second.exists()
         assert other.exists()

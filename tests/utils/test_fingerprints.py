@@ -25,7 +25,7 @@ RECIPE = Recipe((Rule("mlp", LowRank(keep=0.5)),))
 
 
 def flip(tensor):
-    """Change the lowest bit of the number in the middle; the bytes may lie in any order."""
+    """Flip the lowest bit of a tensor's middle number, whatever its strides are."""
     with torch.no_grad():
         middle = tensor.data[tuple(size // 2 for size in tensor.shape)].reshape(1)
         middle.view(torch.uint8)[0] ^= 1
@@ -127,7 +127,7 @@ def test_healed_blocks_belong_to_their_models_and_tokens(tiny, tmp_path, who):
 
 
 def test_every_token_of_a_cache_is_checked(tmp_path):
-    """The middle of four megabytes, with the times that the file had."""
+    """Flip a bit in the middle of four megabytes, and give the file its old times back."""
     from byte_tokenizer import Bytes
 
     (tmp_path / "a.txt").write_text("A short text.\n")

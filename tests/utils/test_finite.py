@@ -1,4 +1,4 @@
-"""Numbers that are not finite are told by their cause: damaged weights, or a dtype that ends too early."""
+"""Errors about NaN and infinity name the cause: damaged weights, or a dtype whose range is too small."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ OVERFLOW = r"float16.*--dtype bfloat16 or float32.*model\.to\(torch\.bfloat16\)"
 
 @pytest.fixture
 def large(tiny):
-    """In float16: finite weights, and an MLP whose products are not."""
+    """A model in float16 with finite weights and an MLP whose products overflow."""
 
     def make(dtype=torch.float16):
         model = tiny("llama")
@@ -76,7 +76,7 @@ def test_an_evaluation_that_overflows(large, tokenizer, prose):
 
 def test_gradients_that_overflow(tiny):
     model = tiny("llama", tie_word_embeddings=False)
-    model.lm_head.weight.data.mul_(3e4)  # forward in reach, backward through it is not
+    model.lm_head.weight.data.mul_(3e4)  # the forward pass stays in float16's range, the backward pass does not
     model = model.to(torch.float16)
     layer = model.model.layers[0].mlp.down_proj
     with pytest.raises(InputError, match=rf"down: the loss's gradients.*{OVERFLOW}"):

@@ -1,4 +1,4 @@
-"""Evaluations noted beside a model: appended whole, and read in spite of what else is in the file."""
+"""Evaluations recorded beside a model: appended whole, and read even where other lines are damaged."""
 
 import errno
 import json

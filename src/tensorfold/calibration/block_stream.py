@@ -65,7 +65,8 @@ def calibration_windows(
     tokens = min(tokens, len(ids))
     count = min(-(-tokens // length), tokens // (opening + 1))
     each = min(tokens // count, length) - opening
-    return begin(encoder.prefix, torch.tensor(ids[opening:])[: count * each].reshape(count, each))
+    text = torch.tensor(ids[opening:])[: count * each].reshape(count, each)  # without the prefix
+    return begin(encoder.prefix, text)
 
 
 def token_counts(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], vocabulary: int) -> Tensor:
@@ -319,7 +320,7 @@ def inputs_of(forward: Callable[[], None], module: nn.Module, model: nn.Module) 
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = input_of(args, kwargs)
-        seen.append(x.detach().reshape(-1, x.shape[-1]).float())
+        seen.append(x.detach().reshape(-1, x.shape[-1]).float())  # (tokens, n)
 
     with ExitStack() as hooks, torch.no_grad():
         hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)

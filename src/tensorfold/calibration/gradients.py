@@ -57,7 +57,7 @@ def gradient_moments(
 
     def watch(name: str) -> Callable[..., Any]:
         def add(gradient: Tensor) -> None:
-            flat = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+            flat = gradient.detach().reshape(-1, gradient.shape[-1]).float()  # (tokens, m)
             if name not in sums:
                 sums[name] = Packed(flat.shape[-1], flat.device)
             sums[name].add(flat)

@@ -83,7 +83,7 @@ class Packed:
         values = self.values
         out = values.new_empty(self.size, self.size)
         for rows, panel in self._panels(values):
-            part = panel * scale
+            part = panel * scale  # (rows, size − first row)
             out[rows.start :, rows] = part.T
             out[rows, rows.start :] = part
             square = out[rows, rows].triu()

@@ -78,8 +78,8 @@ class HealTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RunOrder:
         settings = self.settings
-        sequences = settings.steps * settings.batch
-        return RunOrder(len(self.train_dataset), sequences, settings.seed, draws=settings.windows == "random")
+        length = settings.steps * settings.batch
+        return RunOrder(len(self.train_dataset), length, settings.seed, draws=settings.windows == "random")
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with weight decay: matrices and cores, but no vectors (biases, norms, scalars)."""
