@@ -109,12 +109,12 @@ class Reference:
         direct = {name: _adds_to_output(stream, index, matrix.module) for name, matrix in stage.items()}
         for k in range(len(stream.windows)):
             with self._dense(index):
-                dense, left = _watch(partial(self._window, index, k, last), stage)
-            folded, leaves = _watch(partial(stream.run, index, slice(k, k + 1)), stage)
+                dense, dense_out = _watch(partial(self._window, index, k, last), stage)
+            folded, folded_out = _watch(partial(stream.run, index, slice(k, k + 1)), stage)
             for name in stage:
                 lack = None
                 if direct[name] and len(dense[name]) == len(folded[name]) == 1:
-                    lack = (left - dense[name][0].output) - (leaves - folded[name][0].output)
+                    lack = (dense_out - dense[name][0].output) - (folded_out - folded[name][0].output)
                 sums[name].add(dense[name], folded[name], lack, self.stream.windows.shape[1])
         if last:
             self.stream.position = index + 1

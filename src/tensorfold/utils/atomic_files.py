@@ -388,6 +388,6 @@ def _flush_entry(path: Path, required: bool = False) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        # Some file systems cannot flush directories or special files, which loses nothing.
+        # Some file systems cannot flush directories or special files; a failure to store data is never passed over.
         if required and error.errno in (*_FULL, errno.EIO):
             raise
