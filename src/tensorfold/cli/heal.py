@@ -50,7 +50,7 @@ def heal(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a folded model to win quality back. Killed and started again, it goes on from its last checkpoint."""
+    """Train a folded model to recover its quality. The same command resumes a run that was killed."""
     given = {
         "steps": steps,
         "lr": lr,

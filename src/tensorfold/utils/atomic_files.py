@@ -113,7 +113,7 @@ def write_file(target: str | os.PathLike[str], content: bytes) -> None:
 
 
 def check_file_target(target: Path) -> None:
-    """Raise :class:`InputError` where :func:`write_file` would: for calling it before a long computation."""
+    """Check before a long computation that :func:`write_file` can write there; raise its :class:`InputError` if not."""
     check_place(target)
     if target.is_dir():
         raise InputError(f"{target} is a directory, and a file is to be written there; name a file.")
@@ -181,7 +181,10 @@ def _is_occupied(target: Path) -> bool:
 
 
 def check_target(target: Path, may_exist: bool = False) -> None:
-    """Raise :class:`InputError` where :func:`atomic_directory` would: for calling it before a long computation."""
+    """Check before a long computation that :func:`atomic_directory` can write there; raise its error if not.
+
+    A directory that is not empty is allowed if ``may_exist``.
+    """
     check_place(target)
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file, and a directory is to be written there; choose another name.")
