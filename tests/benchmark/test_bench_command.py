@@ -95,7 +95,7 @@ def test_a_plot_that_cannot_be_is_refused_before_anything_is_timed(
         (["FOLDED", "--way", "fastest"], ["--way", "chain", "materialise"]),
         (["FOLDED", "--tokens", "1,x"], ["--tokens '1,x'", "1,16,128"]),
         (["FOLDED", "--tokens", "0"], ["--tokens '0'", "at least 1"]),
-        (["FOLDED", "--tokens", "2,2"], ["tokens=(2, 2)", "different"]),
+        (["FOLDED", "--tokens", "2,2"], ["tokens=(2, 2)", "all differ"]),
         (["FOLDED", "--rounds", "0"], ["--rounds"]),
         (["FOLDED", "--dtype", "int8"], ["--dtype", "bfloat16"]),
         (["FOLDED", "--prefill", "127"], ["127 tokens", "128 positions", "at most 96"]),
