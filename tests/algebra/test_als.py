@@ -256,7 +256,7 @@ def test_low_rank_is_the_truncated_svd_of_the_weighted_matrix(shape, diagonal):
 
     singular = torch.linalg.svdvals(half(outputs) @ weight @ half(inputs))
     optimum = float((singular[4:].square().sum() / singular.square().sum()).sqrt())
-    cores = fit(weight, spec, inputs, outputs=outputs)
+    cores = fit(weight, spec, inputs, gradient_moment=outputs)
     assert two_sided_error(weight, to_dense(cores, spec), inputs, outputs) == pytest.approx(optimum, rel=1e-3)
 
 

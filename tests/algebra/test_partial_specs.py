@@ -116,7 +116,7 @@ def test_what_is_kept_makes_up_for_what_is_left_out():
     mixed = random(10, 10, seed=4)
     inputs = mixed @ inputs @ mixed.T
     spec = Spec.partial(12, 10, rows=8, columns=6)
-    layer = MPOLinear.from_factors(factorize(weight, spec, inputs, outputs=outputs), spec, weight)
+    layer = MPOLinear.from_factors(factorize(weight, spec, inputs, gradient_moment=outputs), spec, weight)
     dense = layer.to_dense().detach()
     rows, columns = (dense.any(dim).nonzero()[:, 0] for dim in (1, 0))
     # The best on these rows and columns leaves no gradient of the error there.

@@ -53,12 +53,12 @@ def test_curves_are_the_errors_of_matrices_with_smaller_heads():
         assert not rows[:, size:].any()
         assert rows[:, :size].any(-1).all()
         # O' by an independent regression, on inputs with just the second moment C
-        root = torch.linalg.cholesky(outputs.inputs)
+        root = torch.linalg.cholesky(outputs.input_moment)
         each = basis.into.double().repeat_interleave(HEADS // GROUPS, 0)
         seen = torch.block_diag(*each) @ root
         best = torch.linalg.lstsq(seen.T, (outputs.weight @ root).T).solution.T
         lack = outputs.weight @ root - best @ seen
-        lost = torch.einsum("oi,op,pi->", lack, outputs.gradients, lack)
+        lost = torch.einsum("oi,op,pi->", lack, outputs.gradient_moment, lack)
         assert of_outputs[-1].item() == pytest.approx(lost.item(), rel=1e-4)
         assert of_outputs[0].item() == pytest.approx(error_curve(*outputs)[0].item(), rel=1e-4)
         assert of_values[-1] == 0
@@ -90,7 +90,7 @@ def test_a_turn_and_back_leaves_what_the_heads_make():
     # gradients at E W x, where W x enters as back E W x
     given = random(50, GROUPS * WHOLE, seed=9)
     back = torch.block_diag(*[torch.nn.functional.pad(each, (0, WHOLE - basis.size)) for each in basis.back])
-    torch.testing.assert_close(basis.gradients(given.T @ given), (given @ back).T @ (given @ back))
+    torch.testing.assert_close(basis.gradient_moment(given.T @ given), (given @ back).T @ (given @ back))
 
 
 # ── one budget ──

@@ -75,7 +75,7 @@ class Turn:
         if not self.of_values:
             return known if known.target is not None else replace(known, target=self.weight(matrix))
         basis, target = self.basis, self.weight(matrix) if known.target is None else self.basis.rows(known.target)
-        moment = None if known.gradient_moment is None else basis.gradients(known.gradient_moment)
+        moment = None if known.gradient_moment is None else basis.gradient_moment(known.gradient_moment)
         means = known.means
         if matrix.bias is not None:
             bias = matrix.bias.detach().double()

@@ -56,8 +56,8 @@ def weighted_als(
     weight: Tensor,
     spec: Spec,
     cores: Sequence[Tensor],
-    metric: Tensor | None = None,
-    outputs: Tensor | None = None,
+    input_moment: Tensor | None = None,
+    gradient_moment: Tensor | None = None,
     *,
     sweeps: int = 20,
     tolerance: float = 1e-4,
@@ -72,9 +72,9 @@ def weighted_als(
     Args:
         weight: W, shape (out_features, in_features), any floating dtype.
         cores: Where to start, shapes ``spec.core_shapes``; ALS finds a local optimum, so the start matters.
-        metric: C, shape (in_features, in_features), symmetric positive semidefinite, may be singular; None is the
+        input_moment: C, shape (in_features, in_features), symmetric positive semidefinite, may be singular; None is the
             identity. Padded columns cost nothing.
-        outputs: G, shape (out_features, out_features), symmetric positive semidefinite, or (out_features,), the
+        gradient_moment: G, shape (out_features, out_features), symmetric positive semidefinite, or (out_features,), the
             weight of every row; None is the identity. Padded rows cost nothing.
         sweeps: At most so many.
 
@@ -85,9 +85,9 @@ def weighted_als(
         SpecError: A shape does not fit the spec, an input holds NaN or infinity, or the metric is not positive
             semidefinite.
     """
-    w = check_weight(weight, spec).to(torch.float32 if is_large_table(weight, outputs) else torch.float64)
-    c = None if metric is None else definite(check_metric(metric, spec).to(w))
-    g = None if outputs is None else check_outputs(outputs, spec).to(w)
+    w = check_weight(weight, spec).to(torch.float32 if is_large_table(weight, gradient_moment) else torch.float64)
+    c = None if input_moment is None else definite(check_input_moment(input_moment, spec).to(w))
+    g = None if gradient_moment is None else check_gradient_moment(gradient_moment, spec).to(w)
     g = g if g is None or g.dim() == 1 else definite(g)
     chain = [core.to(w) for core in _check_cores(cores, spec)]
     target = weigh(w, c, g)
@@ -206,14 +206,14 @@ def _solve(chain: list[Tensor], k: int, target: Tensor, metrics: Metrics) -> Ten
     left = _merge(chain[:k], core)[0]  # (I<, J<, r)
     right = _merge(chain[k + 1 :], core)[..., 0]  # (s, I>, J>)
     wanted = project(target, left, right, m, n)
-    metric, outputs = metrics
-    if metric is None and outputs is None:
+    input_moment, gradient_moment = metrics
+    if input_moment is None and gradient_moment is None:
         return wanted  # the normal matrix is the identity
-    if metric is None or outputs is not None:
-        return improve_core(core, wanted, left, right, metric, outputs)
+    if input_moment is None or gradient_moment is not None:
+        return improve_core(core, wanted, left, right, input_moment, gradient_moment)
     if max(r * n * s, n * min(r * right.shape[2], left.shape[1] * s)) > DIRECT_UNKNOWNS:
-        return improve_core(core, wanted, left, right, metric)
-    normal = _normal_matrix(left, right, metric, n)
+        return improve_core(core, wanted, left, right, input_moment)
+    normal = _normal_matrix(left, right, input_moment, n)
     start = core.transpose(0, 1).reshape(m, -1)
     residual = wanted.transpose(0, 1).reshape(m, -1) - start @ normal
     return (start + proximal_step(normal, residual)).reshape(m, r, n, s).transpose(0, 1)
@@ -229,16 +229,16 @@ def _merge(cores: list[Tensor], like: Tensor) -> Tensor:
     return merged
 
 
-def _normal_matrix(left: Tensor, right: Tensor, metric: Tensor, n: int) -> Tensor:
+def _normal_matrix(left: Tensor, right: Tensor, input_moment: Tensor, n: int) -> Tensor:
     """H of the module's docstring, shape (r·n·s, r·n·s)."""
     (_, x, r), (s, _, y) = left.shape, right.shape
     right = right.permute(1, 2, 0)  # (I>, J>, s)
     if r * y <= x * s:  # the side that leaves the smaller intermediate goes first
-        half = _sandwich(metric.reshape(x, n * y, x, n * y), left)
+        half = _sandwich(input_moment.reshape(x, n * y, x, n * y), left)
         half = half.reshape(r * n, y, r * n, y).permute(1, 0, 3, 2)
         full = _sandwich(half, right).reshape(s, r, n, s, r, n).permute(1, 2, 0, 4, 5, 3)
     else:
-        half = _sandwich(metric.reshape(x * n, y, x * n, y).permute(1, 0, 3, 2), right)
+        half = _sandwich(input_moment.reshape(x * n, y, x * n, y).permute(1, 0, 3, 2), right)
         half = half.reshape(s, x, n, s, x, n).permute(1, 2, 0, 4, 5, 3).reshape(x, n * s, x, n * s)
         full = _sandwich(half, left)
     return full.reshape(r * n * s, r * n * s)
@@ -260,49 +260,51 @@ def _sandwich(c: Tensor, factor: Tensor) -> Tensor:
     return torch.cat(chunks)
 
 
-def _norm(matrix: Tensor, metric: Tensor | None, outputs: Tensor | None) -> float:
+def _norm(matrix: Tensor, input_moment: Tensor | None, gradient_moment: Tensor | None) -> float:
     """``‖G^½ matrix C^½‖_F``."""
-    return math.sqrt(max(0.0, float((weigh(matrix, metric, outputs) * matrix).sum())))
+    return math.sqrt(max(0.0, float((weigh(matrix, input_moment, gradient_moment) * matrix).sum())))
 
 
-def check_metric(metric: Tensor, spec: Spec) -> Tensor:
-    """``metric`` itself, after checking that it is a finite (in_features, in_features) matrix.
+def check_input_moment(input_moment: Tensor, spec: Spec) -> Tensor:
+    """``input_moment`` itself, after checking that it is a finite (in_features, in_features) matrix.
 
     Raises:
         SpecError: It is not, or its diagonal has a negative entry.
     """
-    check_types("fit", metric=(metric, Tensor))
-    if tuple(metric.shape) != (spec.in_features, spec.in_features):
-        raise SpecError(f"metric of shape {tuple(metric.shape)}; needed ({spec.in_features}, {spec.in_features}).")
-    if not torch.isfinite(metric).all():
+    check_types("fit", metric=(input_moment, Tensor))
+    if tuple(input_moment.shape) != (spec.in_features, spec.in_features):
+        raise SpecError(
+            f"metric of shape {tuple(input_moment.shape)}; needed ({spec.in_features}, {spec.in_features})."
+        )
+    if not torch.isfinite(input_moment).all():
         raise SpecError("metric holds NaN or infinity: the calibration activations of this layer are not finite.")
-    if metric.diagonal().min() < 0:
+    if input_moment.diagonal().min() < 0:
         raise SpecError(INDEFINITE)
-    return metric
+    return input_moment
 
 
-def is_large_table(weight: Tensor, outputs: Tensor | None) -> bool:
+def is_large_table(weight: Tensor, gradient_moment: Tensor | None) -> bool:
     """Whether these are many rows that have weights: their problems are small, so that fp32 does, at half the memory.
 
     Linear layers are fitted in fp64 whatever their size.
     """
-    return outputs is not None and outputs.dim() == 1 and weight.numel() > TABLE
+    return gradient_moment is not None and gradient_moment.dim() == 1 and weight.numel() > TABLE
 
 
-def check_outputs(outputs: Tensor, spec: Spec) -> Tensor:
-    """``outputs`` itself, after checking that it is a finite (out_features, out_features) or (out_features,).
+def check_gradient_moment(gradient_moment: Tensor, spec: Spec) -> Tensor:
+    """``gradient_moment`` itself, after checking that it is a finite (out_features, out_features) or (out_features,).
 
     Raises:
         SpecError: It is not, or a weight on its diagonal is negative.
     """
     n = spec.out_features
-    if tuple(outputs.shape) not in ((n, n), (n,)):
-        raise SpecError(f"outputs: a metric of shape {tuple(outputs.shape)}; needed ({n}, {n}), or ({n},).")
-    if not torch.isfinite(outputs).all():
-        raise SpecError("outputs: the metric holds NaN or infinity: this layer's gradients or counts are not finite.")
-    if (outputs if outputs.dim() == 1 else outputs.diagonal()).min() < 0:
-        raise SpecError(f"outputs: {INDEFINITE}")
-    return outputs
+    if tuple(gradient_moment.shape) not in ((n, n), (n,)):
+        raise SpecError(f"gradient_moment of shape {tuple(gradient_moment.shape)}; needed ({n}, {n}), or ({n},).")
+    if not torch.isfinite(gradient_moment).all():
+        raise SpecError("gradient_moment holds NaN or infinity: this layer's gradients or counts are not finite.")
+    if (gradient_moment if gradient_moment.dim() == 1 else gradient_moment.diagonal()).min() < 0:
+        raise SpecError(f"gradient_moment: {INDEFINITE}")
+    return gradient_moment
 
 
 def _check_cores(cores: Sequence[Tensor], spec: Spec) -> Sequence[Tensor]:

@@ -37,17 +37,22 @@ def expand(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return out.reshape(a * m * b, x * n * y)
 
 
-def weigh(matrix: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Tensor:
+def weigh(matrix: Tensor, input_moment: Tensor | None, gradient_moment: Tensor | None) -> Tensor:
     """``G M C`` for M of shape (out, in); G is a matrix, or the vector of a diagonal one; None is the identity."""
-    if inputs is not None:
-        matrix = matrix @ inputs
-    if outputs is None:
+    if input_moment is not None:
+        matrix = matrix @ input_moment
+    if gradient_moment is None:
         return matrix
-    return outputs[:, None] * matrix if outputs.dim() == 1 else outputs @ matrix
+    return gradient_moment[:, None] * matrix if gradient_moment.dim() == 1 else gradient_moment @ matrix
 
 
 def improve_core(
-    core: Tensor, wanted: Tensor, left: Tensor, right: Tensor, inputs: Tensor | None, outputs: Tensor | None = None
+    core: Tensor,
+    wanted: Tensor,
+    left: Tensor,
+    right: Tensor,
+    input_moment: Tensor | None,
+    gradient_moment: Tensor | None = None,
 ) -> Tensor:
     """The core after a few preconditioned conjugate-gradient steps from the current one; each lowers the error.
 
@@ -58,25 +63,25 @@ def improve_core(
         core: Shape (r, m, n, s).
         wanted: Right-hand side, the same shape.
         left, right: Merged neighbours, (a, x, r) and (s, b, y).
-        inputs: C, (x n y, x n y), the identity if None.
-        outputs: G, (a m b, a m b), or (a m b,) for a diagonal one; the identity if None.
+        input_moment: C, (x n y, x n y), the identity if None.
+        gradient_moment: G, (a m b, a m b), or (a m b,) for a diagonal one; the identity if None.
     """
     _, m, n, _ = core.shape
-    inverses = _marginal_inverses(left, right, inputs, outputs, m, n)
+    inverses = _marginal_inverses(left, right, input_moment, gradient_moment, m, n)
 
     def normal(v: Tensor) -> Tensor:
-        return project(weigh(expand(v, left, right), inputs, outputs), left, right, m, n)
+        return project(weigh(expand(v, left, right), input_moment, gradient_moment), left, right, m, n)
 
     return conjugate_gradients(core, wanted, normal, lambda v: _precondition(v, inverses), _ITERATIONS)
 
 
 def _marginal_inverses(
-    left: Tensor, right: Tensor, inputs: Tensor | None, outputs: Tensor | None, m: int, n: int
+    left: Tensor, right: Tensor, input_moment: Tensor | None, gradient_moment: Tensor | None, m: int, n: int
 ) -> tuple[Tensor, ...]:
     """Inverses of the marginals on r, m, n and s; vectors where they are diagonal, however long that axis is."""
     (a, x, _), (_, b, y) = left.shape, right.shape
-    on_left, on_core, on_right = _marginals(inputs, (x, n, y), left)
-    to_left, to_core, to_right = _marginals(outputs, (a, m, b), left)
+    on_left, on_core, on_right = _marginals(input_moment, (x, n, y), left)
+    to_left, to_core, to_right = _marginals(gradient_moment, (a, m, b), left)
     grams = (
         torch.einsum("axr,axR->rR", left, _on_sides(left, to_left, on_left)),
         to_core,
@@ -100,21 +105,21 @@ def _precondition(core: Tensor, inverses: tuple[Tensor, ...]) -> Tensor:
     return core
 
 
-def _on_axis(tensor: Tensor, metric: Tensor, axis: int) -> Tensor:
+def _on_axis(tensor: Tensor, moment: Tensor, axis: int) -> Tensor:
     """A metric, or the vector of a diagonal one, applied to one axis."""
-    if metric.dim() == 1:
-        return tensor * metric.reshape(-1, *([1] * (tensor.dim() - 1 - axis)))
-    return torch.tensordot(metric, tensor, dims=([1], [axis])).movedim(0, axis)
+    if moment.dim() == 1:
+        return tensor * moment.reshape(-1, *([1] * (tensor.dim() - 1 - axis)))
+    return torch.tensordot(moment, tensor, dims=([1], [axis])).movedim(0, axis)
 
 
-def _marginals(metric: Tensor | None, sizes: tuple[int, int, int], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _marginals(moment: Tensor | None, sizes: tuple[int, int, int], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Partial traces of a metric on three parts of its index; vectors of diagonals where it is diagonal."""
-    if metric is None:
-        metric = like.new_ones(1).expand(sizes[0] * sizes[1] * sizes[2])
-    if metric.dim() == 1:
-        parts = metric.reshape(sizes)
+    if moment is None:
+        moment = like.new_ones(1).expand(sizes[0] * sizes[1] * sizes[2])
+    if moment.dim() == 1:
+        parts = moment.reshape(sizes)
         return parts.sum((1, 2)), parts.sum((0, 2)), parts.sum((0, 1))
-    parts = metric.reshape(*sizes, *sizes)
+    parts = moment.reshape(*sizes, *sizes)
     return (
         torch.einsum("xnyXny->xX", parts),
         torch.einsum("xnyxNy->nN", parts),
@@ -122,6 +127,6 @@ def _marginals(metric: Tensor | None, sizes: tuple[int, int, int], like: Tensor)
     )
 
 
-def _on_sides(factor: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
+def _on_sides(factor: Tensor, gradient_moment: Tensor, input_moment: Tensor) -> Tensor:
     """A merged neighbour (out, in, bond) with its marginal metrics applied to both sides."""
-    return _on_axis(_on_axis(factor, outputs, 0), inputs, 1)
+    return _on_axis(_on_axis(factor, gradient_moment, 0), input_moment, 1)

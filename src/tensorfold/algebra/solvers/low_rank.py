@@ -24,7 +24,9 @@ from tensorfold.utils.validation import check_floating
 _RIDGE = 1e-6  # of its mean eigenvalue, added to a metric that is inverted
 
 
-def whitened_low_rank(weight: Tensor, metric: Tensor | None, spec: Spec, outputs: Tensor | None = None) -> list[Tensor]:
+def whitened_low_rank(
+    weight: Tensor, input_moment: Tensor | None, spec: Spec, gradient_moment: Tensor | None = None
+) -> list[Tensor]:
     """The rank-r matrix with the smallest ``‖G^½ (W − Ŵ) C^½‖``, as cores.
 
     Without G it is the optimum of SVD-LLM (arXiv 2403.07378) without its Cholesky factor or any inverse, so it holds
@@ -32,39 +34,39 @@ def whitened_low_rank(weight: Tensor, metric: Tensor | None, spec: Spec, outputs
     """
     check_floating(weight=weight)
     result = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-    w = weight.to(torch.float32 if is_large_table(weight, outputs) else torch.float64)
-    c = None if metric is None else metric.to(w)
+    w = weight.to(torch.float32 if is_large_table(weight, gradient_moment) else torch.float64)
+    c = None if input_moment is None else input_moment.to(w)
     rank = spec.ranks[0]
-    if w.shape[0] > w.shape[1] and outputs is not None and outputs.dim() == 2:
-        into, back = roots(metric, w)
-        basis = leading_eigenvectors(_sandwich(into, w.T @ weigh(w, None, outputs.to(w))), rank)
+    if w.shape[0] > w.shape[1] and gradient_moment is not None and gradient_moment.dim() == 2:
+        into, back = roots(input_moment, w)
+        basis = leading_eigenvectors(_sandwich(into, w.T @ weigh(w, None, gradient_moment.to(w))), rank)
         right = basis.T if back is None else basis.T @ back
         left = w @ (basis if into is None else into @ basis)
     else:
-        into, back = roots(outputs, w)
+        into, back = roots(gradient_moment, w)
         w = weigh(w, None, into)
         if w.shape[0] <= w.shape[1]:
             basis = leading_eigenvectors(weigh(w, c, None) @ w.T, rank)
-        elif metric is None:
+        elif input_moment is None:
             basis = left_basis(w, rank)
         else:
-            values, vectors = torch.linalg.eigh(metric.double())
+            values, vectors = torch.linalg.eigh(input_moment.double())
             basis = left_basis(w @ (vectors * values.clamp_min(0).sqrt()).to(w), rank)
         left, right = weigh(basis, None, back), basis.T @ w
     return [core.to(result) for core in balance([left[None, :, None, :], right[:, None, :, None]])]  # (out, r), (r, in)
 
 
-def error_curve(weight: Tensor, metric: Tensor | None = None, outputs: Tensor | None = None) -> Tensor:
+def error_curve(weight: Tensor, input_moment: Tensor | None = None, gradient_moment: Tensor | None = None) -> Tensor:
     """``‖G^½ (W − Ŵ) C^½‖²`` of the best Ŵ of every rank r = 0 … min(out, in); fp64, falling to 0.
 
     Args:
         weight: Shape (out, in).
-        metric: C, (in, in).
-        outputs: G, (out, out).
+        input_moment: C, (in, in).
+        gradient_moment: G, (out, out).
     """
     check_floating(weight=weight)
     w = weight.double()
-    c, g = (None if given is None else given.to(w) for given in (metric, outputs))
+    c, g = (None if given is None else given.to(w) for given in (input_moment, gradient_moment))
     if w.shape[0] <= w.shape[1]:
         gram = _sandwich(roots(g, w, ridge=0.0)[0], weigh(w, c, None) @ w.T)
     else:
@@ -74,7 +76,7 @@ def error_curve(weight: Tensor, metric: Tensor | None = None, outputs: Tensor | 
 
 
 def restricted(
-    weight: Tensor, spec: Spec, metric: Tensor | None = None, outputs: Tensor | None = None
+    weight: Tensor, spec: Spec, input_moment: Tensor | None = None, gradient_moment: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The matrix that a partial spec keeps of ``weight``, on its rows and columns of the largest norms in the metrics.
 
@@ -84,7 +86,7 @@ def restricted(
         Shape (rows, columns), in ``weight``'s dtype; and the indices of both, rising, int64.
     """
     w = weight.double()
-    c, g = (None if given is None else given.to(w) for given in (metric, outputs))
+    c, g = (None if given is None else given.to(w) for given in (input_moment, gradient_moment))
     rows = (weigh(w, c, None) * w).sum(1)
     columns = (weigh(w, None, g) * w).sum(0)
     rows = rows if g is None else rows * (g if g.dim() == 1 else g.diagonal())
@@ -98,27 +100,27 @@ def restricted(
     return w.to(weight.dtype), rows, columns
 
 
-def _regressed(weight: Tensor, kept: Tensor, metric: Tensor | None) -> Tensor:
+def _regressed(weight: Tensor, kept: Tensor, moment: Tensor | None) -> Tensor:
     """Columns ``kept``, and what they give of the others: ``W_K + W_D C_DK C_KK⁻¹``."""
     left = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     left[kept] = False
-    if metric is None or not left.any() or not weight[:, left].any():
+    if moment is None or not left.any() or not weight[:, left].any():
         return weight[:, kept]
-    inner = metric[kept][:, kept]
+    inner = moment[kept][:, kept]
     ridge = (_RIDGE * inner.diagonal().mean()).clamp_min(torch.finfo(inner.dtype).tiny)  # where all is zero
     inner = inner + ridge * torch.eye(len(kept)).to(inner)
-    return weight[:, kept] + torch.linalg.solve(inner, metric[kept][:, left] @ weight[:, left].T).T
+    return weight[:, kept] + torch.linalg.solve(inner, moment[kept][:, left] @ weight[:, left].T).T
 
 
 def _sandwich(root: Tensor | None, matrix: Tensor) -> Tensor:
     return matrix if root is None else root @ matrix @ root
 
 
-def roots(metric: Tensor | None, like: Tensor, ridge: float = _RIDGE) -> tuple[Tensor | None, Tensor | None]:
+def roots(moment: Tensor | None, like: Tensor, ridge: float = _RIDGE) -> tuple[Tensor | None, Tensor | None]:
     """``M^½`` and its inverse; vectors where the metric is diagonal, None where it is the identity."""
-    if metric is None:
+    if moment is None:
         return None, None
-    m = metric.to(like.device).double()
+    m = moment.to(like.device).double()
     values, vectors = (m, None) if m.dim() == 1 else torch.linalg.eigh(m)
     values = values.clamp_min(0)
     values = values + (ridge * values.mean()).clamp_min(torch.finfo(values.dtype).tiny)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tensorfold.algebra.solvers.als import Fit, check_metric, check_outputs
+from tensorfold.algebra.solvers.als import Fit, check_gradient_moment, check_input_moment
 from tensorfold.algebra.solvers.als_cg import weigh
 from tensorfold.algebra.solvers.low_rank import roots
 from tensorfold.algebra.solvers.normal_equations import conjugate_gradients, definite, proximal_step
@@ -32,8 +32,8 @@ _PATIENCE = 3  # rounds
 def fit_shared_basis(
     weight: Tensor,
     spec: Spec,
-    metric: Tensor | None = None,
-    outputs: Tensor | None = None,
+    input_moment: Tensor | None = None,
+    gradient_moment: Tensor | None = None,
     start: list[Tensor] | None = None,
     *,
     rounds: int = 20,
@@ -47,8 +47,8 @@ def fit_shared_basis(
     Args:
         weight: W, shape (out, in), any floating dtype.
         spec: Modes (out, 1) and (groups, in / groups), or (groups, out / groups) and (in, 1); no padding or scalars.
-        metric: C, (in, in), symmetric positive semidefinite; the identity if None.
-        outputs: G, (out, out), likewise, or (out,), the weight of every row; the identity if None.
+        input_moment: C, (in, in), symmetric positive semidefinite; the identity if None.
+        gradient_moment: G, (out, out), likewise, or (out,), the weight of every row; the identity if None.
         start: Cores to start from instead of the TT-SVD; only the basis counts.
         rounds: At most so many.
 
@@ -65,8 +65,8 @@ def fit_shared_basis(
             "and (in, 1), without padding or scalars."
         )
     w = check_weight(weight, spec).double()
-    c = None if metric is None else check_metric(metric, spec).to(w)
-    g = None if outputs is None else check_outputs(outputs, spec).to(w)
+    c = None if input_moment is None else check_input_moment(input_moment, spec).to(w)
+    g = None if gradient_moment is None else check_gradient_moment(gradient_moment, spec).to(w)
     turned = spec.grouped == "out"
     if turned:
         w, c, g, spec = w.T, g, c, spec.transposed
@@ -107,13 +107,13 @@ def fit_shared_basis(
 class _Problem:
     """``min ‖(T − A (I ⊗ B)) C^½‖`` for T (p, in)."""
 
-    def __init__(self, target: Tensor, metric: Tensor, groups: int) -> None:
-        self.target, self.metric, self.groups = target, metric, groups
+    def __init__(self, target: Tensor, input_moment: Tensor, groups: int) -> None:
+        self.target, self.input_moment, self.groups = target, input_moment, groups
 
     def regression(self, target: Tensor, basis: Tensor) -> Tensor:
         """The best A, (p, g r)."""
         rows = torch.block_diag(*[basis] * self.groups)
-        weighed = rows @ self.metric
+        weighed = rows @ self.input_moment
         return proximal_step(weighed @ rows.T, target @ weighed.T)
 
     def round(self, basis: Tensor) -> tuple[float, Tensor]:
@@ -121,21 +121,21 @@ class _Problem:
         u, _, v = torch.linalg.svd(basis, full_matrices=False)  # polar, so that bases of successive rounds are near
         basis = self._solve(u @ v, self.regression(self.target, u @ v))
         rest = self.target - self.regression(self.target, basis) @ torch.block_diag(*[basis] * self.groups)
-        return float(((rest @ self.metric) * rest).sum()), basis
+        return float(((rest @ self.input_moment) * rest).sum()), basis
 
     def _solve(self, basis: Tensor, left: Tensor) -> Tensor:
         """Preconditioned conjugate gradients from ``basis``; each step lowers the loss."""
         g, (rank, width) = self.groups, basis.shape
         gram = (left.T @ left).reshape(g * rank, g, rank)
-        metric = self.metric.reshape(g * width, g, width)
+        input_moment = self.input_moment.reshape(g * width, g, width)
 
         def normal(v: Tensor) -> Tensor:
             mixed = torch.einsum("agk,kx->agx", gram, v).reshape(g, rank, g * width)
-            return torch.einsum("gkn,ngx->kx", mixed, metric)
+            return torch.einsum("gkn,ngx->kx", mixed, input_moment)
 
-        wanted = torch.einsum("gkgx->kx", (left.T @ (self.target @ self.metric)).reshape(g, rank, g, width))
+        wanted = torch.einsum("gkgx->kx", (left.T @ (self.target @ self.input_moment)).reshape(g, rank, g, width))
         of_terms = torch.einsum("gkgl->kl", gram.reshape(g, rank, g, rank))
-        of_width = torch.einsum("gxgy->xy", metric.reshape(g, width, g, width))
+        of_width = torch.einsum("gxgy->xy", input_moment.reshape(g, width, g, width))
 
         def precondition(v: Tensor) -> Tensor:
             return proximal_step(of_width, proximal_step(of_terms, v.T, -8).T, -8)

@@ -29,8 +29,8 @@ class Known(NamedTuple):
     """A matrix W (out, in) with C (in, in), second moment of its inputs, and G (out, out), of the loss's gradient."""
 
     weight: Tensor
-    inputs: Tensor
-    gradients: Tensor
+    input_moment: Tensor
+    gradient_moment: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class HeadBasis:
         turned = F.pad(self.into.to(parts) @ parts, (0, 0, 0, whole - size))
         return turned.reshape(matrix.shape)
 
-    def gradients(self, moment: Tensor) -> Tensor:
+    def gradient_moment(self, moment: Tensor) -> Tensor:
         """Second moment of the gradient at ``E W x`` from that at ``W x``, (groups · whole, groups · whole)."""
         groups, size, whole = self.into.shape
         parts, back = moment.reshape(groups, whole, groups, whole), self.back.to(moment)
@@ -116,10 +116,10 @@ def _estimate(into: Tensor, moment: Tensor) -> Tensor:
     return _regression(into @ moment @ into.T, moment @ into.T)
 
 
-def _regression(inputs: Tensor, cross: Tensor) -> Tensor:
+def _regression(input_moment: Tensor, cross: Tensor) -> Tensor:
     """``cross · inputs⁻¹``."""
-    ridge = (_RIDGE * inputs.diagonal().mean()).clamp_min(torch.finfo(inputs.dtype).tiny)
-    return torch.linalg.solve(inputs + ridge * torch.eye(len(inputs)).to(inputs), cross.T).T
+    ridge = (_RIDGE * input_moment.diagonal().mean()).clamp_min(torch.finfo(input_moment.dtype).tiny)
+    return torch.linalg.solve(input_moment + ridge * torch.eye(len(input_moment)).to(input_moment), cross.T).T
 
 
 def _curves(values: Known, outputs: Known, basis: HeadBasis, heads: int) -> tuple[Tensor, Tensor]:
@@ -132,9 +132,9 @@ def _curves(values: Known, outputs: Known, basis: HeadBasis, heads: int) -> tupl
     best = _regression(inner, crossed)
     lost = (g * (w @ c @ w.T - best @ crossed.T)).sum().clamp_min(0)
     kept = basis.rows(values.weight.double()).reshape(groups, whole, -1)[:, :size].flatten(0, 1)
-    metric = basis.gradients(values.gradients.double()).reshape(groups, whole, groups, whole)
-    metric = metric[:, :size, :, :size].reshape(groups * size, groups * size)
-    return error_curve(kept, values.inputs, metric), error_curve(best, inner, g) + lost.cpu()
+    reduced = basis.gradient_moment(values.gradient_moment.double()).reshape(groups, whole, groups, whole)
+    reduced = reduced[:, :size, :, :size].reshape(groups * size, groups * size)
+    return error_curve(kept, values.input_moment, reduced), error_curve(best, inner, g) + lost.cpu()
 
 
 class Sizes(NamedTuple):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tensorfold.algebra.solvers.als import check_metric, check_outputs, is_large_table, weighted_als
+from tensorfold.algebra.solvers.als import check_gradient_moment, check_input_moment, is_large_table, weighted_als
 from tensorfold.algebra.solvers.als_cg import weigh
 from tensorfold.algebra.solvers.low_rank import restricted, whitened_low_rank
 from tensorfold.algebra.solvers.pivots import with_pivots, with_pivots_in_basis
@@ -39,9 +39,9 @@ class Factors(NamedTuple):
 def factorize(
     weight: Tensor,
     spec: Spec,
-    metric: Tensor | None = None,
+    input_moment: Tensor | None = None,
     start: list[Tensor] | None = None,
-    outputs: Tensor | None = None,
+    gradient_moment: Tensor | None = None,
 ) -> Factors:
     """What a layer of ``spec`` is made of: :func:`fit`, of the rows and columns that it keeps, with its pivots.
 
@@ -52,12 +52,12 @@ def factorize(
     """
     if spec.is_partial:
         check_weight(weight, spec)
-        _check_metrics(spec, metric, outputs)
-        kept, rows, columns = restricted(weight, spec, metric, outputs)
-        metrics = Metrics(metric, outputs).reordered(rows, columns)
+        _check_moments(spec, input_moment, gradient_moment)
+        kept, rows, columns = restricted(weight, spec, input_moment, gradient_moment)
+        metrics = Metrics(input_moment, gradient_moment).reordered(rows, columns)
         found = factorize(kept, spec.inner, metrics.input_moment, None, metrics.gradient_moment)
         return found._replace(out_order=rows if found.out_order is None else rows[found.out_order], in_order=columns)
-    cores = fit(weight, spec, metric, start, outputs)
+    cores = fit(weight, spec, input_moment, start, gradient_moment)
     if spec.has_pivot_rows:
         cores, order = with_pivots(cores)
         return Factors(cores, out_order=order)
@@ -70,9 +70,9 @@ def factorize(
 def fit(
     weight: Tensor,
     spec: Spec,
-    metric: Tensor | None = None,
+    input_moment: Tensor | None = None,
     start: list[Tensor] | None = None,
-    outputs: Tensor | None = None,
+    gradient_moment: Tensor | None = None,
 ) -> list[Tensor]:
     """Cores of ``spec`` that approximate ``weight``.
 
@@ -85,9 +85,9 @@ def fit(
 
     Args:
         weight: Shape (out_features, in_features), any floating dtype.
-        metric: C, shape (in_features, in_features), symmetric and positive semidefinite; may be singular.
+        input_moment: C, shape (in_features, in_features), symmetric and positive semidefinite; may be singular.
         start: Cores that weighted alternating least squares starts from, instead of the TT-SVD.
-        outputs: G, shape (out_features, out_features), or (out_features,), the weight of every row.
+        gradient_moment: G, shape (out_features, out_features), or (out_features,), the weight of every row.
 
     Returns:
         Cores of shapes ``spec.core_shapes``, fp32 or ``weight``'s dtype if that is fp64.
@@ -101,26 +101,26 @@ def fit(
         raise SpecError(
             f"fit: {spec} leaves rows or columns out; factorize() chooses which, or fit spec.inner to those."
         )
-    if spec.sites == 1 or (metric is None and outputs is None):
+    if spec.sites == 1 or (input_moment is None and gradient_moment is None):
         return tt_svd(weight, spec)
-    _check_metrics(spec, metric, outputs)
+    _check_moments(spec, input_moment, gradient_moment)
     if spec.is_low_rank and not spec.is_padded and start is None:
-        return whitened_low_rank(weight, metric, spec, outputs)
+        return whitened_low_rank(weight, input_moment, spec, gradient_moment)
     if spec.pivoted and spec.grouped:
-        return fit_shared_basis(weight, spec, metric, outputs, start).cores
-    sweeps = _TABLE_SWEEPS if is_large_table(weight, outputs) else 20
-    return weighted_als(weight, spec, start or tt_svd(weight, spec), metric, outputs, sweeps=sweeps).cores
+        return fit_shared_basis(weight, spec, input_moment, gradient_moment, start).cores
+    sweeps = _TABLE_SWEEPS if is_large_table(weight, gradient_moment) else 20
+    return weighted_als(weight, spec, start or tt_svd(weight, spec), input_moment, gradient_moment, sweeps=sweeps).cores
 
 
-def _check_metrics(spec: Spec, metric: Tensor | None, outputs: Tensor | None) -> None:
-    if metric is not None:
-        check_metric(metric, spec)
-    if outputs is not None:
-        check_outputs(outputs, spec)
+def _check_moments(spec: Spec, input_moment: Tensor | None, gradient_moment: Tensor | None) -> None:
+    if input_moment is not None:
+        check_input_moment(input_moment, spec)
+    if gradient_moment is not None:
+        check_gradient_moment(gradient_moment, spec)
 
 
 def relative_error(
-    weight: Tensor, approximation: Tensor, metric: Tensor | None = None, outputs: Tensor | None = None
+    weight: Tensor, approximation: Tensor, input_moment: Tensor | None = None, gradient_moment: Tensor | None = None
 ) -> float:
     """``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖`` over the real rows and columns; metrics that are not given are the identity.
 
@@ -128,29 +128,31 @@ def relative_error(
     """
     above = below = 0.0
     # In chunks of rows: four fp64 copies of an embedding table would dwarf the model.
-    whole = outputs is not None and outputs.dim() == 2
+    whole = gradient_moment is not None and gradient_moment.dim() == 2
     chunk = len(weight) if whole else max(1, _CHUNK // weight.shape[1])
     for first in range(0, len(weight), chunk):
         rows = slice(first, first + chunk)
-        weights = outputs if outputs is None or whole else outputs[rows]
+        weights = gradient_moment if gradient_moment is None or whole else gradient_moment[rows]
         w = weight[rows].double()
-        above += _squared_norm(w - approximation[rows].double(), metric, weights)
-        below += _squared_norm(w, metric, weights)
+        above += _squared_norm(w - approximation[rows].double(), input_moment, weights)
+        below += _squared_norm(w, input_moment, weights)
     if below == 0.0:
         return 0.0 if above == 0.0 else float("inf")
     return (above / below) ** 0.5
 
 
 def norm_ratio(
-    weight: Tensor, approximation: Tensor, metric: Tensor | None = None, outputs: Tensor | None = None
+    weight: Tensor, approximation: Tensor, input_moment: Tensor | None = None, gradient_moment: Tensor | None = None
 ) -> float:
     """Krony-PT's ``α = ‖G^½ W C^½‖ / ‖G^½ Ŵ C^½‖``, by which a shrunken fit regains its norm; 1 for a zero one."""
-    norm = _squared_norm(approximation.double(), metric, outputs)
-    return (_squared_norm(weight.double(), metric, outputs) / norm) ** 0.5 if norm else 1.0
+    norm = _squared_norm(approximation.double(), input_moment, gradient_moment)
+    return (_squared_norm(weight.double(), input_moment, gradient_moment) / norm) ** 0.5 if norm else 1.0
 
 
-def _squared_norm(matrix: Tensor, metric: Tensor | None, outputs: Tensor | None) -> float:
+def _squared_norm(matrix: Tensor, input_moment: Tensor | None, gradient_moment: Tensor | None) -> float:
     weighted = weigh(
-        matrix, None if metric is None else metric.to(matrix), None if outputs is None else outputs.to(matrix)
+        matrix,
+        None if input_moment is None else input_moment.to(matrix),
+        None if gradient_moment is None else gradient_moment.to(matrix),
     )
     return max(0.0, float((weighted * matrix).sum()))
