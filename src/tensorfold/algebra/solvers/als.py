@@ -1,16 +1,21 @@
-"""Weighted alternating least squares: cores that fit a matrix in the metric of its inputs, and of its outputs.
+"""Weighted alternating least squares: cores of a chain whose matrix Ŵ has the least ``‖G^½ (W − Ŵ) C^½‖_F``.
 
-Minimises ``‖(W − Ŵ) C^½‖_F`` with C the second moment of the inputs, which is the layer's output error. With all cores
-but one fixed the objective is quadratic in that one, and because C acts on the inputs alone every output index ``i_k``
-of the core has the same normal matrix. With ``L`` the cores to its left merged and ``R`` those to its right,
+Notation:
+    W, Ŵ        matrix to fit and its fit, (out, in)
+    C           input moment, (in, in): the error is then that of the layer's output; the identity if not given
+    G           gradient moment, (out, out), or (out,) for a diagonal one, the weight of every row; likewise
+    X           core at site k, (r, m, n, s): left bond, out mode, in mode, right bond; indices r, i, j, s below
+    L           cores left of site k merged, (I<, J<, r): all out modes there, all in modes, bond
+    R           cores right of site k merged, (s, I>, J>)
+
+With all cores but X fixed the objective is quadratic in X. Without G every output index i of X has the same normal
+matrix H, because C acts on the inputs alone:
 
     H[(r j s), (r' j' s')] = Σ C[(j< j j>), (j<' j' j>')] · ΣL[i<,j<,r] L[i<,j<',r'] · ΣR[s,i>,j>] R[s',i>,j>']
 
-and the right-hand side is ``W C`` contracted with L and R. With a metric G of the outputs as well (the second moment
-of the loss's gradient there, or the weights of a table's rows) the error is ``‖G^½ (W − Ŵ) C^½‖``, and every core is
-solved for by conjugate gradients (``als_cg``). Sources: Holtz, Rohwedder & Schneider, "The
-Alternating Linear Scheme for Tensor Optimization in the Tensor Train Format" (2012); for sums of Kronecker products,
-ProcrustesGPT.
+and the right-hand side is ``W C`` contracted with L and R. With G, X is solved for by conjugate gradients
+(:mod:`.als_cg`). Sources: Holtz, Rohwedder & Schneider, "The Alternating Linear Scheme for Tensor Optimization in the
+Tensor Train Format" (2012); for sums of Kronecker products, ProcrustesGPT.
 """
 
 from __future__ import annotations
@@ -32,23 +37,29 @@ from tensorfold.algebra.statistics import Metrics
 from tensorfold.errors import SpecError
 from tensorfold.utils.validation import check_types
 
-# Up to this many unknowns an output index a normal matrix is formed (32 MB in fp64) and factored; beyond it conjugate
-# gradients apply it through the dense matrix, at about out·in² multiply–adds an iteration.
+# H is formed (32 MB in fp64) and factored where every output index has at most this many unknowns r · n · s; beyond
+# that, conjugate gradients apply it through the dense matrix, at about out·in² multiply–adds an iteration.
 DIRECT_UNKNOWNS = 2048
 _PATIENCE = 3  # sweeps: a start often rests on a plateau for one or two
 _CHUNK = 2**24  # elements of an intermediate of the normal matrix
-TABLE = 2**23  # elements
+TABLE = 2**23  # elements of W from which a matrix with row weights is fitted in fp32
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Fitted cores, and the relative error ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖`` at the start and after every sweep."""
+    """Result of an iterative solver.
+
+    Attributes:
+        cores: Shapes ``spec.core_shapes``.
+        errors: ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖`` at the start and after every sweep or round.
+    """
 
     cores: list[Tensor]
     errors: tuple[float, ...]
 
     @property
     def error(self) -> float:
+        """The relative error that the search ended with."""
         return self.errors[-1]
 
 
@@ -62,27 +73,29 @@ def weighted_als(
     sweeps: int = 20,
     tolerance: float = 1e-4,
 ) -> Fit:
-    """Improve ``cores`` by alternating least squares in the metrics C and G; the error never rises.
+    """Lower ``‖G^½ (W − Ŵ) C^½‖`` by solving for one core after the other; the error never rises.
 
     A sweep goes through the chain and back, solving for one core at a time with the others orthogonalised, in fp64
     (large tables in fp32). It is followed by a leap along its own step where that lowers the error further (line search
     extrapolation, Bro 1998). Three sweeps that together gain less than ``tolerance`` of the error end the search.
-    Nothing is random. Bond scalars are the caller's: the cores absorb them.
+    Nothing is random. Bond scalars are not fitted: the cores absorb them.
 
     Args:
         weight: W, shape (out_features, in_features), any floating dtype.
-        cores: Where to start, shapes ``spec.core_shapes``; ALS finds a local optimum, so the start matters.
+        spec: Shape of the chain.
+        cores: Start, shapes ``spec.core_shapes``; the result is a local optimum, so the start matters.
         input_moment: C, shape (in_features, in_features), symmetric positive semidefinite, may be singular; None is the
             identity. Padded columns cost nothing.
         gradient_moment: G, shape (out_features, out_features), symmetric positive semidefinite, or (out_features,), the
             weight of every row; None is the identity. Padded rows cost nothing.
         sweeps: At most so many.
+        tolerance: Relative gain in error that three sweeps together must reach for the search to go on.
 
     Returns:
         Cores with the norm spread evenly over the bonds, fp32 or ``weight``'s dtype if that is fp64, and the errors.
 
     Raises:
-        SpecError: A shape does not fit the spec, an input holds NaN or infinity, or the metric is not positive
+        SpecError: A shape does not fit the spec, an input holds NaN or infinity, or a moment is not positive
             semidefinite.
     """
     w = check_weight(weight, spec).to(torch.float32 if is_large_table(weight, gradient_moment) else torch.float64)
@@ -121,10 +134,10 @@ def weighted_als(
 
 
 def _padded_metrics(c: Tensor | None, g: Tensor | None, spec: Spec) -> Metrics:
-    """The metrics over the operator's own sides, where padding weighs nothing.
+    """C and G with zero rows and columns for padding, which then weighs nothing: C (Π n, Π n), G (Π m, Π m) or (Π m,).
 
-    Beside G the identity of the inputs is written out where columns are padded: conjugate gradients need no bound as
-    :func:`_padded_target` has.
+    Where G is given, C is not and columns are padded, C is the identity with zeros: conjugate gradients then need no
+    bound such as that of :func:`_padded_target`.
     """
     columns = math.prod(spec.in_modes) - spec.in_features
     rows = math.prod(spec.out_modes) - spec.out_features
@@ -136,10 +149,16 @@ def _padded_metrics(c: Tensor | None, g: Tensor | None, spec: Spec) -> Metrics:
 
 
 def _padded_target(target: Tensor, chain: list[Tensor], spec: Spec, metrics: Metrics) -> Tensor:
-    """``target``, W C, with what the chain gives now where padding is: rows nobody reads then cost nothing.
+    """``W C`` with padding filled in from the chain's current matrix, (Π m, Π n): rows that nobody reads cost nothing.
 
     Filling in the current values bounds the true error from above and touches it here, so a sweep that lowers the one
     lowers the other (majorisation, as in expectation–maximisation for missing data).
+
+    Args:
+        target: ``G W C``, or ``W C`` without G; shape (out, in).
+        chain: Current cores.
+        spec: Theirs.
+        metrics: C and G with padding.
     """
     shape = (math.prod(spec.out_modes), math.prod(spec.in_modes))
     if target.shape == shape:
@@ -153,7 +172,13 @@ def _padded_target(target: Tensor, chain: list[Tensor], spec: Spec, metrics: Met
 
 
 def _sweep(cores: list[Tensor], target: Tensor, metrics: Metrics) -> list[Tensor]:
-    """Solve for every core on the way right and again on the way left, the two end cores once each."""
+    """Solve for every core on the way right and again on the way left, the two end cores once each; return new cores.
+
+    Args:
+        cores: Right-orthogonal.
+        target: ``G W C`` with padding, (Π m, Π n).
+        metrics: C and G with padding.
+    """
     chain = list(cores)
     last = len(chain) - 1
     for k in range(last):
@@ -168,7 +193,7 @@ def _sweep(cores: list[Tensor], target: Tensor, metrics: Metrics) -> list[Tensor
 
 
 def _right_orthogonal(cores: list[Tensor]) -> list[Tensor]:
-    """The same operator with every core but the first an isometry from its left bond."""
+    """Cores of an unchanged matrix, of which every one but the first is an isometry from its left bond."""
     chain = list(cores)
     for k in range(len(chain) - 1, 0, -1):
         _orthogonalise(chain, k, -1)
@@ -176,36 +201,36 @@ def _right_orthogonal(cores: list[Tensor]) -> list[Tensor]:
 
 
 def _orthogonalise(chain: list[Tensor], k: int, step: int) -> None:
-    """Make core k an isometry towards its neighbour ``k + step`` and hand the rest to that neighbour, in place.
+    """Make core k an isometry towards its neighbour ``k + step`` and multiply the rest into that neighbour, in place.
 
-    By the polar decomposition: unlike QR it leaves an isometry as it is, so that the cores of successive sweeps can
-    be subtracted.
+    The polar decomposition, unlike QR, leaves an isometry as it is, so that the cores of successive sweeps can be
+    subtracted.
     """
     r, m, n, s = chain[k].shape
     if step > 0:
-        isometry, rest = _polar(chain[k].reshape(r * m * n, s))
+        isometry, rest = _polar(chain[k].reshape(r * m * n, s))  # (r·m·n, s), (s, s)
         chain[k] = isometry.reshape(r, m, n, s)
         chain[k + 1] = torch.einsum("st,tmnu->smnu", rest, chain[k + 1])
     else:
-        isometry, rest = _polar(chain[k].reshape(r, m * n * s).T)
+        isometry, rest = _polar(chain[k].reshape(r, m * n * s).T)  # (m·n·s, r), (r, r)
         chain[k] = isometry.T.reshape(r, m, n, s)
         chain[k - 1] = torch.einsum("tmnr,rs->tmns", chain[k - 1], rest)
 
 
 def _polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """``matrix = isometry @ rest``, ``rest`` symmetric positive semidefinite; for at least as many rows as columns."""
+    """Polar decomposition ``matrix = isometry @ rest``: (p, q) → (p, q) and (q, q) for p ≥ q, the rest semidefinite."""
     q, r = torch.linalg.qr(matrix)
     u, values, vh = torch.linalg.svd(r)
     return q @ (u @ vh), (vh.T * values) @ vh
 
 
 def _solve(chain: list[Tensor], k: int, target: Tensor, metrics: Metrics) -> Tensor:
-    """The core k that minimises the error while the others, isometries by now, stay as they are."""
+    """Core k, (r, m, n, s), with the least error while the others, isometries towards it, are fixed."""
     core = chain[k]
     r, m, n, s = core.shape
     left = _merge(chain[:k], core)[0]  # (I<, J<, r)
     right = _merge(chain[k + 1 :], core)[..., 0]  # (s, I>, J>)
-    wanted = project(target, left, right, m, n)
+    wanted = project(target, left, right, m, n)  # (r, m, n, s)
     input_moment, gradient_moment = metrics
     if input_moment is None and gradient_moment is None:
         return wanted  # the normal matrix is the identity
@@ -213,40 +238,52 @@ def _solve(chain: list[Tensor], k: int, target: Tensor, metrics: Metrics) -> Ten
         return improve_core(core, wanted, left, right, input_moment, gradient_moment)
     if max(r * n * s, n * min(r * right.shape[2], left.shape[1] * s)) > DIRECT_UNKNOWNS:
         return improve_core(core, wanted, left, right, input_moment)
-    normal = _normal_matrix(left, right, input_moment, n)
-    start = core.transpose(0, 1).reshape(m, -1)
-    residual = wanted.transpose(0, 1).reshape(m, -1) - start @ normal
+    normal = _normal_matrix(left, right, input_moment, n)  # (r·n·s, r·n·s)
+    start = core.transpose(0, 1).reshape(m, -1)  # (m, r·n·s)
+    residual = wanted.transpose(0, 1).reshape(m, -1) - start @ normal  # (m, r·n·s)
     return (start + proximal_step(normal, residual)).reshape(m, r, n, s).transpose(0, 1)
 
 
 def _merge(cores: list[Tensor], like: Tensor) -> Tensor:
-    """Neighbouring cores as one, shape (r, I, J, s); a single one where there are none."""
+    """Neighbouring cores contracted over their bonds, (r, I, J, s); ones (1, 1, 1, 1) where there are no cores."""
     merged = cores[0] if cores else like.new_ones(1, 1, 1, 1)
     for core in cores[1:]:
         r, i, j, _ = merged.shape
         _, m, n, s = core.shape
-        merged = torch.einsum("rijt,tmns->rimjns", merged, core).reshape(r, i * m, j * n, s)
+        merged = torch.einsum("rijt,tmns->rimjns", merged, core).reshape(r, i * m, j * n, s)  # bond t is summed
     return merged
 
 
 def _normal_matrix(left: Tensor, right: Tensor, input_moment: Tensor, n: int) -> Tensor:
-    """H of the module's docstring, shape (r·n·s, r·n·s)."""
+    """Normal matrix H of one output index, shape (r·n·s, r·n·s), by the formula at the head of this module.
+
+    Args:
+        left: L, (I<, J<, r), with J< = x.
+        right: R, (s, I>, J>), with J> = y.
+        input_moment: C with padding, (x·n·y, x·n·y).
+        n: In mode of the site.
+    """
     (_, x, r), (s, _, y) = left.shape, right.shape
     right = right.permute(1, 2, 0)  # (I>, J>, s)
     if r * y <= x * s:  # the side that leaves the smaller intermediate goes first
-        half = _sandwich(input_moment.reshape(x, n * y, x, n * y), left)
-        half = half.reshape(r * n, y, r * n, y).permute(1, 0, 3, 2)
-        full = _sandwich(half, right).reshape(s, r, n, s, r, n).permute(1, 2, 0, 4, 5, 3)
+        half = _sandwich(input_moment.reshape(x, n * y, x, n * y), left)  # (r, n·y, r, n·y)
+        half = half.reshape(r * n, y, r * n, y).permute(1, 0, 3, 2)  # (y, r·n, y, r·n)
+        full = _sandwich(half, right).reshape(s, r, n, s, r, n).permute(1, 2, 0, 4, 5, 3)  # (r, n, s, r, n, s)
     else:
-        half = _sandwich(input_moment.reshape(x * n, y, x * n, y).permute(1, 0, 3, 2), right)
+        half = _sandwich(input_moment.reshape(x * n, y, x * n, y).permute(1, 0, 3, 2), right)  # (s, x·n, s, x·n)
         half = half.reshape(s, x, n, s, x, n).permute(1, 2, 0, 4, 5, 3).reshape(x, n * s, x, n * s)
-        full = _sandwich(half, left)
+        full = _sandwich(half, left)  # (r, n·s, r, n·s)
     return full.reshape(r * n * s, r * n * s)
 
 
 def _sandwich(c: Tensor, factor: Tensor) -> Tensor:
-    """``Σ factor[a, z, r] c[z, p, z', p'] factor[a, z', r']``, shape (r, p, r', p'), in chunks of r."""
-    a, z, r = factor.shape
+    """``Σ factor[a, z, r] c[z, p, z', p'] factor[a, z', r']``, shape (r, p, r', p'), in chunks of r.
+
+    Args:
+        c: Shape (z, p, z, p).
+        factor: Shape (a, z, r).
+    """
+    a, z, r = factor.shape  # axes in capitals below are the primed ones
     p = c.shape[1]
     per_index = a * p * z * p if a < r else r * z * z
     chunks = []
@@ -261,12 +298,12 @@ def _sandwich(c: Tensor, factor: Tensor) -> Tensor:
 
 
 def _norm(matrix: Tensor, input_moment: Tensor | None, gradient_moment: Tensor | None) -> float:
-    """``‖G^½ matrix C^½‖_F``."""
+    """``‖G^½ M C^½‖_F`` of a matrix M (out, in)."""
     return math.sqrt(max(0.0, float((weigh(matrix, input_moment, gradient_moment) * matrix).sum())))
 
 
 def check_input_moment(input_moment: Tensor, spec: Spec) -> Tensor:
-    """``input_moment`` itself, after checking that it is a finite (in_features, in_features) matrix.
+    """Check that an input moment is a finite (in_features, in_features) matrix, and return it.
 
     Raises:
         SpecError: It is not, or its diagonal has a negative entry.
@@ -284,7 +321,7 @@ def check_input_moment(input_moment: Tensor, spec: Spec) -> Tensor:
 
 
 def is_large_table(weight: Tensor, gradient_moment: Tensor | None) -> bool:
-    """Whether these are many rows that have weights: their problems are small, so that fp32 does, at half the memory.
+    """Whether W (out, in) is a table with row weights and more than ``TABLE`` numbers, fitted in fp32 to save memory.
 
     Linear layers are fitted in fp64 whatever their size.
     """
@@ -292,7 +329,7 @@ def is_large_table(weight: Tensor, gradient_moment: Tensor | None) -> bool:
 
 
 def check_gradient_moment(gradient_moment: Tensor, spec: Spec) -> Tensor:
-    """``gradient_moment`` itself, after checking that it is a finite (out_features, out_features) or (out_features,).
+    """Check that a gradient moment is finite, of shape (out_features, out_features) or (out_features,), and return it.
 
     Raises:
         SpecError: It is not, or a weight on its diagonal is negative.

@@ -1,11 +1,20 @@
-"""One core of weighted alternating least squares by conjugate gradients, in the metrics of inputs and outputs.
+"""Conjugate gradients for one core of weighted alternating least squares.
 
-For a core X between its merged neighbours, ``E`` the linear map from X to the matrix, the error is that of
+Notation:
+    W           matrix to fit, (out, in) = (a·m·b, x·n·y)
+    X           core, (r, m, n, s)
+    left        merged cores left of it, (a, x, r): out modes, in modes, bond
+    right       merged cores right of it, (s, b, y)
+    E           linear map from X to its matrix, (r, m, n, s) → (a·m·b, x·n·y)
+    C           input moment, (x·n·y, x·n·y)
+    G           gradient moment, (a·m·b, a·m·b), or (a·m·b,) for a diagonal one
+
+The X with the least ``‖G^½ (W − E(X)) C^½‖`` solves the normal equations
 
     Eᵀ(G E(X) C) = Eᵀ(G W C)
 
-with C the metric of the inputs and G that of the outputs. The normal matrix is never formed: it has as many rows as the
-core has numbers, and with a G that is no multiple of the identity it no longer splits over the output index.
+Their matrix is never formed: it has as many rows as X has numbers, and splits over the output index only where G is a
+multiple of the identity.
 """
 
 from __future__ import annotations
@@ -19,7 +28,7 @@ _ITERATIONS = 20
 
 
 def project(matrix: Tensor, left: Tensor, right: Tensor, m: int, n: int) -> Tensor:
-    """A matrix (M, N) contracted with the merged cores around one site, shape (r, m, n, s)."""
+    """``Eᵀ(matrix)``: a matrix (a·m·b, x·n·y) contracted with the merged cores around a site, shape (r, m, n, s)."""
     (a, x, r), (s, b, y) = left.shape, right.shape
     t = matrix.reshape(a, m, b, x, n, y)
     if r * b * y <= s * a * x:  # the side that shrinks it more goes first
@@ -28,7 +37,7 @@ def project(matrix: Tensor, left: Tensor, right: Tensor, m: int, n: int) -> Tens
 
 
 def expand(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The matrix (M, N) of a core between its merged neighbours; the transpose of :func:`project`."""
+    """``E(core)``: matrix (a·m·b, x·n·y) of a core (r, m, n, s) between its merged neighbours."""
     (a, x, _), (_, b, y), (_, m, n, _) = left.shape, right.shape, core.shape
     if a * x <= b * y:
         out = torch.einsum("amxns,sby->ambxny", torch.einsum("axr,rmns->amxns", left, core), right)
@@ -38,7 +47,7 @@ def expand(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def weigh(matrix: Tensor, input_moment: Tensor | None, gradient_moment: Tensor | None) -> Tensor:
-    """``G M C`` for M of shape (out, in); G is a matrix, or the vector of a diagonal one; None is the identity."""
+    """``G M C`` for M of shape (out, in); C (in, in), G (out, out) or (out,) if diagonal; None is the identity."""
     if input_moment is not None:
         matrix = matrix @ input_moment
     if gradient_moment is None:
@@ -54,17 +63,18 @@ def improve_core(
     input_moment: Tensor | None,
     gradient_moment: Tensor | None = None,
 ) -> Tensor:
-    """The core after a few preconditioned conjugate-gradient steps from the current one; each lowers the error.
+    """Core (r, m, n, s) after a few preconditioned conjugate-gradient steps from the given one; each lowers the error.
 
     The preconditioner is the Kronecker product of the normal matrix's marginals on the core's four axes: exact where
     the core spans all inputs and outputs.
 
     Args:
-        core: Shape (r, m, n, s).
-        wanted: Right-hand side, the same shape.
-        left, right: Merged neighbours, (a, x, r) and (s, b, y).
-        input_moment: C, (x n y, x n y), the identity if None.
-        gradient_moment: G, (a m b, a m b), or (a m b,) for a diagonal one; the identity if None.
+        core: X to start from, (r, m, n, s).
+        wanted: Right-hand side ``Eᵀ(G W C)``, (r, m, n, s).
+        left: Merged cores left of it, (a, x, r).
+        right: Merged cores right of it, (s, b, y).
+        input_moment: C, (x·n·y, x·n·y), the identity if None.
+        gradient_moment: G, (a·m·b, a·m·b), or (a·m·b,) for a diagonal one; the identity if None.
     """
     _, m, n, _ = core.shape
     inverses = _marginal_inverses(left, right, input_moment, gradient_moment, m, n)
@@ -78,7 +88,7 @@ def improve_core(
 def _marginal_inverses(
     left: Tensor, right: Tensor, input_moment: Tensor | None, gradient_moment: Tensor | None, m: int, n: int
 ) -> tuple[Tensor, ...]:
-    """Inverses of the marginals on r, m, n and s; vectors where they are diagonal, however long that axis is."""
+    """Inverses of the normal matrix's marginals on axes r, m, n and s, (r, r) … (s, s); vectors where diagonal."""
     (a, x, _), (_, b, y) = left.shape, right.shape
     on_left, on_core, on_right = _marginals(input_moment, (x, n, y), left)
     to_left, to_core, to_right = _marginals(gradient_moment, (a, m, b), left)
@@ -92,7 +102,7 @@ def _marginal_inverses(
 
 
 def _inverse(gram: Tensor) -> Tensor:
-    # A preconditioner may have any scale; each is brought to 1, since the product of four would leave fp32's range.
+    # A preconditioner may have any scale; each marginal is brought to mean 1, since a product of four may leave fp32.
     gram = gram / (gram if gram.dim() == 1 else gram.diagonal()).mean().clamp_min(torch.finfo(gram.dtype).tiny)
     if gram.dim() == 1:
         return torch.where(gram > 0, 1 / gram, torch.ones_like(gram))
@@ -106,14 +116,20 @@ def _precondition(core: Tensor, inverses: tuple[Tensor, ...]) -> Tensor:
 
 
 def _on_axis(tensor: Tensor, moment: Tensor, axis: int) -> Tensor:
-    """A metric, or the vector of a diagonal one, applied to one axis."""
+    """Product of one axis of a tensor with a symmetric matrix, or with a diagonal one given as a vector."""
     if moment.dim() == 1:
         return tensor * moment.reshape(-1, *([1] * (tensor.dim() - 1 - axis)))
     return torch.tensordot(moment, tensor, dims=([1], [axis])).movedim(0, axis)
 
 
 def _marginals(moment: Tensor | None, sizes: tuple[int, int, int], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Partial traces of a metric on three parts of its index; vectors of diagonals where it is diagonal."""
+    """Partial traces of a moment over a three-part index (p, q, t): (p, p), (q, q), (t, t), or vectors if diagonal.
+
+    Args:
+        moment: Shape (p·q·t, p·q·t) or (p·q·t,); the identity if None.
+        sizes: p, q and t.
+        like: A tensor of the dtype and device of the result.
+    """
     if moment is None:
         moment = like.new_ones(1).expand(sizes[0] * sizes[1] * sizes[2])
     if moment.dim() == 1:
@@ -128,5 +144,5 @@ def _marginals(moment: Tensor | None, sizes: tuple[int, int, int], like: Tensor)
 
 
 def _on_sides(factor: Tensor, gradient_moment: Tensor, input_moment: Tensor) -> Tensor:
-    """A merged neighbour (out, in, bond) with its marginal metrics applied to both sides."""
+    """Merged cores (out, in, bond) times G's marginal on the out axis and C's on the in axis."""
     return _on_axis(_on_axis(factor, gradient_moment, 0), input_moment, 1)

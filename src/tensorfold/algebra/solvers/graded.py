@@ -1,11 +1,20 @@
-"""Graded low rank: a table whose rows share one basis, and of which frequent tokens use more than rare ones.
+"""Graded low rank: an embedding table whose rows share one basis; frequent tokens use more of it than rare ones.
 
-    E[order] ≈ [ X ; U_2 B[:r_2] ; … ; U_C B[:r_C] ]        X: the most frequent rows as they are, B: (basis, width)
+    E[order] ≈ [ X ; U_2 B[:r_2] ; … ; U_K B[:r_K] ]
 
-Rows are sorted by how often they are used and cut into classes. A class of n tokens has n × r coefficients, which read
-the first r rows of the basis B, so B serves the common directions first. Low rank is the case of one class, and
-"frequent tokens exact, the rest of low rank" (as in GroupReduce, arXiv 1806.06950, and adaptive inputs, arXiv
-1809.10853, where nothing is shared) that of two.
+Notation:
+    E           table, (vocabulary, width); e_t its row for token t
+    order       token at each place, most important first, cut into K classes
+    X           rows of the first class as they are, (n_1, width), where its rank is the width
+    U_k         coefficients of class k, (n_k, r_k), for n_k tokens of rank r_k
+    B           basis, (r, width), r the largest rank below the width; class k reads its first r_k rows
+    w           importance of every token, (vocabulary,), mean 1 inside this module
+    C           metric of the error of a row, (width, width)
+    S           Σ w_t y_t y_tᵀ over a class, y = C^½ e, (width, width)
+    V           orthonormal columns, (width, r), of which B are the rows mapped back by C^−½
+
+One class is low rank. Two classes, the first exact, are "frequent tokens exact, the rest of low rank", as in
+GroupReduce (arXiv 1806.06950) and adaptive inputs (arXiv 1809.10853), where nothing is shared.
 """
 
 from __future__ import annotations
@@ -22,7 +31,7 @@ from tensorfold.errors import SpecError
 from tensorfold.utils.validation import check_floating
 
 _CHUNK = 2**21  # elements worked on at a time in fp64
-_FLOOR = 1e-9  # of the metric's largest eigenvalue: directions below it are as good as never read
+_FLOOR = 1e-9  # smallest eigenvalue of C that counts, as a part of its largest
 
 
 def graded_low_rank(
@@ -32,19 +41,20 @@ def graded_low_rank(
     metric: Tensor | None = None,
     sweeps: int = 30,
 ) -> Factors:
-    """The table nearest to ``table`` in the error ``Σ_t w_t ‖(e_t − ê_t) C^½‖²``, rows sorted by ``w``.
+    """Fit a graded table Ê to E with a small error ``Σ_t w_t ‖(e_t − ê_t) C^½‖²``.
 
-    In the metric, and for an orthonormal basis V, a row's best coefficients are its products with V, and what a class
-    keeps is ``tr(V_rᵀ S V_r)`` with S the weighted second moment of its rows. The sum over classes is convex in V, so
-    the polar factor of its gradient is never worse than V: each sweep takes it. With one class, the start (leading
-    eigenvectors of all S) is the optimum: weighted PCA.
+    For orthonormal V the best coefficients of a row y are its products with V, and a class of rank r keeps the energy
+    ``tr(V_rᵀ S V_r)``, V_r the first r columns. The sum over classes is convex in V, so the polar factor of its
+    gradient is never worse than V: each sweep takes it. With one class, the start (leading eigenvectors of the sum of
+    all S) is the optimum: weighted PCA.
 
     Args:
-        table: Shape (vocabulary, width), any floating dtype.
-        importance: w, shape (vocabulary,), positive: the order of the rows and the weight of their errors; equal if
-            None.
+        table: E, shape (vocabulary, width), any floating dtype.
+        spec: Classes of tokens with their ranks.
+        importance: w, shape (vocabulary,), positive: decides the order of the rows and weighs their errors; equal
+            weights if None.
         metric: C, shape (width, width), symmetric and positive semidefinite; the identity if None.
-        sweeps: At most this many; fewer where they gain nothing any more.
+        sweeps: At most this many; fewer once they gain nothing any more.
 
     Returns:
         Cores of shapes ``spec.core_shapes``, fp32 or ``table``'s dtype if that is fp64; ``out_order``: token index at
@@ -73,7 +83,7 @@ def graded_low_rank(
 
 
 def _check(table: Tensor, spec: GradedSpec, importance: Tensor | None, metric: Tensor | None) -> Tensor:
-    """The weights in fp64, of mean 1."""
+    """Check shapes and values; return the importance w, (vocabulary,), fp64, of mean 1."""
     needed = {"table": (spec.vocabulary, spec.width), "importance": (spec.vocabulary,), "metric": (spec.width,) * 2}
     for name, given in {"table": table, "importance": importance, "metric": metric}.items():
         if given is None:
@@ -93,7 +103,7 @@ def _check(table: Tensor, spec: GradedSpec, importance: Tensor | None, metric: T
 
 
 def _roots(metric: Tensor | None, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``C^½`` and its inverse, (width, width); directions that C does not know are given a trace of weight."""
+    """``C^½`` and ``C^−½``, (width, width); eigenvalues of C below ``_FLOOR`` of the largest are raised to it."""
     if metric is None:
         identity = torch.eye(width, dtype=torch.float64, device=device)
         return identity, identity
@@ -103,7 +113,14 @@ def _roots(metric: Tensor | None, width: int, device: torch.device) -> tuple[Ten
 
 
 def _moment(table: Tensor, rows: Tensor, weights: Tensor, into: Tensor) -> Tensor:
-    """``Σ w_t y_t y_tᵀ`` of some rows ``y = e C^½``, shape (width, width)."""
+    """S, (width, width), fp64: ``Σ w_t y_t y_tᵀ`` over a class.
+
+    Args:
+        table: E, (vocabulary, width).
+        rows: Tokens of the class, int64, (n,).
+        weights: w, (vocabulary,).
+        into: ``C^½``, (width, width).
+    """
     total = torch.zeros_like(into)
     for some in rows.split(max(1, _CHUNK // into.shape[0])):
         part = table[some].double()
@@ -112,7 +129,13 @@ def _moment(table: Tensor, rows: Tensor, weights: Tensor, into: Tensor) -> Tenso
 
 
 def _basis(moments: Sequence[Tensor], ranks: Sequence[int], sweeps: int) -> Tensor:
-    """Orthonormal columns, shape (width, largest rank), whose first r keep as much as can be of each class."""
+    """V, orthonormal columns (width, largest rank), by ascent of the energy ``Σ_k tr(V_rᵀ S_k V_r)`` that it keeps.
+
+    Args:
+        moments: S of every class, (width, width) each.
+        ranks: r of every class.
+        sweeps: At most this many polar steps.
+    """
     basis = torch.linalg.eigh(torch.stack(list(moments)).sum(0)).eigenvectors.flip(-1)[:, : max(ranks)]
     kept = -math.inf
     for _ in range(sweeps if len(ranks) > 1 else 0):
@@ -128,7 +151,12 @@ def _basis(moments: Sequence[Tensor], ranks: Sequence[int], sweeps: int) -> Tens
 
 
 def _evening(coefficients: Sequence[Tensor], basis: Tensor) -> Tensor:
-    """Factor for each column of coefficients that gives it the norm of its row of the basis, shape (basis,)."""
+    """Factor of every column of coefficients, (r,), that spreads its norm evenly over it and its row of the basis.
+
+    Args:
+        coefficients: U of every class, (n_k, r_k).
+        basis: B, (r, width).
+    """
     squares = torch.zeros(basis.shape[0], dtype=basis.dtype, device=basis.device)
     for part in coefficients:
         squares[: part.shape[1]] += part.square().sum(0)

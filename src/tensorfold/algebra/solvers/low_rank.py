@@ -1,13 +1,20 @@
-"""Low rank in the metrics of inputs and outputs: the best matrix of a rank, and the error of every rank.
+"""Weighted low rank: the matrix Ŵ of rank r with the least ``‖G^½ (W − Ŵ) C^½‖_F``, and that error for every r.
 
-The matrix Ŵ of rank r with the smallest ``‖G^½ (W − Ŵ) C^½‖`` is ``G^-½ [G^½ W C^½]_r C^-½``, with ``[·]_r`` the r
-leading terms of the singular value decomposition. One side's singular vectors are enough, and those of the smaller side
-are eigenvectors of a small matrix:
+Notation:
+    W, Ŵ        matrix to fit and its fit, (out, in)
+    C           input moment, (in, in), the identity if not given
+    G           gradient moment, (out, out), or (out,) for a diagonal one, the weight of every row; likewise
+    U           r leading left singular vectors of G^½ W C^½, (out, r)
+    V           its r leading right singular vectors, (in, r)
 
-    Ŵ = G^-½ U Uᵀ G^½ W     U: of G^½ W C Wᵀ G^½,  (out, out)
-    Ŵ = W C^½ V Vᵀ C^-½     V: of C^½ Wᵀ G W C^½,  (in, in)
+The optimum is ``G^-½ [G^½ W C^½]_r C^-½`` with ``[·]_r`` the r leading terms of the singular value decomposition
+(Eckart–Young). Singular vectors of one side are enough, and those of the smaller side are eigenvectors of a small
+matrix:
 
-Only the metric of that side needs a root, and an inverse only where the identity does not stand in its place.
+    Ŵ = G^-½ U Uᵀ G^½ W     U: leading eigenvectors of G^½ W C Wᵀ G^½, (out, out)
+    Ŵ = W C^½ V Vᵀ C^-½     V: leading eigenvectors of C^½ Wᵀ G W C^½, (in, in)
+
+Only the moment of the smaller side needs a root and an inverse, and neither where it is the identity.
 """
 
 from __future__ import annotations
@@ -21,16 +28,26 @@ from tensorfold.algebra.solvers.ttsvd import balance, leading_eigenvectors, left
 from tensorfold.algebra.specs.spec import Spec
 from tensorfold.utils.validation import check_floating
 
-_RIDGE = 1e-6  # of its mean eigenvalue, added to a metric that is inverted
+_RIDGE = 1e-6  # added to a moment that is inverted, as a part of its mean eigenvalue
 
 
 def whitened_low_rank(
     weight: Tensor, input_moment: Tensor | None, spec: Spec, gradient_moment: Tensor | None = None
 ) -> list[Tensor]:
-    """The rank-r matrix with the smallest ``‖G^½ (W − Ŵ) C^½‖``, as cores.
+    """Matrix of rank r with the least ``‖G^½ (W − Ŵ) C^½‖``, as two cores.
 
-    Without G it is the optimum of SVD-LLM (arXiv 2403.07378) without its Cholesky factor or any inverse, so it holds
-    for singular C. A singular metric that has to be inverted gets a ridge: what it does not weigh is not determined.
+    Without G it is the optimum of SVD-LLM (arXiv 2403.07378), found without its Cholesky factor or any inverse, so that
+    it holds for singular C. A moment that has to be inverted gets a ridge, because the error does not determine Ŵ along
+    its null space.
+
+    Args:
+        weight: W, shape (out, in), any floating dtype.
+        input_moment: C, (in, in); the identity if None.
+        spec: Modes (out, 1) and (1, in); its one bond is r.
+        gradient_moment: G, (out, out) or (out,); the identity if None.
+
+    Returns:
+        Cores (1, out, 1, r) and (r, 1, in, 1), fp32 or ``weight``'s dtype if that is fp64, norms spread evenly.
     """
     check_floating(weight=weight)
     result = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
@@ -57,12 +74,15 @@ def whitened_low_rank(
 
 
 def error_curve(weight: Tensor, input_moment: Tensor | None = None, gradient_moment: Tensor | None = None) -> Tensor:
-    """``‖G^½ (W − Ŵ) C^½‖²`` of the best Ŵ of every rank r = 0 … min(out, in); fp64, falling to 0.
+    """Squared error ``‖G^½ (W − Ŵ) C^½‖²`` of the best Ŵ of every rank.
 
     Args:
-        weight: Shape (out, in).
-        input_moment: C, (in, in).
-        gradient_moment: G, (out, out).
+        weight: W, shape (out, in).
+        input_moment: C, (in, in); the identity if None.
+        gradient_moment: G, (out, out) or (out,); the identity if None.
+
+    Returns:
+        fp64, shape (min(out, in) + 1,), for r = 0 … min(out, in), falling to 0.
     """
     check_floating(weight=weight)
     w = weight.double()
@@ -78,12 +98,19 @@ def error_curve(weight: Tensor, input_moment: Tensor | None = None, gradient_mom
 def restricted(
     weight: Tensor, spec: Spec, input_moment: Tensor | None = None, gradient_moment: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The matrix that a partial spec keeps of ``weight``, on its rows and columns of the largest norms in the metrics.
+    """Part of W that a partial spec keeps: the rows and columns with the largest weighted norms.
 
-    By regression it makes up, as far as the metrics let it, for the rows and columns that are left out.
+    Row i has the norm ``(W C Wᵀ)_ii G_ii`` and column j ``(Wᵀ G W)_jj C_jj``. The kept part is a regression on all of
+    W, so that it makes up for the others as far as C and G correlate them.
+
+    Args:
+        weight: W, shape (out, in).
+        spec: Partial; ``spec.inner`` says how many rows and columns are kept.
+        input_moment: C, (in, in); the identity if None.
+        gradient_moment: G, (out, out) or (out,); the identity if None.
 
     Returns:
-        Shape (rows, columns), in ``weight``'s dtype; and the indices of both, rising, int64.
+        The kept matrix, (rows, columns), in ``weight``'s dtype; its rows and its columns in W, rising, int64.
     """
     w = weight.double()
     c, g = (None if given is None else given.to(w) for given in (input_moment, gradient_moment))
@@ -101,7 +128,13 @@ def restricted(
 
 
 def _regressed(weight: Tensor, kept: Tensor, moment: Tensor | None) -> Tensor:
-    """Columns ``kept``, and what they give of the others: ``W_K + W_D C_DK C_KK⁻¹``."""
+    """Regression of W on its columns K with the least ``‖(W − Ŵ) C^½‖``: ``W_K + W_D C_DK C_KK⁻¹``, D the others.
+
+    Args:
+        weight: W, (p, q).
+        kept: K, int64, (k,).
+        moment: C, (q, q); the identity if None.
+    """
     left = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     left[kept] = False
     if moment is None or not left.any() or not weight[:, left].any():
@@ -117,7 +150,13 @@ def _sandwich(root: Tensor | None, matrix: Tensor) -> Tensor:
 
 
 def roots(moment: Tensor | None, like: Tensor, ridge: float = _RIDGE) -> tuple[Tensor | None, Tensor | None]:
-    """``M^½`` and its inverse; vectors where the metric is diagonal, None where it is the identity."""
+    """Square root ``M^½`` of a moment and its inverse ``M^−½``, of M's shape, in the dtype of ``like``.
+
+    Args:
+        moment: M, (n, n), or (n,) for a diagonal one; None for the identity, whose roots are None as well.
+        like: A tensor of the wanted dtype and device.
+        ridge: Part of the mean eigenvalue that is added to every eigenvalue.
+    """
     if moment is None:
         return None, None
     m = moment.to(like.device).double()

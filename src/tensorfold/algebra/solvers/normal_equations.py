@@ -1,6 +1,9 @@
 """Solving for one factor with the others fixed: moments made definite, regressions with a ridge, conjugate gradients.
 
-Notation: C a second moment, H the matrix of a normal equation ``X H = R``, both symmetric positive semidefinite.
+Notation:
+    C           second moment, the mean of x xᵀ over vectors x, (n, n)
+    H           normal matrix of a least-squares problem, symmetric positive semidefinite, (k, k)
+    R           residual of the normal equations X H = B at the current X: B − X H, (p, k)
 """
 
 from __future__ import annotations
@@ -14,14 +17,17 @@ from torch import Tensor
 from tensorfold.errors import SpecError
 
 INDEFINITE = "metric is not positive semidefinite; needed a second moment, the mean of x xᵀ over the vectors x."
-_ROUNDING = 1e-5  # of the trace; second moments may have been summed in the precision of bf16 or fp32
+_ROUNDING = 1e-5  # part of the trace; second moments may have been summed in the precision of bf16 or fp32
 
 
 def definite(moment: Tensor) -> Tensor:
-    """A second moment (n, n) without eigenvalues below zero: itself, or with a multiple of the identity added.
+    """Add to a second moment the multiple of the identity that lifts its eigenvalues above zero; none if not needed.
 
     A moment summed in fp32 can have eigenvalues a little below zero. Along them an error falls for ever, and a search
     that leaps would follow it to infinity.
+
+    Args:
+        moment: C, (n, n).
 
     Raises:
         SpecError: An eigenvalue is further below zero than rounding explains.
@@ -37,14 +43,19 @@ def definite(moment: Tensor) -> Tensor:
 
 
 def proximal_step(normal: Tensor, residual: Tensor, smallest: int = -12) -> Tensor:
-    """``R (H + λ D)⁻¹`` with D the diagonal of H and the first λ that factors, from ``10^smallest`` up.
+    """Regularised Newton step ``R (H + λ D)⁻¹``, (p, k), with D the diagonal of H.
 
-    Added to the current factor it minimises the error plus a pull of weight λ towards that factor, so it lowers the
-    error for every λ > 0; no λ has to be right, and a singular H only leaves alone what the error does not depend on.
+    λ is the first of ``10^smallest``, ``10^(smallest + 2)``, … for which H + λ D has a Cholesky factor. Added to the
+    current factor, the step minimises the error plus a pull of weight λ towards that factor, so it lowers the error
+    for every λ > 0: no λ has to be right, and directions that a singular H does not see are left alone.
 
     Args:
         normal: H, shape (k, k).
         residual: R, shape (p, k).
+        smallest: Decimal exponent of the smallest λ; never below the precision of the entries.
+
+    Raises:
+        SpecError: H is not positive semidefinite.
     """
     # Below the precision of the entries a ridge is none.
     smallest = max(smallest, math.ceil(math.log10(torch.finfo(normal.dtype).eps)))
@@ -77,6 +88,9 @@ def conjugate_gradients(
         normal: x ↦ H x.
         precondition: r ↦ an approximation of H⁻¹ r, symmetric positive definite.
         steps: At most so many.
+
+    Returns:
+        x after the steps.
     """
     x, residual = start, wanted - normal(start)
     direction = z = precondition(residual)

@@ -1,11 +1,20 @@
-"""Smaller value heads: in which basis a value head of attention keeps most, and what it and its outputs then lose.
+"""Smaller value heads: attention keeps those dimensions of its values whose loss changes its output least.
 
-The output of a block's attention is ``Σ_h O_h z_h``, with ``z_h`` a mean over positions of ``V_k x``, k the group of
-query heads that h belongs to. Any invertible R turns ``V_k`` to ``R V_k`` and its ``O_h`` to ``O_h R⁻¹`` and changes
-nothing. So a head need not keep its own coordinates: with E (size, whole), ``V'_k = E V_k`` has fewer rows, and
-``O'_h E ≈ O_h`` as few columns. E spans what ``Σ_h O_hᵀ G O_h`` holds most of in the metric of z, which is the best for
-heads that do not depend on each other and, where several share a group, have equal second moments; O' is then the best
-there is for E, by regression of all heads at once.
+Notation:
+    whole, size     dimensions of a value head, and how many of them are kept
+    h, k            a head, and the group of heads that share one value head
+    x               input of the value projection, (in,)
+    V_k             value projection of group k, (whole, in)
+    z_h             a mean of V_k x over positions, (whole,)
+    O_h             output projection of head h, (out, whole); attention gives Σ_h O_h z_h
+    M               second moment of z_h, averaged over the heads of a group, (whole, whole)
+    G               gradient moment at the output, (out, out)
+    E               basis of what a group keeps, (size, whole), orthonormal rows
+
+Any invertible R turns ``V_k`` to ``R V_k`` and its ``O_h`` to ``O_h R⁻¹`` and changes nothing. So a head need not keep
+its own coordinates: ``V'_k = E V_k`` has fewer rows, and ``O'_h`` with ``O'_h E ≈ O_h`` as few columns. E spans the
+leading eigenvectors of ``M^½ (Σ_h O_hᵀ G O_h) M^½``, mapped back by ``M^−½``. That is optimal if heads are independent
+and the heads of a group have equal M. For this E the O' of all heads together are a regression, and optimal.
 """
 
 from __future__ import annotations
@@ -21,12 +30,18 @@ from torch import Tensor
 from tensorfold.algebra.allocation import Curve, from_floor
 from tensorfold.algebra.solvers.low_rank import error_curve, roots
 
-_RIDGE = 1e-6  # of its mean diagonal, added to a second moment that is inverted
-_EIGHTHS = range(3, 8)  # of the whole head, as sizes of smaller ones
+_RIDGE = 1e-6  # added to a second moment that is inverted, as a part of its mean diagonal
+_EIGHTHS = range(3, 8)  # sizes of smaller heads, in eighths of the whole one
 
 
 class Known(NamedTuple):
-    """A matrix W (out, in) with C (in, in), second moment of its inputs, and G (out, out), of the loss's gradient."""
+    """A matrix W (out, in) with its two moments.
+
+    Attributes:
+        weight: W.
+        input_moment: C, (in, in), second moment of the vectors that W is applied to.
+        gradient_moment: G, (out, out), second moment of the loss's gradient at the output of W.
+    """
 
     weight: Tensor
     input_moment: Tensor
@@ -35,11 +50,11 @@ class Known(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class HeadBasis:
-    """What the value heads of a block keep.
+    """Bases that the smaller value heads of a block are given in.
 
     Attributes:
         into: E of every group, (groups, size, whole), with orthonormal rows.
-        back: (groups, whole, size): ``back E z`` is the best estimate of z.
+        back: ``M Eᵀ (E M Eᵀ)⁻¹`` of every group, (groups, whole, size): ``back E z`` is the best estimate of z.
     """
 
     into: Tensor
@@ -47,17 +62,22 @@ class HeadBasis:
 
     @property
     def size(self) -> int:
+        """Dimensions that a head keeps."""
         return self.into.shape[1]
 
     def rows(self, matrix: Tensor) -> Tensor:
-        """``E W`` for W of shape (groups · whole, …), with zeros where heads have shrunk: of the same shape."""
+        """``E W`` in every group of rows of W (groups · whole, …), padded with zero rows to the shape of W."""
         groups, size, whole = self.into.shape
         parts = matrix.reshape(groups, whole, -1)
         turned = F.pad(self.into.to(parts) @ parts, (0, 0, 0, whole - size))
         return turned.reshape(matrix.shape)
 
     def gradient_moment(self, moment: Tensor) -> Tensor:
-        """Second moment of the gradient at ``E W x`` from that at ``W x``, (groups · whole, groups · whole)."""
+        """Gradient moment at ``E W x`` from that at ``W x``: ``backᵀ G back`` in every pair of groups, zero-padded.
+
+        Args:
+            moment: G, (groups · whole, groups · whole); the result has its shape.
+        """
         groups, size, whole = self.into.shape
         parts, back = moment.reshape(groups, whole, groups, whole), self.back.to(moment)
         turned = torch.einsum("gwa,gwhv,hvb->gahb", back, parts, back)
@@ -65,7 +85,7 @@ class HeadBasis:
         return turned.reshape(moment.shape)
 
     def columns(self, matrix: Tensor) -> Tensor:
-        """``O_h back`` for O of shape (out, heads · whole), with zeros where heads have shrunk: of the same shape."""
+        """``O_h back`` in every head of O (out, heads · whole), padded with zero columns to the shape of O."""
         groups, size, whole = self.into.shape
         parts = matrix.reshape(len(matrix), groups, -1, whole)
         turned = torch.einsum("ogjw,gwa->ogja", parts, self.back.to(matrix))
@@ -73,7 +93,13 @@ class HeadBasis:
 
 
 class PairCurves(NamedTuple):
-    """Squared errors at every rank of values and outputs whose heads have shrunk, with what that itself lost."""
+    """Squared errors of a block's value and output projection with smaller heads, at every rank.
+
+    Attributes:
+        basis: The smaller heads.
+        values: ``‖G^½ (V' − V̂) C^½‖²`` of the best V̂ of rank 0, 1, …; (min(groups · size, in) + 1,).
+        outputs: Likewise for O', plus what smaller heads alone lose; (min(out, heads · size) + 1,).
+    """
 
     basis: HeadBasis
     values: Tensor
@@ -81,19 +107,22 @@ class PairCurves(NamedTuple):
 
 
 def shrunken_heads(values: Known, outputs: Known, heads: int) -> Iterator[PairCurves]:
-    """Values and outputs with heads of several smaller sizes.
+    """Error curves of the value and output projection for heads of 3/8 … 7/8 of their size, smallest first.
 
     Args:
-        values: W of shape (groups · whole, in).
-        outputs: W of shape (out, heads · whole); ``heads / groups`` neighbouring heads share a group.
+        values: V of all groups, (groups · whole, in).
+        outputs: O of all heads, (out, heads · whole); ``heads / groups`` neighbouring heads share a group.
+        heads: Number of heads.
     """
     w, c, g = (tensor.double() for tensor in outputs)
     whole = w.shape[1] // heads
     groups = len(values.weight) // whole
     shared = heads // groups
     parts = w.reshape(-1, heads, whole)
+    # Σ_h O_hᵀ G O_h of every group, (groups, whole, whole).
     gains = torch.einsum("ohx,op,phy->hxy", parts, g, parts).reshape(groups, shared, whole, whole).sum(1)
     each = torch.arange(heads, device=c.device)
+    # M of every group, (groups, whole, whole), from the diagonal blocks of C.
     moments = c.reshape(heads, whole, heads, whole)[each, :, each].reshape(groups, shared, whole, whole).mean(1)
     found = []
     for gain, moment in zip(gains, moments, strict=True):
@@ -112,24 +141,32 @@ def shrunken_heads(values: Known, outputs: Known, heads: int) -> Iterator[PairCu
 
 
 def _estimate(into: Tensor, moment: Tensor) -> Tensor:
-    """``M Eᵀ (E M Eᵀ)⁻¹``, (whole, size)."""
+    """Best linear estimate of z from ``E z``: ``M Eᵀ (E M Eᵀ)⁻¹``, (whole, size)."""
     return _regression(into @ moment @ into.T, moment @ into.T)
 
 
 def _regression(input_moment: Tensor, cross: Tensor) -> Tensor:
-    """``cross · inputs⁻¹``."""
+    """Least-squares coefficients ``E[y xᵀ] (E[x xᵀ] + ridge)⁻¹``, (m, n), from the cross moment (m, n)."""
     ridge = (_RIDGE * input_moment.diagonal().mean()).clamp_min(torch.finfo(input_moment.dtype).tiny)
     return torch.linalg.solve(input_moment + ridge * torch.eye(len(input_moment)).to(input_moment), cross.T).T
 
 
 def _curves(values: Known, outputs: Known, basis: HeadBasis, heads: int) -> tuple[Tensor, Tensor]:
+    """Error curves of V' and O' at every rank, the second with what smaller heads alone lose.
+
+    Args:
+        values: V with its moments.
+        outputs: O with its moments, fp64.
+        basis: The smaller heads.
+        heads: Number of heads.
+    """
     groups, size, whole = basis.into.shape
     w, c, g = outputs
     each = basis.into.repeat_interleave(heads // groups, 0)  # (heads, size, whole)
-    crossed = torch.einsum("xhw,haw->xha", (w @ c).reshape(-1, heads, whole), each).flatten(1)
+    crossed = torch.einsum("xhw,haw->xha", (w @ c).reshape(-1, heads, whole), each).flatten(1)  # O C Eᵀ
     inner = torch.einsum("haw,hwkv,kbv->hakb", each, c.reshape(heads, whole, heads, whole), each)
-    inner = inner.reshape(heads * size, heads * size)
-    best = _regression(inner, crossed)
+    inner = inner.reshape(heads * size, heads * size)  # E C Eᵀ, second moment of all E z_h
+    best = _regression(inner, crossed)  # O', (out, heads·size)
     lost = (g * (w @ c @ w.T - best @ crossed.T)).sum().clamp_min(0)
     kept = basis.rows(values.weight.double()).reshape(groups, whole, -1)[:, :size].flatten(0, 1)
     reduced = basis.gradient_moment(values.gradient_moment.double()).reshape(groups, whole, groups, whole)
@@ -138,7 +175,13 @@ def _curves(values: Known, outputs: Known, basis: HeadBasis, heads: int) -> tupl
 
 
 class Sizes(NamedTuple):
-    """What a pair is given: the size of its heads, the index on the curve of its values and that on its outputs'."""
+    """One choice for a block's value and output projection.
+
+    Attributes:
+        size: Dimensions of a head.
+        values: Index on the value projection's curve for that size.
+        outputs: Index on the output projection's curve for that size.
+    """
 
     size: int
     values: int
@@ -146,14 +189,17 @@ class Sizes(NamedTuple):
 
 
 def joint_curve(by_size: Mapping[int, tuple[Curve, Curve]]) -> tuple[Curve, list[Sizes]]:
-    """What values and outputs together lose at every cost, in the best division and size of heads.
+    """Loss of a value and output projection together at every cost, with the best division and size of heads.
 
-    For one size the divisions that a price for parameters reaches are sums of points on the two lower convex hulls;
-    the steps between them are those of one of the two.
+    The divisions of one size that some price for parameters reaches are sums of points on the two lower convex hulls;
+    between two of them, only one of the curves advances.
 
     Args:
-        by_size: Curves of values and outputs with heads of each size. Neither gets less than its floor, or than all
-            that it can have with heads of that size.
+        by_size: Curves of the value and of the output projection, by size of the heads. Neither gets less than its
+            floor, or than all that it can have with heads of that size.
+
+    Returns:
+        The joint curve, and the choice behind each of its points.
     """
     points = []
     for size, (values, outputs) in by_size.items():
@@ -170,7 +216,7 @@ def joint_curve(by_size: Mapping[int, tuple[Curve, Curve]]) -> tuple[Curve, list
 
 
 def _divisions(one: Curve, other: Curve) -> Iterator[tuple[int, int]]:
-    """Pairs of indices, from both floors on, each a step further on the one of the two whose hull gains more there."""
+    """Pairs of indices on two curves, from both floors on; each step advances the curve whose hull falls faster."""
     curves = (one, other)
     hulls = [_hull(curve, from_floor(curve)) for curve in curves]
     reached, at = [hull[0] for hull in hulls], [0, 0]

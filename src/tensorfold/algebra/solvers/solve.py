@@ -1,4 +1,11 @@
-"""One way in to every solver: dense weight and spec to cores, in the plain metric or in those of inputs and outputs."""
+"""One way in to every solver: from a dense weight and a spec to cores, with the least ``‖G^½ (W − Ŵ) C^½‖_F``.
+
+Notation:
+    W, Ŵ        dense matrix and its approximation, (out, in)
+    C           input moment, second moment of the layer's inputs, (in, in); the identity if not given
+    G           gradient moment, second moment of the loss's gradient at the layer's outputs, (out, out), or (out,) for
+                a diagonal one, the weight of every row; the identity if not given
+"""
 
 from __future__ import annotations
 
@@ -17,17 +24,18 @@ from tensorfold.algebra.statistics import Metrics
 from tensorfold.errors import SpecError
 
 _CHUNK = 2**21  # elements worked on at a time in fp64
-_TABLE_SWEEPS = 3  # of large tables: each costs a hundred passes over the table
+_TABLE_SWEEPS = 3  # sweeps over large tables, each of which costs a hundred passes over the table
 
 
 class Factors(NamedTuple):
-    """What a solver returns.
+    """Solution of a fit: cores, and the index orders in which they hold.
 
     Attributes:
         cores: Shapes ``spec.core_shapes``.
         scalars: Shape (terms,), where the spec has scalars; 1 if None.
-        out_order, in_order: int64 index orders for the sides in ``spec.reordered``:
-            ``weight[out_order][:, in_order]`` is what the cores approximate.
+        out_order: Row of the weight at each place, int64, where ``"out"`` is in ``spec.reordered``.
+        in_order: Column of the weight at each place, int64, where ``"in"`` is in ``spec.reordered``. The cores
+            approximate ``weight[out_order][:, in_order]``.
     """
 
     cores: list[Tensor]
@@ -43,12 +51,20 @@ def factorize(
     start: list[Tensor] | None = None,
     gradient_moment: Tensor | None = None,
 ) -> Factors:
-    """What a layer of ``spec`` is made of: :func:`fit`, of the rows and columns that it keeps, with its pivots.
+    """Fit any spec: choose the rows and columns of a partial one, fit cores to them, and bring in pivots.
 
-    A partial spec keeps those of the largest norms in the metrics, which is a greedy choice; what is kept makes up for
-    the rest by regression, and is then fitted.
+    A partial spec keeps the rows and columns with the largest weighted norms, a greedy choice; what is kept makes up
+    for the rest by regression (:func:`.low_rank.restricted`), and is then fitted.
 
-    Arguments and errors are those of :func:`fit`.
+    Args:
+        weight: W, shape (out_features, in_features), any floating dtype.
+        spec: Shape of the layer.
+        input_moment: C, shape (in_features, in_features), symmetric positive semidefinite; may be singular.
+        start: Cores that an iterative solver starts from, instead of the TT-SVD; not used by a partial spec.
+        gradient_moment: G, shape (out_features, out_features), or (out_features,), the weight of every row.
+
+    Raises:
+        SpecError: A shape does not fit, or weight or moments hold NaN or infinity.
     """
     if spec.is_partial:
         check_weight(weight, spec)
@@ -74,26 +90,27 @@ def fit(
     start: list[Tensor] | None = None,
     gradient_moment: Tensor | None = None,
 ) -> list[Tensor]:
-    """Cores of ``spec`` that approximate ``weight``.
+    """Approximate a matrix by the cores of a spec that keeps all its rows and columns.
 
-    Without a metric: TT-SVD, in the Frobenius norm nearest for two sites, and within √(L−1) of that for L. With the
-    second moment C of the inputs: smallest ``‖(W − Ŵ) C^½‖``, the mean squared error of the layer's output. With that
-    of the loss's gradient at the outputs as well, G: smallest ``‖G^½ (W − Ŵ) C^½‖``, the loss's second-order change
-    where inputs and gradients are independent (Kronecker-factored Fisher; Martens & Grosse, arXiv 1503.05671). Exact
-    for low rank without ``start``; by weighted alternating least squares, started from the TT-SVD, for every other
-    shape, and so a local optimum; those of groups with pivots are :mod:`.shared_basis`'s.
+    Without moments: TT-SVD, nearest in the Frobenius norm for two sites, and within √(L−1) of that for L. With C: least
+    ``‖(W − Ŵ) C^½‖²``, the mean squared error of the layer's output. With G as well: least ``‖G^½ (W − Ŵ) C^½‖²``, the
+    loss's second-order change where inputs and gradients are independent (Kronecker-factored Fisher; Martens & Grosse,
+    arXiv 1503.05671). Low rank without ``start`` has a closed form (:mod:`.low_rank`). Every other shape is solved by
+    alternating least squares from the TT-SVD (:mod:`.als`; with pivots in groups, :mod:`.shared_basis`), and so to a
+    local optimum.
 
     Args:
-        weight: Shape (out_features, in_features), any floating dtype.
-        input_moment: C, shape (in_features, in_features), symmetric and positive semidefinite; may be singular.
-        start: Cores that weighted alternating least squares starts from, instead of the TT-SVD.
+        weight: W, shape (out_features, in_features), any floating dtype.
+        spec: Shape of the cores.
+        input_moment: C, shape (in_features, in_features), symmetric positive semidefinite; may be singular.
+        start: Cores that an iterative solver starts from, instead of the TT-SVD.
         gradient_moment: G, shape (out_features, out_features), or (out_features,), the weight of every row.
 
     Returns:
         Cores of shapes ``spec.core_shapes``, fp32 or ``weight``'s dtype if that is fp64.
 
     Raises:
-        SpecError: A shape does not fit, or weight or metric hold NaN or infinity; or the spec leaves rows or columns
+        SpecError: A shape does not fit, or weight or moments hold NaN or infinity; or the spec leaves rows or columns
             out, which :func:`factorize` chooses.
     """
     check_weight(weight, spec)
@@ -122,9 +139,16 @@ def _check_moments(spec: Spec, input_moment: Tensor | None, gradient_moment: Ten
 def relative_error(
     weight: Tensor, approximation: Tensor, input_moment: Tensor | None = None, gradient_moment: Tensor | None = None
 ) -> float:
-    """``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖`` over the real rows and columns; metrics that are not given are the identity.
+    """Relative error ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖``, summed in fp64.
 
-    A weight of norm zero is matched exactly or not at all: 0.0 or infinity.
+    Args:
+        weight: W, (out, in).
+        approximation: Ŵ, (out, in).
+        input_moment: C, (in, in); the identity if None.
+        gradient_moment: G, (out, out) or (out,); the identity if None.
+
+    Returns:
+        The error; where W has norm zero, 0.0 for an exact match and infinity otherwise.
     """
     above = below = 0.0
     # In chunks of rows: four fp64 copies of an embedding table would dwarf the model.
@@ -144,7 +168,14 @@ def relative_error(
 def norm_ratio(
     weight: Tensor, approximation: Tensor, input_moment: Tensor | None = None, gradient_moment: Tensor | None = None
 ) -> float:
-    """Krony-PT's ``α = ‖G^½ W C^½‖ / ‖G^½ Ŵ C^½‖``, by which a shrunken fit regains its norm; 1 for a zero one."""
+    """Factor ``α = ‖G^½ W C^½‖ / ‖G^½ Ŵ C^½‖`` that gives a shrunken fit the norm of W (Krony-PT); 1 if Ŵ is zero.
+
+    Args:
+        weight: W, (out, in).
+        approximation: Ŵ, (out, in).
+        input_moment: C, (in, in); the identity if None.
+        gradient_moment: G, (out, out) or (out,); the identity if None.
+    """
     norm = _squared_norm(approximation.double(), input_moment, gradient_moment)
     return (_squared_norm(weight.double(), input_moment, gradient_moment) / norm) ** 0.5 if norm else 1.0
 

@@ -1,4 +1,4 @@
-"""Starting cores that are not a decomposition: pruned copies of the weight, and random ones."""
+"""Starting cores that are no decomposition of the weight: Krony-PT's pruned weight, and random numbers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from tensorfold.errors import SpecError
 
 
 def pruned(weight: Tensor, spec: Spec, epsilon: float = 0.0) -> list[Tensor]:
-    """Every other row (or column) of the weight, Kronecker ``[1, ε]ᵀ`` (or ``[1, ε]``): Krony-PT's pruning start.
+    """Krony-PT's pruning start: every other row of the weight ⊗ ``[1, ε]ᵀ``, or every other column ⊗ ``[1, ε]``.
 
     With ε = 0 the odd hidden units begin as zero; with ε they begin as faint copies of their neighbours.
 
     Args:
         weight: Shape (out_features, in_features).
         spec: One term, and one dimension halved: ``(out/2, in) ⊗ (2, 1)`` or ``(out, in/2) ⊗ (1, 2)``.
+        epsilon: ε.
+
+    Returns:
+        Cores (1, out/2, in, 1) and (1, 2, 1, 1), or (1, out, in/2, 1) and (1, 1, 2, 1), in ``weight``'s dtype.
 
     Raises:
         SpecError: Another shape or more terms.
@@ -34,7 +38,11 @@ def pruned(weight: Tensor, spec: Spec, epsilon: float = 0.0) -> list[Tensor]:
 
 
 def check_prunable(spec: Spec) -> None:
-    """Raise :class:`SpecError` unless :func:`pruned` can fill the spec."""
+    """Check that a spec has one term and halves one dimension, as :func:`pruned` needs.
+
+    Raises:
+        SpecError: It does not.
+    """
     small = (spec.out_modes[-1], spec.in_modes[-1])
     if spec.sites != 2 or spec.ranks != (1,) or small not in ((2, 1), (1, 2)):
         raise SpecError(
@@ -45,10 +53,15 @@ def check_prunable(spec: Spec) -> None:
 
 
 def random_cores(weight: Tensor, spec: Spec, seed: int = 0) -> list[Tensor]:
-    """Normal cores whose product is expected to have the mean square of ``weight``.
+    """Random normal cores, shapes ``spec.core_shapes``, whose matrix has about the mean square of the weight.
 
     Equal seeds and weights give equal cores. The seed is mixed with the weight's first row, so that equally shaped
     layers do not start equal.
+
+    Args:
+        weight: Shape (out_features, in_features); cores get its dtype and device.
+        spec: Shape of the cores.
+        seed: Any non-negative integer.
     """
     check_weight(weight, spec)
     mixed = zlib.crc32(weight[0].float().cpu().numpy().tobytes(), seed)

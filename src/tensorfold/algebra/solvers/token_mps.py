@@ -1,9 +1,14 @@
-"""One matrix product state (MPS) a token: TensorGPT's embedding table.
+"""TT-SVD of every row of an embedding table: TensorGPT's table with one matrix product state (MPS) a token.
 
-    E[t, (j1 … jN)] = G1[t; j1] · G2[t; j2] · … · GN[t; jN]      core k: (vocabulary, r[k-1], mode_k, r[k])
+    E[t, (j1 … jN)] = G1[t; j1] · G2[t; j2] · … · GN[t; jN]
 
-Row ``t``, padded with zeros to ``j1 · … · jN`` numbers, is a tensor of order N and has its own TT-SVD. Tokens share
-nothing: the work splits over any number of workers, and a new token needs one more small decomposition.
+Notation:
+    E           table, (vocabulary, width)
+    t           token; j_k index of site k, below its mode n_k; N sites with Π n_k ≥ width
+    Gk          core k, (vocabulary, r[k-1], n_k, r[k]), the outer bonds 1
+
+A row, padded with zeros to Π n_k numbers, is a tensor of order N and has its own TT-SVD. Tokens share nothing: the work
+splits over any number of workers, and a new token needs one more small decomposition.
 Sources: TensorGPT, arXiv 2307.00526; TensorSLM, arXiv 2506.13514; Oseledets, "Tensor-Train Decomposition" (2011).
 """
 
@@ -23,13 +28,14 @@ _CHUNK = 2**21  # padded numbers decomposed at a time in fp64 (16 MB)
 
 
 def token_mps_svd(table: Tensor, spec: TokenMPSSpec) -> list[Tensor]:
-    """Cores of the TT-SVD of every row by itself, within √(N−1) of the best approximation of each.
+    """Decompose every row of a table by TT-SVD, within √(N−1) of its best approximation in the Frobenius norm.
 
     Rows are worked on in chunks of bounded memory; a chunk's cores do not depend on the other rows, so any division of
     the table over processes gives these cores.
 
     Args:
-        table: Shape (vocabulary, width), any floating dtype.
+        table: E, shape (vocabulary, width), any floating dtype.
+        spec: Modes and bonds.
 
     Returns:
         Cores of shapes ``spec.core_shapes``, norms spread evenly over the bonds of each chain, in ``table``'s dtype if
@@ -54,7 +60,7 @@ def token_mps_svd(table: Tensor, spec: TokenMPSSpec) -> list[Tensor]:
 
 
 def _decompose(table: Tensor, spec: TokenMPSSpec) -> list[Tensor]:
-    """TT-SVD of some rows, left to right.
+    """TT-SVD of the rows of a table (tokens, width), left to right: cores (tokens, r[k-1], n_k, r[k]).
 
     Bonds that their cut makes full rank truncate nothing, so there any basis will do, and the identity costs nothing.
     """
@@ -62,15 +68,15 @@ def _decompose(table: Tensor, spec: TokenMPSSpec) -> list[Tensor]:
     rest = F.pad(table, (0, spec.padded_width - spec.width))
     cores = []
     for _, left, mode, right in spec.core_shapes[:-1]:
-        rest = rest.reshape(tokens, left * mode, rest.numel() // (tokens * left * mode))
+        rest = rest.reshape(tokens, left * mode, rest.numel() // (tokens * left * mode))  # (tokens, r·n, columns)
         rows, columns = rest.shape[1:]
         if right == rows:
             basis = _identity(rest, rows)
         elif right == columns:
             basis, rest = rest, _identity(rest, columns)
         else:
-            basis = _left_basis(rest, right)
-            rest = basis.mT @ rest
+            basis = _left_basis(rest, right)  # (tokens, r·n, s)
+            rest = basis.mT @ rest  # (tokens, s, columns)
         cores.append(basis.reshape(tokens, left, mode, right))
     _, left, mode, _ = spec.core_shapes[-1]
     cores.append(rest.reshape(tokens, left, mode, 1))
@@ -78,15 +84,15 @@ def _decompose(table: Tensor, spec: TokenMPSSpec) -> list[Tensor]:
 
 
 def _identity(like: Tensor, size: int) -> Tensor:
-    """Shape (tokens, size, size)."""
+    """Identity matrix of a size, expanded over the tokens of ``like``: (tokens, size, size)."""
     return torch.eye(size, dtype=like.dtype, device=like.device).expand(like.shape[0], size, size)
 
 
 def _left_basis(matrices: Tensor, rank: int) -> Tensor:
-    """The ``rank`` leading left singular vectors of each matrix, signs fixed; (tokens, rows, cols) → (…, rows, rank).
+    """Leading left singular vectors of each matrix, signs fixed: (tokens, rows, columns) → (tokens, rows, rank).
 
-    Eigenvectors of the smaller Gram matrix, in fp64: at most a few times the bond on a side, so a batch of them is
-    cheap.
+    They come from eigenvectors of the smaller Gram matrix, in fp64. Its side is at most a few times the bond, so a
+    batch of them is cheap.
     """
     if matrices.shape[1] <= matrices.shape[2]:
         basis = _leading_eigenvectors(matrices @ matrices.mT, rank)
@@ -97,11 +103,15 @@ def _left_basis(matrices: Tensor, rank: int) -> Tensor:
 
 
 def _leading_eigenvectors(symmetric: Tensor, count: int) -> Tensor:
+    """Eigenvectors of the largest eigenvalues, largest first: (tokens, n, n) → (tokens, n, count)."""
     return torch.linalg.eigh(symmetric).eigenvectors[..., -count:].flip(-1)
 
 
 def _balance(cores: Sequence[Tensor]) -> list[Tensor]:
-    """The same chains, each with its norm spread evenly over bonds and cores, as ``ttsvd.balance`` does for one."""
+    """Spread the norm of every token's chain evenly over its bonds and cores, as ``ttsvd.balance`` does for one.
+
+    The rows that the cores, (tokens, r, n, s) each, stand for do not change.
+    """
     out = list(cores)
     for k in range(len(out) - 1):
         left = torch.linalg.vector_norm(out[k], dim=(1, 2))  # (tokens, r)

@@ -1,5 +1,11 @@
 """TT-SVD of a matrix into a matrix product operator; the Van Loan decomposition is its two-site case.
 
+Notation:
+    W           matrix, (out, in), padded to (m_1 · … · m_L, n_1 · … · n_L)
+    m_k, n_k    out and in mode of site k of L
+    r, s        left and right bond of a core (r, m, n, s)
+    R           unfolding of W at a bond: rows are the sites up to it, (r·m·n, all sites behind)
+
 Sources: Oseledets, "Tensor-Train Decomposition", SIAM J. Sci. Comput. 33 (2011), Algorithm 1; Van Loan & Pitsianis,
 "Approximation with Kronecker Products" (1993). Sweeping left to right, each unfolding is projected on its leading left
 singular vectors. Its shape decides how they are found: from the Gram matrix of its smaller side, exact to working
@@ -22,22 +28,23 @@ from tensorfold.utils.validation import check_floating, check_types
 
 # A matrix up to this many elements is worked on in fp64 as a whole (64 MB); beyond it only Gram matrices are fp64.
 _WHOLE_FP64 = 2**23
-_CHUNK = 2**21
-_THIN = 32  # columns of a thin matrix at most
+_CHUNK = 2**21  # elements worked on at a time in fp64
+_THIN = 32  # columns that a thin matrix has at most
 
 # A Krylov space is worth it where the smaller side is at least _WIDE, and _MANY times the vectors wanted.
 _WIDE, _MANY = 256, 24
-_GAIN = 1e-7  # of the remaining energy; less than this from two steps running, and the space is good enough
+_GAIN = 1e-7  # part of the remaining energy; less than this from two steps running, and the space is good enough
 
 
 def tt_svd(weight: Tensor, spec: Spec) -> list[Tensor]:
-    """Cores of the TT-SVD of ``weight`` with the bonds of ``spec``.
+    """Decompose a matrix by TT-SVD, truncated at every bond of a spec.
 
     For two sites this is the best approximation in the Frobenius norm (Eckart–Young on the rearranged matrix); for L
     sites it is within √(L−1) of it.
 
     Args:
-        weight: Shape (out_features, in_features), any floating dtype.
+        weight: W, shape (out_features, in_features), any floating dtype.
+        spec: Modes and bonds.
 
     Returns:
         Cores of shapes ``spec.core_shapes``, norms spread evenly over every bond (√σ on each factor for two sites),
@@ -55,20 +62,20 @@ def tt_svd(weight: Tensor, spec: Spec) -> list[Tensor]:
     rest = unfold(check_weight(weight, spec).to(working), spec)
     cores = []
     for r, m, n, s in spec.core_shapes[:-1]:
-        rest = rest.reshape(r * m * n, -1)
+        rest = rest.reshape(r * m * n, -1)  # R
         basis = left_basis(rest, s)  # (r·m·n, s)
         cores.append(basis.reshape(r, m, n, s))
-        rest = basis.T @ rest
+        rest = basis.T @ rest  # (s, all sites behind)
     cores.append(rest.reshape(spec.core_shapes[-1]))
     return [core.to(result).contiguous() for core in balance(cores)]
 
 
 def _thin_cores(weight: Tensor, spec: Spec, result: torch.dtype) -> list[Tensor] | None:
-    """The two cores where the unfolding has far more rows than columns, in two passes over it; None for other shapes.
+    """TT-SVD of two sites whose unfolding R has far more rows than columns, in two passes over it; else None.
 
-    With V the leading eigenvectors of the small Gram matrix the best approximation of the unfolding R is ``(R V) Vᵀ``,
-    whose columns have the norms σ already: no basis has to be made orthogonal, and no copy in fp64 is needed, because
-    an error in V counts only by its square. Where the small factor has one row or column, W itself is the unfolding.
+    With V the leading eigenvectors of the small Gram matrix ``Rᵀ R`` the best approximation of R is ``(R V) Vᵀ``, and
+    the columns of ``R V`` have the norms σ already: no basis has to be made orthogonal, and no copy in fp64 is needed,
+    because an error in V counts only by its square. Where the small factor has one row or column, R is W reshaped.
     """
     if spec.sites != 2:
         return None
@@ -97,7 +104,11 @@ def _thin_cores(weight: Tensor, spec: Spec, result: torch.dtype) -> list[Tensor]
 
 
 def check_weight(weight: Tensor, spec: Spec) -> Tensor:
-    """``weight`` itself, after checking that its shape is the spec's and that it holds neither NaN nor infinity."""
+    """Check that a weight has the spec's shape and holds neither NaN nor infinity, and return it.
+
+    Raises:
+        SpecError: It has another shape, an integer dtype, or a value that is not finite.
+    """
     _check_kind(weight, spec)
     if not torch.isfinite(weight).all():
         raise SpecError("weight holds NaN or infinity; repair the checkpoint, or exclude this module.")
@@ -105,6 +116,7 @@ def check_weight(weight: Tensor, spec: Spec) -> Tensor:
 
 
 def _check_kind(weight: Tensor, spec: Spec) -> None:
+    """Check that a weight is a floating tensor of the spec's shape (out_features, in_features)."""
     check_types("fit", weight=(weight, Tensor))
     if tuple(weight.shape) != (spec.out_features, spec.in_features):
         raise SpecError(
@@ -115,20 +127,20 @@ def _check_kind(weight: Tensor, spec: Spec) -> None:
 
 
 def pad(weight: Tensor, spec: Spec) -> Tensor:
-    """``weight`` with zero rows and columns up to the products of the modes."""
+    """Pad a weight (out, in) with zero rows and columns to the products of the modes, (Π m_k, Π n_k)."""
     rows, columns = math.prod(spec.out_modes), math.prod(spec.in_modes)
     return F.pad(weight, (0, columns - weight.shape[1], 0, rows - weight.shape[0]))
 
 
 def unfold(weight: Tensor, spec: Spec) -> Tensor:
-    """Van Loan's rearrangement for any number of sites: (i1…iL, j1…jL) to the order i1 j1 i2 j2 … iL jL, flat."""
+    """Rearrange a weight from (i1…iL, j1…jL) to the order i1 j1 i2 j2 … iL jL, flat (Van Loan's for two sites)."""
     sites = spec.sites
     order = [axis for k in range(sites) for axis in (k, sites + k)]
     return pad(weight, spec).reshape(*spec.out_modes, *spec.in_modes).permute(order).reshape(-1)
 
 
 def gram(matrix: Tensor) -> Tensor:
-    """``matrix @ matrix.T`` accumulated in fp64 over column chunks; shape (rows, rows)."""
+    """Gram matrix ``A Aᵀ`` of A (rows, columns), accumulated in fp64 over chunks of columns; (rows, rows)."""
     columns = max(1, _CHUNK // matrix.shape[0])
     out = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64, device=matrix.device)
     for chunk in matrix.split(columns, dim=1):
@@ -138,10 +150,10 @@ def gram(matrix: Tensor) -> Tensor:
 
 
 def left_basis(matrix: Tensor, rank: int) -> Tensor:
-    """Orthonormal basis of the ``rank`` leading left singular vectors of ``matrix``; shape (rows, rank).
+    """Leading left singular vectors of a matrix (rows, columns), orthonormal, signs fixed; (rows, rank).
 
-    From a Krylov space where few of many are wanted, else eigenvectors of the smaller Gram matrix; those of the other
-    side are completed by QR.
+    They come from a Krylov space where few of many are wanted, else from eigenvectors of the smaller Gram matrix; right
+    singular vectors are turned into left ones by QR.
     """
     rows, columns = matrix.shape
     if min(rows, columns) >= max(_WIDE, _MANY * rank):
@@ -157,10 +169,10 @@ def left_basis(matrix: Tensor, rank: int) -> Tensor:
 
 
 def _krylov(matrix: Tensor, rank: int) -> Tensor | None:
-    """Orthonormal leading right singular vectors, shape (columns, rank), but for a vanishing part of their energy.
+    """Leading right singular vectors of a matrix, (columns, rank), orthonormal, up to a vanishing part of their energy.
 
-    Golub and Kahan's process with a block of vectors, made orthogonal to all before them. It starts from the same
-    random numbers every time.
+    Golub and Kahan's process with a block of vectors, made orthogonal to all before them (Musco & Musco, arXiv
+    1504.05477). It starts from random numbers with a fixed seed.
 
     Returns:
         None where the space has grown so large that the Gram matrix would have cost less.
@@ -191,10 +203,14 @@ def _krylov(matrix: Tensor, rank: int) -> Tensor | None:
 
 
 def _new_directions(block: Tensor, space: Tensor) -> Tensor:
-    """Orthonormal basis of what the columns of ``block`` add to those of ``space``, which are orthonormal.
+    """Orthonormal basis of the span that a block adds to a space: (columns, b) and (columns, k) → (columns, ≤ b).
 
     What is left of a column within the space is rounding, and no direction: it is dropped. What is left of one nearly
     within it is partly rounding, and so made orthogonal once more, after it has been given the length 1.
+
+    Args:
+        block: Any columns.
+        space: Orthonormal columns.
     """
     size = torch.linalg.vector_norm(block)
     for _ in range(2):  # once leaves what rounding put back
@@ -208,18 +224,18 @@ def _new_directions(block: Tensor, space: Tensor) -> Tensor:
 
 
 def leading_eigenvectors(symmetric: Tensor, count: int) -> Tensor:
-    """Eigenvectors of the ``count`` largest eigenvalues, largest first, signs fixed; shape (n, count)."""
+    """Eigenvectors of a symmetric matrix's largest eigenvalues, largest first, signs fixed: (n, n) → (n, count)."""
     return _fix_signs(torch.linalg.eigh(symmetric).eigenvectors[:, -count:].flip(-1))
 
 
 def _fix_signs(vectors: Tensor) -> Tensor:
-    """Columns turned so that the largest entry of each is positive, whatever sign the eigensolver chose."""
+    """Turn columns so that the largest entry of each is positive, whatever sign the eigensolver chose; (n, k)."""
     peak = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * torch.where(peak < 0, -1.0, 1.0).to(vectors.dtype)
 
 
 def balance(cores: Sequence[Tensor]) -> list[Tensor]:
-    """The same operator with its norm spread evenly over bonds and cores.
+    """Spread the norm of a chain of cores evenly over its bonds and cores; its matrix does not change.
 
     Both sides of a bond index get the same Frobenius norm, bond by bond from the left, so that two sites have √σ on
     each factor (Krony-PT); in longer chains all cores then get the same norm. Training is equally fast in every core,
