@@ -26,9 +26,12 @@ _BISECTIONS = 100
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """What a matrix loses and costs at every choice it has, both (choices,): losses fall and costs rise.
+    """Loss and cost of one matrix at every choice (rank, say) that it has.
 
-    ``floor`` is the least that it may cost, where it has a choice that does.
+    Attributes:
+        losses: Change of the model's loss, (choices,), falling.
+        costs: Parameters, or another unit of the budget, (choices,), rising.
+        floor: Least cost that the matrix may be given, where it has a choice that reaches it.
     """
 
     losses: Tensor
@@ -37,7 +40,14 @@ class Curve:
 
 
 def allocate(curves: Mapping[str, Curve], budget: int) -> dict[str, int]:
-    """The index of the choice of every matrix.
+    """Choose for every matrix, so that all losses together are small and all costs together within the budget.
+
+    Args:
+        curves: Losses and costs, by name of the matrix.
+        budget: In the unit of the costs.
+
+    Returns:
+        Index of the choice, by name.
 
     Raises:
         SpecError: The floors alone exceed the budget.
@@ -68,18 +78,24 @@ def allocate(curves: Mapping[str, Curve], budget: int) -> dict[str, int]:
 
 
 def least(curves: Mapping[str, Curve]) -> float:
-    """What all matrices cost at their floors."""
+    """Cost of all matrices together, each at its floor."""
     return sum(float(curve.costs[from_floor(curve)]) for curve in curves.values())
 
 
 def from_floor(curve: Curve) -> int:
-    """The first choice that costs at least the floor, or the last one."""
+    """Index of a curve's first choice that costs at least the floor; of the last one if none does."""
     enough = (curve.costs >= curve.floor).nonzero()
     return int(enough[0]) if len(enough) else len(curve.costs) - 1
 
 
 def _spend(curves: Mapping[str, Curve], chosen: dict[str, int], left: float) -> dict[str, int]:
-    """Take single steps, the best gain for its cost first, while any fits in what is left."""
+    """Spend the rest of a budget on single steps along the curves, the best gain for its cost first.
+
+    Args:
+        curves: Losses and costs, by name.
+        chosen: Index of each matrix's choice, by name; changed in place and returned.
+        left: The rest of the budget.
+    """
     while True:
         best, gain, paid = "", 0.0, 0.0
         for name, curve in curves.items():
@@ -97,6 +113,9 @@ def _spend(curves: Mapping[str, Curve], chosen: dict[str, int], left: float) -> 
 
 
 def pivoted_costs(out_features: int, in_features: int) -> Tensor:
-    """``r (out + in − r)`` for r = 0 … min(out, in), fp64: the last is the dense matrix itself."""
+    """Parameters ``r (out + in − r)`` of low rank with pivots, for r = 0 … min(out, in); fp64, (min(out, in) + 1,).
+
+    The last is the size of the dense matrix itself.
+    """
     ranks = torch.arange(min(out_features, in_features) + 1, dtype=torch.float64)
     return ranks * (out_features + in_features - ranks)

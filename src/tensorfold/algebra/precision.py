@@ -14,20 +14,20 @@ from torch import Tensor
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a dense layer's product with ``x`` has: its own, or the one that autocast chose."""
+    """Dtype of a dense layer's product with ``x``: that of ``x``, or the one that autocast chose."""
     return torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else x.dtype
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that what lies between two factors of ``dtype`` fits in."""
+    """Dtype that the numbers between two factors of ``dtype`` fit in: float32 for float16, else ``dtype`` itself."""
     return torch.float32 if dtype is torch.float16 else dtype
 
 
 def autocasts(kind: str) -> bool:
-    """Whether autocast is on for a kind of device; not every kind knows it."""
+    """Whether autocast is on for a kind of device, such as ``"cuda"``; not every kind knows it."""
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def as_given(kind: str) -> AbstractContextManager[Any]:
-    """No autocast on this kind of device."""
+    """Context without autocast on this kind of device: products are taken in the dtype of their operands."""
     return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()

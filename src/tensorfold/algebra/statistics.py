@@ -1,4 +1,10 @@
-"""What calibration text says of a matrix, and the metrics in which it is then fitted."""
+"""Statistics of a matrix on calibration text, and the moments that its fit is weighted by.
+
+Notation:
+    W, Ŵ        matrix and its approximation, (out, in); for a table (vocabulary, width)
+    C           input moment: mean of x xᵀ over the vectors x that W is applied to, (in, in)
+    G           gradient moment: mean of g gᵀ over the loss's gradients g at W's outputs, (out, out)
+"""
 
 from __future__ import annotations
 
@@ -12,7 +18,7 @@ COUNT_EXPONENT = 0.75
 
 
 class Metrics(NamedTuple):
-    """C and G of the error ``‖G^½ (W − Ŵ) C^½‖`` for W of shape (out, in); None is the identity.
+    """Both moments of the error ``‖G^½ (W − Ŵ) C^½‖`` of a fit; None is the identity.
 
     Attributes:
         input_moment: C, (in, in).
@@ -23,7 +29,7 @@ class Metrics(NamedTuple):
     gradient_moment: Tensor | None = None
 
     def reordered(self, rows: Tensor | None, columns: Tensor | None) -> Metrics:
-        """The metrics of ``W[rows][:, columns]``."""
+        """Moments of ``W[rows][:, columns]``; None leaves a side as it is."""
         c, g = self
         if c is not None and columns is not None:
             c = c[columns.to(c.device)][:, columns.to(c.device)]
@@ -37,8 +43,8 @@ class Means(NamedTuple):
     """Means of a layer with a bias, in fp64, since a bias makes up for differences of large means.
 
     Attributes:
-        given: The mean input, shape (in,).
-        wanted: What the mean output without the bias should be, shape (out,).
+        given: Mean input of the layer in the folded model, shape (in,).
+        wanted: Mean output that the layer should have without its bias, shape (out,).
     """
 
     given: Tensor
@@ -47,18 +53,16 @@ class Means(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What is known of one matrix W (out, in) from text; nothing where there is none.
+    """Statistics of one matrix W (out, in) on text; each is None where it is not known.
 
     Args:
-        input_moment: C (in, in), second moment of the vectors that W is applied to; of a table, of those that the head
-            tied to it reads.
-        gradient_moment: G (out, out), second moment of the loss's gradient at the outputs; of a table (width, width),
-            where its rows enter the model.
-        counts: Of a table, how often the text uses each token, (vocabulary,).
-        states: Of a table, vectors that the head tied to it reads, (n, width).
-        target: What is folded in W's place, (out, in), where the folded model's own inputs ask for another matrix.
+        input_moment: C, (in, in); for a table (width, width), from the vectors that the head tied to it reads.
+        gradient_moment: G, (out, out); for a table (width, width), from gradients where its rows enter the model.
+        counts: How often the text uses each token of a table, (vocabulary,).
+        states: Vectors that the head tied to a table reads, (n, width).
+        target: Matrix that is folded in W's place, (out, in), where the folded model's own inputs ask for another one.
         start: Cores of a neighbouring problem, where a solver that looks for a local optimum starts.
-        means: Of a layer whose bias makes up for the means; ``input_moment`` is then about them.
+        means: Means of a layer whose bias makes up for them; ``input_moment`` is then central.
     """
 
     input_moment: Tensor | None = None
@@ -70,7 +74,7 @@ class Statistics:
     start: list[Tensor] | None = None
 
     def reordered(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Statistics:
-        """The statistics of ``W[rows][:, columns]``, for a linear layer."""
+        """Statistics of ``W[rows][:, columns]``, for a linear layer; None leaves a side as it is."""
         c, g = Metrics(self.input_moment, self.gradient_moment).reordered(rows, columns)
         target, means = self.target, self.means
         if target is not None:
@@ -84,15 +88,22 @@ class Statistics:
 
     @property
     def known(self) -> bool:
+        """Whether the text says anything of the matrix."""
         return any(part is not None for part in (self.input_moment, self.gradient_moment, self.counts, self.states))
 
     def metrics(self, exponent: float = COUNT_EXPONENT) -> Metrics:
-        """The metrics of the fit.
+        """Moments that a fit of the matrix is weighted by.
 
         A row of a table enters the model as often as its token is used, and answers for about as many of the model's
         predictions. So its error weighs ``(count + 1)^exponent`` (what the text happens not to use still counts), and
         is measured by what it costs in nats² at either end: where it enters, on gradients, and on the states that a
         tied head reads.
+
+        Args:
+            exponent: Power of the counts; only tables have counts.
+
+        Returns:
+            C and G; for a table both ends' moments added, (width, width), and row weights of mean 1, (vocabulary,).
         """
         if self.counts is None:
             return Metrics(self.input_moment, self.gradient_moment)
@@ -102,5 +113,5 @@ class Statistics:
 
     @property
     def shares(self) -> Tensor | None:
-        """The share of each token in the text, shape (vocabulary,), one more counted of each."""
+        """Share of each token in the text, shape (vocabulary,), adding up to 1; every token counts once more."""
         return None if self.counts is None else (self.counts.double() + 1) / (self.counts.double() + 1).sum()

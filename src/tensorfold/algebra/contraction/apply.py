@@ -1,7 +1,11 @@
 """Applying a matrix product operator to vectors, building its matrix, and reading its rows.
 
-:mod:`tensorfold.algebra.contraction.search` finds the path; here it is carried out. Shapes: a core is (left bond, out
-mode, in mode, right bond), W is (out_features, in_features).
+Notation:
+    W           matrix that the cores stand for, (out_features, in_features)
+    core        (r, m, n, s): left bond, out mode, in mode, right bond
+    state       a tensor of every token's open axes: input modes not read yet, output modes made, open bonds
+
+:mod:`tensorfold.algebra.contraction.search` finds the path; here it is carried out.
 """
 
 from __future__ import annotations
@@ -24,13 +28,15 @@ from tensorfold.algebra.precision import as_given, product_dtype, wide
 def apply(
     x: Tensor, cores: Sequence[Tensor], spec: Chain, bias: Tensor | None = None, path: ContractionPath | None = None
 ) -> Tensor:
-    """``x @ W.T + bias`` for the matrix W that ``cores`` stand for.
+    """Product ``x Wᵀ + bias`` with the matrix W of a chain of cores.
 
     Args:
         x: Shape (..., in_features).
         cores: One tensor a site, shapes ``spec.core_shapes``.
+        spec: Shape of the chain.
         bias: Shape (out_features,) or None.
-        path: What ``contraction.search.fastest_path`` gave for ``spec``; the chain of fewest multiply–adds if None.
+        path: Contraction path for ``spec`` from :func:`.search.fastest_path`; the order of sites with the fewest
+            multiply–adds if None.
 
     Returns:
         Shape (..., out_features), in the dtype that a dense layer would give.
@@ -63,7 +69,7 @@ def apply(
 
 
 def _in_float16(x: Tensor, cores: Sequence[Tensor], spec: Chain, bias: Tensor | None, path: ContractionPath) -> Tensor:
-    """The result of ``apply`` in float16, from cores in float32. Only a product with the whole matrix is safe in it."""
+    """``x Wᵀ + bias`` in float16 from cores in float32: only a product with the whole matrix is safe in float16."""
     if len(path.steps) == 1:
         matrix = _matrix(merge(cores, path.steps[0].tree), spec).half()
         return F.linear(x.half(), matrix, None if bias is None else bias.half())
@@ -71,7 +77,7 @@ def _in_float16(x: Tensor, cores: Sequence[Tensor], spec: Chain, bias: Tensor | 
 
 
 def add_bias(y: Tensor, bias: Tensor) -> Tensor:
-    """``y + bias`` in the dtype of ``y``; in place, where no gradient is asked for.
+    """Add a bias (out,) to y (..., out), in the dtype of ``y``; in place, where no gradient is asked for.
 
     ``y`` must belong to the caller alone. In a backward graph, writing into a view would cost a copy of its own.
     """
@@ -80,7 +86,7 @@ def add_bias(y: Tensor, bias: Tensor) -> Tensor:
 
 
 def _product(state: Tensor, cores: Sequence[Tensor], step: Step, tokens: int, bias: Tensor | None = None) -> Tensor:
-    """The state after one step: the axes of its form's equation in memory, in any shape that views them."""
+    """State after one step of a path: the axes of its form's equation in memory, in any shape that views them."""
     core = merge(cores, step.tree)
     if step.core_axes is not None:
         core = core.permute(step.core_axes)
@@ -91,7 +97,12 @@ def _product(state: Tensor, cores: Sequence[Tensor], step: Step, tokens: int, bi
 
 
 def merge(cores: Sequence[Tensor], tree: Any) -> Tensor:
-    """The sites of a tree of pairs multiplied together: one core (left bond, outputs, inputs, right bond)."""
+    """Cores of neighbouring sites multiplied together, as one core (left bond, out modes, in modes, right bond).
+
+    Args:
+        cores: Shapes (r, m, n, s).
+        tree: A site's number, or a pair of trees: which neighbours are multiplied together first.
+    """
     if isinstance(tree, int):
         return cores[tree]
     left, right = merge(cores, tree[0]), merge(cores, tree[1])
@@ -110,20 +121,22 @@ def merge(cores: Sequence[Tensor], tree: Any) -> Tensor:
 
 
 def _matrix(core: Tensor, spec: Chain) -> Tensor:
-    """The matrix of all sites multiplied together, core (1, rows, columns, 1), without padding."""
+    """Matrix (out_features, in_features) of a core (1, rows, columns, 1) that holds all sites, padding cut off."""
     return core.squeeze(-1).squeeze(0)[: spec.out_features, : spec.in_features]
 
 
 def to_dense(cores: Sequence[Tensor], spec: Chain) -> Tensor:
-    """The matrix itself, shape (out_features, in_features), padding cut off."""
+    """Matrix W of a chain of cores, shape (out_features, in_features), padding cut off."""
     return _matrix(merge(cores, merging(spec, 0, spec.sites, Machine()).tree), spec)
 
 
 def rows(index: Tensor, cores: Sequence[Tensor], spec: Chain) -> Tensor:
-    """Rows of the matrix, reading only the core slices they need.
+    """Rows of W, from only the core slices that they need.
 
     Args:
         index: Integers of any shape (...), each in ``[0, out_features)``.
+        cores: One tensor a site, shapes ``spec.core_shapes``.
+        spec: Shape of the chain.
 
     Returns:
         Shape (..., in_features), in the dtype of the cores; float32 of those in float16.

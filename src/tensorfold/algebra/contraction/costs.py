@@ -1,4 +1,4 @@
-"""What a matrix product, a copy and the multiplying together of cores cost on a machine."""
+"""Estimated seconds of a matrix product, a copy and the multiplying together of cores on a machine."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ _SHORTEST_SUM = 16
 
 @dataclass(frozen=True)
 class Machine:
-    """Speeds in multiply–adds and numbers a second; the defaults are one core of a server processor in float32.
+    """Speeds of a machine; the defaults are one core of a server processor in float32. Only ratios matter to a choice.
 
-    Only ratios matter to a choice. ``rows``, ``columns`` and ``depth`` are what each dimension of a product costs on
-    top of itself: ``(M + rows)(N + columns)(K + depth)`` multiply–adds are paid (Hockney's half-performance length).
-    Writing more than ``cached`` numbers at once needs fresh pages, at ``fresh`` numbers a second.
+    Attributes:
+        macs: Multiply–adds a second of a large product.
+        numbers: Numbers read or written a second, one after the other.
+        permuted: Numbers a second of a copy into another order of axes.
+        call: Seconds of calling an operation.
+        rows: Rows that a product (M, K) · (K, N) pays for on top of M: ``(M + rows)(N + columns)(K + depth)``
+            multiply–adds in all (Hockney's half-performance length).
+        columns: Likewise for N.
+        depth: Likewise for K.
+        cached: Numbers that can be written at once without fresh pages of memory.
+        fresh: Numbers a second that fresh pages are taken for.
     """
 
     macs: float = 4.7e10
@@ -33,7 +41,7 @@ class Machine:
     fresh: float = 2.5e8
 
     def product(self, rows: float, columns: float, depth: float, batch: int = 0) -> float:
-        """Seconds of one product (rows, depth) · (depth, columns), or of a ``batch`` of them that share one factor."""
+        """Seconds of one product (rows, depth) · (depth, columns), or of a ``batch`` of those that share one factor."""
         calls, batch = (2, batch) if batch else (1, 1)  # a batched product has more to arrange
         paid = (rows + self.rows) * (columns + self.columns) * (depth + self.depth) / self.macs
         if 1 in (rows, columns):  # a matrix and a vector: as fast as the matrix is read
@@ -62,19 +70,26 @@ _GPU = Machine(macs=1e13, numbers=3e11, permuted=1.5e11, call=1e-5, rows=64, col
 
 
 def default_machine(device_type: str) -> Machine:
-    """The built-in constants for ``"cpu"`` or any accelerator."""
+    """Built-in speeds for a type of device: ``"cpu"``, or any accelerator."""
     return Machine() if device_type in ("cpu", "meta") else _GPU
 
 
 def core_shape(spec: Chain, p: int, q: int) -> tuple[int, int, int, int]:
-    """Shape of sites [p, q) multiplied together: (left bond, outputs, inputs, right bond)."""
+    """Shape of the core of sites [p, q) multiplied together: (left bond, out modes, in modes, right bond)."""
     bonds = (1, *spec.ranks, 1)
     return bonds[p], math.prod(spec.out_modes[p:q]), math.prod(spec.in_modes[p:q]), bonds[q]
 
 
 @dataclass(frozen=True)
 class Merging:
-    """How neighbouring sites are multiplied together: a tree of pairs, its cost, and the numbers it makes."""
+    """Way of multiplying the cores of neighbouring sites together.
+
+    Attributes:
+        tree: A site's number, or a pair of trees: which neighbours are multiplied together first.
+        seconds: Estimated time.
+        macs: Multiply–adds.
+        kept: Numbers of all cores made on the way, the result included.
+    """
 
     tree: Any
     seconds: float
@@ -84,7 +99,7 @@ class Merging:
 
 @lru_cache(maxsize=4096)
 def merging(spec: Chain, p: int, q: int, machine: Machine) -> Merging:
-    """The cheapest tree of pairs for sites [p, q), by dynamic programming over where it splits."""
+    """Cheapest way of multiplying the cores of sites [p, q) together, by dynamic programming over where it splits."""
     if q - p == 1:
         return Merging(p, 0.0, 0, 0)
     made = math.prod(core_shape(spec, p, q))
@@ -110,10 +125,14 @@ def merging(spec: Chain, p: int, q: int, machine: Machine) -> Merging:
 
 
 def blocking(left: tuple[int, ...], right: tuple[int, ...]) -> int:
-    """Inputs of the left core taken together when it is multiplied by a small right one: 4 where that helps, else 1.
+    """Number k of the left core's inputs taken together when it is multiplied by a small right core G: 4 or 1.
 
     A product with few summands and few columns is far from the speed of a large one. As ``G ⊗ I₄`` the right core makes
     four times the multiply–adds and takes less time.
+
+    Args:
+        left: Shape (r, m1, n1, bond).
+        right: Shape (bond, m2, n2, t).
     """
     (r, m1, n1, _), (_, m2, n2, t) = left, right
     return 4 if n1 % 4 == 0 and m2 * n2 * t <= 16 and r * m1 * n1 * m2 * n2 * t >= 2**16 else 1

@@ -1,4 +1,4 @@
-"""Each form of a step's product: how it is carried out, and what it costs.
+"""Matrix products of a contraction path's steps: how each form is carried out, and what it costs.
 
 Notation as in :mod:`tensorfold.algebra.contraction.paths`: state (t, l, c, r), core (d, c).
 """
@@ -16,12 +16,13 @@ from tensorfold.algebra.contraction.paths import Form, Step
 
 
 def multiply(state: Tensor, core: Tensor, step: Step, tokens: int, bias: Tensor | None = None) -> Tensor:
-    """The state after one step, as any shape that views the axes of the form's equation.
+    """State after one step, in any shape that views the axes of the form's equation.
 
     Args:
-        state: The axes (t, l, c, r) of the equation, in any shape that views them.
+        state: Axes (t, l, c, r) of the equation, in any shape that views them.
         core: Shape (d, c).
-        tokens: The size of t.
+        step: Form of the product and sizes of its axes.
+        tokens: Size of t.
         bias: Shape (d,) or None; only a product of ``Form.ROWS`` that makes all outputs at once can take one along.
     """
     if step.form == Form.ROWS:
@@ -36,7 +37,7 @@ def multiply(state: Tensor, core: Tensor, step: Step, tokens: int, bias: Tensor 
 
 
 def seconds(machine: Machine, step: Step, tokens: int) -> float:
-    """Estimated time of the product of one step."""
+    """Estimated seconds of the product of one step, for this many tokens."""
     return _SECONDS[step.form](machine, step, tokens)
 
 
@@ -55,8 +56,8 @@ def _rows_seconds(machine: Machine, step: Step, tokens: int) -> float:
     return seconds + (machine.call if step.block > 1 else 0.0)
 
 
-# The batched products below are bmm, not matmul, which copies the state where the core is a parameter, even when no
-# gradient is asked for.
+# Batched products below use bmm: matmul copies the state where the core is a parameter, even when no gradient is asked
+# for.
 
 
 def _left(state: Tensor, core: Tensor, step: Step, tokens: int) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 
 class Chain(Protocol):
-    """What is asked of an operator's shape: the sites of a chain, and of the matrix that they make without padding."""
+    """Protocol of an operator's shape: sites and bonds of a chain, and size of the matrix that it makes."""
 
     def __hash__(self) -> int: ...
     @property
@@ -47,7 +47,7 @@ class Chain(Protocol):
 
 
 class Form:
-    """The forms of a step's matrix product, each its equation in einsum's notation, operands (state, core).
+    """Forms of a step's matrix product, each written as its einsum equation, operands (state, core).
 
     Plain strings, since torch.compile follows no members of an enum that a search returned.
     """
@@ -79,13 +79,12 @@ class Order:
 
 @lru_cache(maxsize=4096)
 def cheapest_order(out_modes: tuple[int, ...], in_modes: tuple[int, ...], ranks: tuple[int, ...]) -> Order:
-    """The order of joining single sites with the fewest multiply–adds a token.
-
-    By dynamic programming over intervals of sites, O(L²).
+    """Order of joining single sites with the fewest multiply–adds a token, by O(L²) dynamic programming over intervals.
 
     Args:
-        out_modes, in_modes: Modes m_k and n_k of the L sites.
-        ranks: The L − 1 interior bonds.
+        out_modes: m_k of the L sites.
+        in_modes: n_k of the L sites.
+        ranks: The L − 1 interior bonds r_k.
     """
     m, n, bonds = out_modes, in_modes, (1, *ranks, 1)
     sites = len(m)
@@ -115,16 +114,21 @@ class Step:
     """One matrix product of the state with a core seen as a matrix (d, c).
 
     Attributes:
-        form: Which product: one of ``FORMS``.
-        tree: The core: a site, or a pair of trees that are multiplied together first.
-        core_axes: The order of the core's four axes (left bond, out, in, right bond) in which it is ``(d, c)``, or
+        form: Product, one of ``FORMS``.
+        tree: Sites of the core: one site, or a pair of trees that are multiplied together first.
+        core_axes: Order of the core's four axes (left bond, out, in, right bond) in which it is ``(d, c)``, or
             ``(c, d)`` where ``transposed``; None is their own.
-        d, c, left, right: Sizes of the equation's axes d, c, l and r.
+        transposed: Whether the core lies in memory as ``(c, d)``.
+        d: Size of the equation's axis d.
+        c: Size of the equation's axis c.
+        left: Size of the equation's axis l.
+        right: Size of the equation's axis r.
         state: Sizes of the state's axes a token, before this step.
-        permutation: The order of those axes that a copy brings them into before the product; None for no copy.
-        block: Rows taken at once by a small core, as ``I_block ⊗ core``; only of ``Form.ROWS``.
-        more_d, more_c: Zero rows and columns appended to the core, so that a state between two products has rows of a
-            length that vector units read fast.
+        permutation: Order of the state's axes that a copy brings them into before the product; None for no copy.
+        block: Rows taken at once by a small core, as ``I_block ⊗ core``; above 1 only with ``Form.ROWS``.
+        more_d: Zero rows appended to the core, so that a state between two products has rows of a length that vector
+            units read fast.
+        more_c: Zero columns appended to the core, which meet them.
     """
 
     form: str
@@ -147,11 +151,11 @@ class ContractionPath:
     """Steps that apply an operator to vectors, and what they cost.
 
     Attributes:
-        steps: In the order in which they are taken.
+        steps: Products, in the order in which they are taken.
         outputs: Sizes of the axes of a token's outputs as the last step leaves them.
-        permutation: The order of those axes that makes them the output modes; None where they are in it.
-        seconds: Estimate that the path was chosen by, for the number of tokens asked for.
-        dense: Estimate of the seconds of a dense layer of the same size.
+        permutation: Order of these axes that makes them the output modes; None where they are in it.
+        seconds: Estimated time that the path was chosen by, for the number of tokens asked for.
+        dense: Estimated seconds of a dense layer of this size.
         macs: Multiply–adds a token, without ``build``.
         build: Multiply–adds of the cores that are multiplied together first, once a forward.
         kept: Numbers that the backward pass needs, besides input and parameters.
@@ -168,7 +172,7 @@ class ContractionPath:
 
     @property
     def materialises(self) -> bool:
-        """Whether the matrix is built and applied as a dense layer's."""
+        """Whether the whole matrix is built in the forward and applied as a dense layer's."""
         return len(self.steps) == 1
 
     def __str__(self) -> str:
@@ -178,5 +182,5 @@ class ContractionPath:
 
 
 def sites_of(tree: Any) -> tuple[int, ...]:
-    """The sites of a tree of pairs, from left to right."""
+    """Sites of a tree of pairs, from left to right."""
     return (tree,) if isinstance(tree, int) else sites_of(tree[0]) + sites_of(tree[1])

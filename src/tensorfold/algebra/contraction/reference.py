@@ -1,4 +1,4 @@
-"""What the fast products must equal, each as one einsum that anyone can check; slow, and for tests alone."""
+"""Reference products that the fast ones must equal, each one einsum that anyone can check; slow, for tests alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tensorfold.algebra.contraction.paths import Chain, Step
 
 
 def equation(sites: int) -> str:
-    """The matrix of ``sites`` cores in einsum's notation.
+    """Einsum equation of the matrix that a number of cores stand for.
 
     Small letters are bonds, the first and the last of size 1; of site k, capital letters 2k and 2k + 1 are the output
     and the input mode.
@@ -27,14 +27,14 @@ def equation(sites: int) -> str:
 
 
 def to_dense(cores: Sequence[Tensor], spec: Chain) -> Tensor:
-    """The matrix W of the cores, shape (out_features, in_features), padding cut off."""
+    """Matrix W of a chain of cores, shape (out_features, in_features), padding cut off."""
     matrix = torch.einsum(equation(spec.sites), *cores)  # (m_1 … m_L, n_1 … n_L)
     rows = matrix.shape[: spec.sites].numel()
     return matrix.reshape(rows, -1)[: spec.out_features, : spec.in_features]
 
 
 def multiply(state: Tensor, core: Tensor, step: Step) -> Tensor:
-    """One step by its own equation: state (t, l, c, r) without the axes that its form lacks, core (d, c)."""
+    """State after one step, by its einsum equation: state (t, l, c, r), less axes that the form lacks; core (d, c)."""
     axes = {"t": -1, "l": step.left, "c": step.c, "r": step.right}
     operand = step.form.split(",")[0]
     return torch.einsum(step.form, state.reshape([axes[axis] for axis in operand]), core)

@@ -1,8 +1,8 @@
-"""The search for the fastest contraction path.
+"""The search for the contraction path that applies an operator to a number of tokens in the least estimated time.
 
 The order in which the state's axes lie in memory decides which products need no copy, so the search runs over memory
-layouts as well as over orders of sites. All sites at once is the matrix itself, multiplied out in the forward. Notation
-and words are those of :mod:`tensorfold.algebra.contraction.paths`.
+layouts as well as over orders of sites. One step with all sites is the matrix itself, multiplied out in the forward.
+Notation: see :mod:`tensorfold.algebra.contraction.paths`.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from tensorfold.algebra.contraction.costs import Machine, core_shape, merging
 from tensorfold.algebra.contraction.paths import Chain, ContractionPath, Form, Order, Step, cheapest_order
 from tensorfold.errors import InputError
 
-# Numbers a core multiplied together within a forward may have, 64 MiB in float32: a vocabulary's table is built only
-# where every other path would hold more than the table and a dense layer's activations.
+# Most numbers of a core that is multiplied together within a forward, 64 MiB in float32: a vocabulary's table is built
+# only where every other path would hold more than the table and a dense layer's activations.
 LARGEST_BUILT = 2**24
 
-# Rows of this many numbers are read by whole vectors, and the part of a product's time that this saves.
+# Rows whose length is a multiple of this are read by whole vector registers, which saves this part of a product's time.
 _ALIGNED = 8
 _ALIGNMENT_GAIN = 0.1
 
-# Rows multiplied at once by a small core, and how long the rows of such a product may become.
+# Numbers of rows multiplied at once by a small core, and the longest that rows of such a product may become.
 _BLOCKS = (4, 8)
 _WIDEST_BLOCK = 128
 
-# Layouts kept for each number of sites done; specs of two or three sites have fewer.
+# States kept for each number of sites done, fastest first; specs of two or three sites have fewer.
 _BEAM = 24
 
 # Products of a transposed factor with two or three rows run at a third of the speed; a copy of so little is cheaper.
@@ -49,13 +49,15 @@ def fastest_path(
     machine: Machine | None = None,
     force: Order | str | None = None,
 ) -> ContractionPath:
-    """The path that applies ``spec`` to ``tokens`` vectors in the least estimated time.
+    """Contraction path that applies an operator to a number of vectors in the least estimated time.
 
     In training a path costs its backward pass as well, and one that keeps more numbers for it than a dense layer does
     (input, output and weight together) is not taken unless nothing else is left. Equal arguments give equal paths, in
     every process.
 
     Args:
+        spec: Shape of the operator.
+        tokens: Number of vectors.
         training: Whether gradients will be asked for.
         machine: Speeds that times are estimated by; the built-in ones of one processor core if None.
         force: An order of single sites, ``"chain"`` for the one with the fewest multiply–adds, or ``"materialise"``;
@@ -87,7 +89,14 @@ def fastest_path(
 
 @dataclass(frozen=True)
 class _State:
-    """A path that has joined the sites [a, b); ``axes`` as they lie in memory, those of size 1 left out."""
+    """Partial path of the search.
+
+    Attributes:
+        a: First site that has been joined.
+        b: Site behind the last one that has been joined.
+        axes: Axes of the state as they lie in memory, those of size 1 left out.
+        path: Steps so far, and their costs.
+    """
 
     a: int
     b: int
@@ -118,7 +127,7 @@ class _Search:
             self.sizes["m", k], self.sizes["n", k] = m, n
 
     def best(self, limit: float) -> ContractionPath | None:
-        """The fastest path that keeps at most ``limit`` numbers."""
+        """Fastest path that keeps at most ``limit`` numbers for the backward pass; None if there is none."""
         sites = self.spec.sites
         done: list[dict[Any, _State]] = [{} for _ in range(sites + 1)]
         done[0][None] = _State(0, 0, self._axes("n", 0, sites), ContractionPath(()))
@@ -132,7 +141,7 @@ class _Search:
         return min(finished, key=lambda path: path.seconds, default=None)
 
     def _moves(self, state: _State, count: int) -> Iterator[_State]:
-        """The states after one step more, where ``count`` sites are joined already."""
+        """States after one step more, where ``count`` sites are joined already."""
         sites, a, b = self.spec.sites, state.a, state.b
         if self.force == "materialise":
             intervals = [(0, sites)] if count == 0 else []
@@ -149,9 +158,14 @@ class _Search:
                 yield from self._join(state, p, q, shape, bond=None if not count else 0 if p == b else 3)
 
     def _join(self, state: _State, p: int, q: int, shape: tuple[int, ...], bond: int | None) -> Iterator[_State]:
-        """The states after every product that joins the sites [p, q), multiplied together to a core of ``shape``.
+        """States after every product that joins the sites [p, q).
 
-        ``bond`` is the core's axis (0 or 3) that is shared with the sites joined so far; None where there are none.
+        Args:
+            state: Where the path is.
+            p: First site to join.
+            q: Site behind the last one to join.
+            shape: Shape (left bond, out modes, in modes, right bond) of these sites multiplied together.
+            bond: Axis of that core, 0 or 3, which is shared with the sites joined so far; None where there are none.
         """
         parts = (self._axes("r", p), self._axes("m", p, q), self._axes("n", p, q), self._axes("r", q))
         natural = tuple(k for k in range(4) if shape[k] > 1)
@@ -178,7 +192,14 @@ class _Search:
     def _forms(
         self, axes: tuple[Axis, ...], old: tuple[Axis, ...], new: tuple[Axis, ...], base: Step
     ) -> Iterator[tuple[Step, tuple[Axis, ...]]]:
-        """The products that contract the axes ``old`` into ``new``, and the order of axes that each leaves."""
+        """Products that contract the axes ``old`` of a state into ``new``, each with the order of axes that it leaves.
+
+        Args:
+            axes: The state's, as they lie in memory.
+            old: Axes that the core sums over.
+            new: Axes that the core makes.
+            base: Step with everything but its form.
+        """
         sizes = tuple(self.sizes[axis] for axis in axes)
 
         def step(form: str, front: tuple[Axis, ...], behind: tuple[Axis, ...] = ()) -> Step:
@@ -209,7 +230,7 @@ class _Search:
                     yield step(Form.RIGHT, front, behind), front + behind + new
 
     def _after(self, path: ContractionPath, step: Step) -> ContractionPath:
-        """``path`` with one step more, and what it costs."""
+        """Path with one step more, its costs added."""
         read = self.tokens * step.left * step.right * step.c
         made = step.block**2 * (step.c * step.d + 1) if step.block > 1 else 0  # I ⊗ core, and I
         seconds = forms.seconds(self.machine, step, self.tokens) * (3 if self.training else 1)
@@ -222,7 +243,7 @@ class _Search:
         )
 
     def _finish(self, state: _State) -> ContractionPath:
-        """The path of a state that has joined all sites, with what brings its outputs into their order."""
+        """Path of a state that has joined all sites, with the permutation that brings its outputs into their order."""
         wanted = self._axes("m", 0, self.spec.sites)
         path = self._aligned(state.path)
         last = path.steps[-1]
@@ -237,7 +258,7 @@ class _Search:
         return replace(path, outputs=sizes, permutation=permutation, seconds=path.seconds + seconds)
 
     def _aligned(self, path: ContractionPath) -> ContractionPath:
-        """The path with bonds padded to multiples of ``_ALIGNED`` where a whole state goes from product to product.
+        """Path with bonds padded to multiples of ``_ALIGNED`` where a whole state goes from product to product.
 
         A low-rank layer of rank 335 takes a quarter longer than one of rank 336 when it has many tokens to work on, and
         loses a little by the padding when it has few.
@@ -257,11 +278,14 @@ class _Search:
         return replace(path, steps=tuple(steps))
 
     def _copy(self, numbers: float) -> float:
+        """Seconds of a copy into another order of axes, and of its gradient's in training."""
         return self.machine.copy(numbers) * (2 if self.training else 1)
 
     def _axes(self, kind: str, p: int, q: int | None = None) -> tuple[Axis, ...]:
+        """Axes of one kind for site (or bond) p, or for sites [p, q), those of size 1 left out."""
         sites = range(p, p + 1 if q is None else q)
         return tuple((kind, k) for k in sites if self.sizes[kind, k] > 1)
 
     def _numbers(self, axes: tuple[Axis, ...]) -> int:
+        """Product of the sizes of some axes."""
         return math.prod(self.sizes[axis] for axis in axes)

@@ -1,5 +1,10 @@
 """Reordering rows and columns so that a matrix is closer to a sum of Kronecker products.
 
+Notation:
+    W           matrix, (out, in) = (m1·m2, n1·n2)
+    P, Q        permutations of its rows and columns
+    A_t, B_t    factors of term t, (m1, n1) and (m2, n2)
+
 A Kronecker fit depends on which rows and columns share a block, and a trained network's hidden units have no order of
 their own. TQCompressor (arXiv 2401.16367) therefore fits ``P W Q ≈ Σ_t A_t ⊗ B_t``; it published no way to find P and
 Q. Here the fit (Van Loan) alternates with linear assignments: given the approximation, the best row order is an
@@ -24,7 +29,7 @@ from tensorfold.errors import SpecError
 
 @dataclass(frozen=True)
 class Permuted:
-    """``weight[row_order][:, column_order] ≈ to_dense(cores)``.
+    """Fit of a reordered matrix: ``weight[row_order][:, column_order] ≈ to_dense(cores)``.
 
     Attributes:
         row_order: int64, shape (out_features,): which row of the weight sits in each row of the approximation. The
@@ -32,7 +37,8 @@ class Permuted:
         column_order: int64, shape (in_features,), likewise for columns.
         cores: Shapes ``spec.core_shapes``.
         error: ``‖weight[row_order][:, column_order] − Ŵ‖_F / ‖weight‖_F``.
-        error_without: The same with rows and columns left in place; never below ``error``.
+        error_without: ``‖weight − Ŵ‖_F / ‖weight‖_F`` of the fit with rows and columns left in place; never below
+            ``error``.
     """
 
     row_order: Tensor
@@ -59,7 +65,7 @@ def search_permutations(
     Assigning n rows takes O(n³) time.
 
     Args:
-        weight: Shape (out_features, in_features), any floating dtype. To search in the metric of the inputs, pass
+        weight: Shape (out_features, in_features), any floating dtype. To take the inputs into account, pass
             ``weight * rms`` with ``rms`` (in_features,) the root of the diagonal of their second moment, and fit the
             reordered weight by :func:`tensorfold.algebra.solvers.als.weighted_als` afterwards.
         spec: Two sites, no padding.
@@ -98,17 +104,19 @@ def search_permutations(
 def search_row_order(
     matrices: Sequence[tuple[Tensor, Structure]], *, starts: int = 2, sweeps: int = 20, tolerance: float = 1e-4
 ) -> tuple[Tensor, float, float]:
-    """One row order for several matrices, such as all those that meet in an MLP's hidden layer (``down`` transposed).
+    """Search one row order for several matrices, such as all that meet in an MLP's hidden layer (``down`` transposed).
 
     Costs of an assignment add up over matrices, so the steps of :func:`search_permutations` carry over as they are.
 
     Args:
-        matrices: Weights with the same number of rows, each with its two-site spec, none padded.
+        matrices: Weights (rows, columns) with equally many rows, each with its two-site spec, none padded.
         starts: Number of initial orders: 1 for the one given, 2 for near-parallel rows gathered as well.
-        sweeps, tolerance: As there.
+        sweeps: At most so many rounds of fits and assignments from each.
+        tolerance: A round that lowers the error by less than this fraction of it is the last.
 
     Returns:
-        The order, int64, and ``√Σ‖W[order] − Ŵ‖² / √Σ‖W‖²`` with it and without; the first is never the larger.
+        The order, int64, (rows,), and ``√Σ‖W[order] − Ŵ‖² / √Σ‖W‖²`` with it and without; the first is never the
+        larger.
 
     Raises:
         SpecError: A spec has not two sites or pads its weight, or the matrices differ in their number of rows.
@@ -127,6 +135,7 @@ def search_row_order(
     norm = math.sqrt(sum(float(w.square().sum()) for w in weights)) or 1.0
 
     def refit(order: Tensor) -> tuple[list[Tensor], float]:
+        """Fits of all matrices in an order, multiplied out, and their relative error together."""
         dense = [to_dense(tt_svd(w[order], spec), spec) for w, spec in zip(weights, specs, strict=True)]
         squared = sum(float((w[order] - d).square().sum()) for w, d in zip(weights, dense, strict=True))
         return dense, math.sqrt(squared) / norm
@@ -152,7 +161,7 @@ def search_row_order(
 
 
 def _initial_orders(w: Tensor, spec: Spec, rows: bool, columns: bool, starts: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Row and column orders to start from; a side that may not move keeps its own."""
+    """Row and column orders to start a search from, int64; a side that may not move keeps its own."""
     stay = torch.arange(w.shape[0]), torch.arange(w.shape[1])
     for start in range(starts):
         if start == 0:
@@ -171,7 +180,7 @@ def _initial_orders(w: Tensor, spec: Spec, rows: bool, columns: bool, starts: in
 
 
 def _gathered(w: Tensor, block: int) -> Tensor:
-    """An order that puts the most nearly parallel rows into blocks, greedily, the shorter rows of a block first.
+    """Order (rows,) that puts the most nearly parallel rows into blocks, greedily, the shorter rows of a block first.
 
     Rows of one block of A ⊗ B are parallel where B has a single column; elsewhere it is a heuristic.
     """
@@ -200,7 +209,7 @@ def _descend(
     sweeps: int,
     tolerance: float,
 ) -> tuple[float, Tensor, Tensor]:
-    """Alternate fits and assignments from one start; the error and the orders it ends in."""
+    """Alternate fits and assignments from one start; return the error and the orders that they end in."""
 
     def refit() -> Tensor:
         return to_dense(tt_svd(w[row_order][:, column_order], spec), spec)
@@ -226,9 +235,9 @@ def _descend(
 
 
 def _assign(similarity: Tensor) -> Tensor:
-    """The order with the largest sum of ``similarity[slot, order[slot]]``.
+    """Linear assignment: the order (n,) with the largest sum of ``similarity[slot, order[slot]]``, similarity (n, n).
 
-    Norms do not depend on the order, so the largest inner product is the smallest squared distance.
+    With inner products of rows for similarities it minimises squared distances, since norms do not depend on the order.
     """
     from scipy.optimize import linear_sum_assignment  # costs most of a second, and few commands need it
 
@@ -236,5 +245,6 @@ def _assign(similarity: Tensor) -> Tensor:
 
 
 def _relative(w: Tensor, dense: Tensor) -> float:
+    """Relative error ``‖W − Ŵ‖_F / ‖W‖_F``; 0 if W is zero."""
     norm = torch.linalg.vector_norm(w)
     return float(torch.linalg.vector_norm(w - dense) / norm) if norm > 0 else 0.0

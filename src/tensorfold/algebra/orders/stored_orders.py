@@ -1,4 +1,4 @@
-"""How many bytes an order of rows or columns takes where it is stored: whole numbers of the smallest type that fits."""
+"""Size of an order of rows or columns where it is stored: whole numbers of the smallest type that fits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _TYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def order_dtype(largest: int) -> torch.dtype:
-    """The smallest integer type that holds every number from 0 to ``largest``.
+    """Smallest integer type that holds every number from 0 to ``largest``.
 
     >>> order_dtype(255), order_dtype(256), order_dtype(50257)
     (torch.uint8, torch.int16, torch.int32)
@@ -17,5 +17,5 @@ def order_dtype(largest: int) -> torch.dtype:
 
 
 def order_bytes(count: int, largest: int) -> int:
-    """Bytes of ``count`` numbers from 0 to ``largest``."""
+    """Bytes that ``count`` numbers from 0 to ``largest`` take where they are stored."""
     return count * order_dtype(largest).itemsize

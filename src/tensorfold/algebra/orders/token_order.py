@@ -1,4 +1,4 @@
-"""Orders of a table's rows that bring rows together which a Kronecker or tensor-train fit can share.
+"""Orders of a table's rows in which rows that are alike share factors of a Kronecker or tensor-train fit.
 
 Both structures split the place of a row into digits, ``place = (i1, i2)``, and rows share a factor where they share a
 digit. So what a fit can reach depends on the order, and token indices were not given out with it in mind.
@@ -24,15 +24,22 @@ from tensorfold.utils.validation import check_floating
 TokenOrder = Literal["own", "frequency", "cluster"]
 
 _CHUNK = 2**21  # elements of the table worked on at a time in fp32
-_SMALL = 64  # rows of groups whose direction comes from the eigenvectors of all their inner products
-_BLOCK = 8  # vectors of the subspace iteration, and
-_SWEEPS = 4  # its passes over the rows
+_SMALL = 64  # rows of the largest group whose direction comes from the eigenvectors of its inner products
+_BLOCK = 8  # vectors of the subspace iteration
+_SWEEPS = 4  # passes of the subspace iteration over the rows
 
 
 def token_order(kind: TokenOrder, table: Tensor, counts: Tensor | None = None) -> Tensor | None:
-    """Which row of ``table`` (vocabulary, width) comes at each place; int64, shape (vocabulary,), None for its own.
+    """Order of a table's rows for a fit: which row comes at each place.
 
-    ``frequency`` is by falling ``counts``, shape (vocabulary,), equally frequent tokens in their own order.
+    Args:
+        kind: ``own`` leaves the rows as they are; ``frequency`` sorts by falling counts, equally frequent tokens in
+            their own order; ``cluster`` puts similar rows next to each other.
+        table: Shape (vocabulary, width).
+        counts: How often each token is used, shape (vocabulary,); for ``frequency``.
+
+    Returns:
+        int64, shape (vocabulary,); None for ``own``.
 
     Raises:
         SpecError: ``frequency`` without counts, or with those of another vocabulary.
@@ -49,10 +56,10 @@ def token_order(kind: TokenOrder, table: Tensor, counts: Tensor | None = None) -
 
 @torch.no_grad()
 def cluster_order(table: Tensor) -> Tensor:
-    """An order that puts similar rows next to each other, by the method above; depends on nothing but the table.
+    """Order that puts similar rows of a table next to each other: principal direction divisive partitioning.
 
-    Level by level and in chunks of 2^21 numbers, so that it needs a small part of the table's own memory. A level of
-    large groups takes about 80 multiply–adds for every number of the table.
+    It works level by level and in chunks of 2^21 numbers, so that it needs a small part of the table's own memory. A
+    level of large groups takes about 80 multiply–adds for every number of the table. Equal tables give equal orders.
 
     Args:
         table: Shape (rows, width), any floating dtype.
@@ -61,7 +68,7 @@ def cluster_order(table: Tensor) -> Tensor:
         int64, shape (rows,): the row at each place.
 
     Raises:
-        SpecError: It is not a matrix, or holds NaN or infinity.
+        SpecError: The table is not a matrix, or holds NaN or infinity.
     """
     usable = table.dim() == 2 and table.numel() > 0
     check_floating(table=table)
@@ -84,7 +91,7 @@ def cluster_order(table: Tensor) -> Tensor:
 
 
 def _sorted(table: Tensor, groups: Tensor) -> Tensor:
-    """Groups of row indices, (groups, size), each sorted along the leading principal direction of its rows."""
+    """Sort every group of row indices, (groups, size), along the leading principal direction of its rows."""
     size, width = groups.shape[1], table.shape[1]
     pieces = groups.split(max(1, _CHUNK // width), dim=1)
     kept: list[Tensor] = []
@@ -104,13 +111,25 @@ def _sorted(table: Tensor, groups: Tensor) -> Tensor:
 
 
 def _exact(rows: Tensor) -> Tensor:
-    """Leading right singular vectors of (groups, size, width), up to their length, through the inner products."""
+    """Leading right singular vectors of (groups, size, width), up to their length, from inner products of rows.
+
+    Returns:
+        Shape (groups, width).
+    """
     left = torch.linalg.eigh(rows @ rows.mT).eigenvectors[:, :, -1:]
     return (rows.mT @ left).squeeze(-1)
 
 
 def _iterated(read: Callable[[], Iterator[Tensor]], width: int, device: torch.device) -> Tensor:
-    """The same by subspace iteration from a fixed start (Halko, Martinsson & Tropp, arXiv 0909.4061, Algorithm 4.4)."""
+    """Leading right singular vectors, (groups, width), by subspace iteration from a fixed start.
+
+    Source: Halko, Martinsson & Tropp, arXiv 0909.4061, Algorithm 4.4.
+
+    Args:
+        read: Passes once over all rows, in pieces (groups, some, width).
+        width: Length of a row.
+        device: Where the rows are.
+    """
     basis = torch.randn(width, min(_BLOCK, width), generator=torch.Generator().manual_seed(0)).to(device)
     for _ in range(_SWEEPS):
         image = torch.stack([rows.mT @ (rows @ basis) for rows in read()]).sum(0)

@@ -1,4 +1,4 @@
-"""How large the bonds of a chain of sites can be."""
+"""Bonds of a chain of sites: how large they can be, and whether given ones fit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tensorfold.errors import SpecError
 
 
 def attainable_ranks(out_modes: Sequence[int], in_modes: Sequence[int]) -> tuple[int, ...]:
-    """Largest rank each interior unfolding can have: the smaller side of the cut, ``min(prefix, suffix)``.
+    """Largest rank of each interior unfolding: the smaller side of the cut, ``min(prefix, suffix)``; sites − 1 numbers.
 
     >>> attainable_ranks((768, 4), (768, 1))
     (4,)
@@ -20,7 +20,11 @@ def attainable_ranks(out_modes: Sequence[int], in_modes: Sequence[int]) -> tuple
 
 
 def check_ranks(out_modes: Sequence[int], in_modes: Sequence[int], ranks: Sequence[int]) -> None:
-    """Raise :class:`SpecError`, naming the largest attainable, for a bond that no cores of these modes can fill."""
+    """Check that cores of these modes can have these bonds.
+
+    Raises:
+        SpecError: A bond exceeds its unfolding's rank or its cores' size; the message names the largest attainable.
+    """
     attainable = attainable_ranks(out_modes, in_modes)
     for k, (rank, largest) in enumerate(zip(ranks, attainable, strict=True)):
         if rank > largest:
@@ -40,7 +44,11 @@ def check_ranks(out_modes: Sequence[int], in_modes: Sequence[int], ranks: Sequen
 
 
 def positive_integers(name: str, values: Any) -> tuple[int, ...]:
-    """The values as a tuple, or :class:`SpecError` naming the field that holds something else."""
+    """Convert a field's values to a tuple of positive integers.
+
+    Raises:
+        SpecError: They are something else; the message names the field.
+    """
     try:
         out = tuple(values)
     except TypeError:

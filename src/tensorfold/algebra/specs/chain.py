@@ -1,6 +1,8 @@
-"""What is computed with the cores of a chain of sites (see ``specs.spec``), apart from how its shape is described.
+"""Products with the cores of a chain of sites; :mod:`.spec` describes the chain's shape.
 
-core k: (left bond, out mode, in mode, right bond)
+Notation:
+    W           matrix that the cores stand for, (m, n)
+    core k      (left bond, out mode, in mode, right bond), the outer bonds 1
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from tensorfold.algebra.specs.structure import Structure
 
 
 class ChainStructure(Structure):
-    """A structure whose cores are one chain of sites, with what pivots, padding and scalars make of it."""
+    """A structure whose cores are one chain of sites, which may have pivots, padding and bond scalars."""
 
     shared_axes: ClassVar[int] = 2
 
@@ -61,7 +63,7 @@ class ChainStructure(Structure):
 
     @property
     def row_macs(self) -> int:
-        """Multiply–adds of looking up one row: the slices of its output modes, from left to right."""
+        """Multiply–adds of looking up one row: slices of the cores at its output modes, joined from left to right."""
         total, read = 0, self.in_modes[0]
         for left, _, columns, right in self.core_shapes[1:]:
             total += read * left * columns * right
@@ -92,9 +94,13 @@ class ChainStructure(Structure):
         return contraction.rows(index, cores, self.inner)
 
     def complete(self, stored: list[Tensor], scalars: Tensor | None = None) -> list[Tensor]:
-        """The cores with bond scalars in the smaller factor, and the identity on pivots.
+        """Cores of shapes ``core_shapes`` from what is stored: bond scalars multiplied in, identities on pivots added.
 
-        A core in float16 times scalars is in float32, where the product fits.
+        Scalars go into the smaller factor; a core in float16 times scalars is in float32, where the product fits.
+
+        Args:
+            stored: Shapes ``stored_shapes``.
+            scalars: Shape (terms,); None if the spec has none.
         """
         if self.pivoted:
             first, last = stored
@@ -112,7 +118,7 @@ class ChainStructure(Structure):
         return [stored[0], scalars.reshape(-1, 1, 1, 1) * stored[1]]
 
     def core_std(self, std: float) -> float:
-        """Standard deviation of every core so that the matrix has entries of standard deviation ``std``.
+        """Standard deviation σ of the entries of every core for which entries of W have standard deviation ``std``.
 
         An entry is the sum, over the ``Π r`` paths through the bonds, of a product of L independent core entries of
         mean 0 and variance σ². Two paths differ in at least one factor, so their products are uncorrelated and
@@ -128,7 +134,10 @@ class ChainStructure(Structure):
         return (std**2 / math.prod(self.ranks)) ** (1 / (2 * self.sites))
 
     def initial_stds(self, std: float) -> tuple[float, ...]:
-        """Those of :meth:`core_std`; with pivots, rows of the matrix itself and what mixes them for the others."""
+        """Standard deviations of random stored cores for which entries of W have standard deviation about ``std``.
+
+        Without pivots they are :meth:`core_std`; with pivots one core holds rows of W itself, the other mixes them.
+        """
         own = self.core_std(std)
         if not self.pivoted:
             return (own,) * self.sites

@@ -1,4 +1,7 @@
-"""The shape of a graded table: one basis, of which frequent tokens use more than rare ones (see ``solvers.graded``)."""
+"""Shape of a graded table: rows share one basis, of which frequent tokens use more than rare ones.
+
+Notation and fit: :mod:`tensorfold.algebra.solvers.graded`.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from tensorfold.algebra.specs.structure import Structure
 from tensorfold.errors import SpecError
 
 _SMALLEST_CLASS = 32  # tokens
-# Of the width; frequent tokens' ranks above it are raised to the width, since a basis of nearly all directions costs
-# more than it saves.
+# Part of the width above which a class's rank is raised to the width: a basis of nearly all directions costs more than
+# it saves.
 _EXACT = 0.75
 
 
@@ -74,15 +77,17 @@ class GradedSpec(Structure):
 
     @classmethod
     def within(cls, vocabulary: int, width: int, keep: float, slope: float) -> GradedSpec:
-        """Classes whose ranks fall with a power of the place in the order: ``rank ∝ place^(−slope)``.
+        """Shape whose ranks fall with a power of a token's place in the order, ``rank ∝ place^(−slope)``.
 
         Where the n-th token is used as often as Zipf's law says and the k-th direction matters as a power of k, equal
         gain for every parameter (reverse water-filling) gives such a law. Classes are octaves: the last holds half of
         the vocabulary, the one before it a quarter, and so on.
 
         Args:
+            vocabulary: Rows of the table.
+            width: Columns of the table.
             keep: Fraction of the dense parameters that stays at most.
-            slope: 0 is low rank.
+            slope: Exponent of the power law; 0 is low rank.
 
         Raises:
             SpecError: Not even rank 1 has as few parameters; the message names what it has.
@@ -122,12 +127,12 @@ class GradedSpec(Structure):
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Rank of each class."""
+        """Rank of each class, falling."""
         return tuple(rank for _, rank in self.classes)
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """Place of the first token of each class."""
+        """Place in the order of each class's first token."""
         return tuple(itertools.accumulate((tokens for tokens, _ in self.classes), initial=0))[:-1]
 
     @property
@@ -138,7 +143,7 @@ class GradedSpec(Structure):
 
     @cached_property
     def core_shapes(self) -> tuple[tuple[int, int], ...]:
-        """(tokens, rank) of every class, then (basis, width)."""
+        """Shapes (tokens, rank) of every class's core, then (basis, width) if there is a basis."""
         return (*self.classes, (self.basis, self.width)) if self.basis else self.classes
 
     @property
@@ -175,12 +180,15 @@ class GradedSpec(Structure):
         }
 
     def initial_stds(self, std: float) -> tuple[float, ...]:
-        """``std`` for rows that are exact; ``std / √rank`` for coefficients, which read a basis of deviation 1."""
+        """Standard deviations of random cores for which entries of E have standard deviation ``std``.
+
+        Exact rows have ``std``; coefficients, which read a basis of deviation 1, have ``std / √rank``.
+        """
         own = [std if rank == self.width else std / rank**0.5 for rank in self.ranks]
         return (*own, 1.0) if self.basis else tuple(own)
 
     def by_class(self, cores: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, bool]]:
-        """For each class its first place, its core (tokens, rank), and whether that holds the rows themselves."""
+        """Each class's first place in the order, its core (tokens, rank), and whether that holds exact rows."""
         for start, rank, core in zip(self.starts, self.ranks, cores, strict=False):
             yield start, core, rank == self.width
 
@@ -242,7 +250,7 @@ class GradedSpec(Structure):
 
 
 def _octaves(vocabulary: int) -> list[int]:
-    """Borders of the classes, from 0 to the vocabulary."""
+    """Borders of classes that each hold half of the places up to their end, from 0 to the vocabulary."""
     borders = [vocabulary]
     while borders[-1] >= 2 * _SMALLEST_CLASS:
         borders.append(borders[-1] // 2)

@@ -10,13 +10,13 @@ from tensorfold.errors import SpecError
 
 @lru_cache(maxsize=4096)
 def divisors(n: int) -> tuple[int, ...]:
-    """All divisors of ``n`` in ascending order."""
+    """Divisors of ``n`` in ascending order."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return tuple(small + [n // d for d in reversed(small) if d * d != n])
 
 
 def nearest_divisors(n: int, to: int) -> tuple[int, ...]:
-    """The divisors of ``n`` next below and next above ``to`` (one of them where the other does not exist)."""
+    """Divisors of ``n`` on either side of ``to``: the largest up to it and the smallest above, where they exist."""
     below = [d for d in divisors(n) if d <= to]
     above = [d for d in divisors(n) if d > to]
     return tuple(below[-1:] + above[:1])
@@ -41,7 +41,7 @@ def _balanced_factors(n: int, count: int, smallest: int = 1) -> tuple[int, ...] 
 
 @lru_cache(maxsize=4096)
 def balanced_modes(size: int, sites: int) -> tuple[int, ...]:
-    """``sites`` ascending modes whose product is the smallest ``>= size`` with no mode over twice another.
+    """Ascending modes of a number of sites: their product is the smallest ``>= size`` with no mode over twice another.
 
     A prime or awkward size is thereby padded; what lies beyond ``size`` is cut off wherever the matrix is read.
 
@@ -61,7 +61,7 @@ def balanced_modes(size: int, sites: int) -> tuple[int, ...]:
 
 
 def powers_of_two(width: int) -> tuple[int, ...]:
-    """As many twos as make up ``width`` or more: TensorGPT's modes, ten of them for 768.
+    """Twos whose product is ``width`` or more: TensorGPT's modes, ten of them for 768.
 
     >>> len(powers_of_two(768)), len(powers_of_two(1024)), len(powers_of_two(1))
     (10, 10, 1)

@@ -1,4 +1,4 @@
-"""From a stored description back to the structure, and a bound on how large one may be."""
+"""Structures from their stored descriptions, and a bound on how large a structure may be."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from tensorfold.algebra.specs.structure import STRUCTURES, Structure
 from tensorfold.algebra.specs.token_mps import TokenMPSSpec
 from tensorfold.errors import SpecError
 
-_LARGEST = 16  # times the dense matrix
-_SMALL = 2**20  # numbers that are never too many
+_LARGEST = 16  # numbers that a structure may have for each of the dense matrix
+_SMALL = 2**20  # numbers that are never too many, whatever the dense matrix has
 # The first three structures are stored without their kind; each has a key that the others lack.
 _BY_KEY: dict[str, type[Structure]] = {"modes": TokenMPSSpec, "classes": GradedSpec}
 
 
 def check_size(spec: Structure) -> None:
-    """Raise :class:`SpecError` for modes or bonds far larger than the matrix, before anything of their size is made."""
+    """Check that modes and bonds are not far larger than the matrix, before anything of their size is made.
+
+    Raises:
+        SpecError: Cores or padded matrix would hold more than 16 times the dense matrix's numbers plus 2^20.
+    """
     dense = spec.dense_parameters
     for what, numbers in (("modes make", spec.padded_parameters), ("cores hold", spec.parameters)):
         if numbers > _LARGEST * dense + _SMALL:
@@ -28,10 +32,10 @@ def check_size(spec: Structure) -> None:
 
 
 def spec_from_dict(data: dict[str, Any]) -> Structure:
-    """The structure whose ``to_dict`` gave ``data``.
+    """Build a structure from the JSON form that its ``to_dict`` gave.
 
     Raises:
-        SpecError: It is of no known kind, or its values do not fit together.
+        SpecError: The kind is not known, or the values do not fit together.
     """
     if not isinstance(data, dict):
         return Spec.from_dict(data)

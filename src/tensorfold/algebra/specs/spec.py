@@ -1,4 +1,4 @@
-"""The one description of a structured matrix: a matrix product operator (MPO, also TT-matrix).
+"""Shape of a matrix product operator (MPO, also TT-matrix), which most structured matrices are.
 
     W[(i1 … iL), (j1 … jL)] = G1[i1, j1] · G2[i2, j2] · … · GL[iL, jL]
 
@@ -36,13 +36,13 @@ class Spec(ChainStructure):
         scalars: One trainable number per bond index of a two-site operator: ``Σ_k s_k A_k ⊗ B_k`` (Krony-PT).
         reordered: Sides, ``"out"`` and ``"in"``, whose index order is stored beside the cores and is not the matrix's
             own (TQCompressor's permutations). Orders are integers: no parameters, but ``order_bytes``.
-        pivoted: Of low rank: ``W[order] = [I; T] S`` with S (rank, in) made of rows of W, the pivots, and T
-            (out - rank, rank), an interpolative decomposition (Cheng, Gimbutas, Martinsson & Rokhlin 2005; as layers
-            PIFA, arXiv 2501.19090). ``U V`` holds rank² numbers that a change of basis ``U R⁻¹ · R V`` takes away;
-            here they are not stored, so that the rank can be up to a quarter higher at equal size. Of groups of columns
-            with one basis, modes (out, 1) and (groups, in / groups): that basis is ``[I, T]``, T (rank, in / groups -
-            rank), over columns in a stored order that is the same in every group. Likewise of groups of rows, modes
-            (groups, out / groups) and (in, 1).
+        pivoted: Whether an identity takes the place of rank² numbers that a change of basis ``U R⁻¹ · R V`` makes
+            superfluous, so that the rank can be up to a quarter higher at equal size. In low rank,
+            ``W[order] = [I; T] S`` with S (rank, in) made of rows of W, the pivots, and T (out - rank, rank): an
+            interpolative decomposition (Cheng, Gimbutas, Martinsson & Rokhlin 2005; as layers PIFA, arXiv 2501.19090).
+            In groups of columns with one basis, modes (out, 1) and (groups, in / groups), that basis is ``[I, T]``, T
+            (rank, in / groups - rank), over columns in a stored order that is the same in every group; likewise in
+            groups of rows, modes (groups, out / groups) and (in, 1).
 
     Raises:
         SpecError: Modes and bonds do not fit together, or a bond exceeds what its unfolding can have.
@@ -123,9 +123,16 @@ class Spec(ChainStructure):
         reordered: Sequence[str] = (),
         pad: bool = False,
     ) -> Spec:
-        """``Σ_k A_k ⊗ B_k`` with ``A_k`` of shape ``factor`` = (m1, n1) and ``terms`` summands.
+        """Sum of Kronecker products ``Σ_k A_k ⊗ B_k``.
 
-        Where ``factor`` does not divide the matrix, ``pad`` rounds ``B_k`` up.
+        Args:
+            out_features: Rows of the matrix.
+            in_features: Columns of the matrix.
+            factor: Shape (m1, n1) of every A_k.
+            terms: Number of summands.
+            scalars: Whether every term has a trainable number.
+            reordered: Sides whose index order is stored.
+            pad: Whether the shape of B_k is rounded up where ``factor`` does not divide the matrix.
 
         Raises:
             SpecError: ``factor`` does not divide the matrix without ``pad``, or is larger than it; or more terms than
@@ -146,10 +153,20 @@ class Spec(ChainStructure):
     def low_rank(
         cls, out_features: int, in_features: int, rank: int, *, pivoted: bool = False, rows: int = 0, columns: int = 0
     ) -> Spec:
-        """``U V`` with U of shape (out, rank) and V of shape (rank, in): the MPO with modes (out, 1) and (1, in).
+        """Low rank ``U V`` with U (out, rank) and V (rank, in): the MPO with modes (out, 1) and (1, in).
 
-        ``rank · (out + in)`` parameters; ``rank · (out + in - rank)`` where ``pivoted``. There only so many ``rows``
-        and ``columns`` may differ from zero; 0 is all. The parameters are those of the matrix without the others.
+        It has ``rank · (out + in)`` parameters; ``rank · (out + in - rank)`` where ``pivoted``.
+
+        Args:
+            out_features: Rows of the matrix.
+            in_features: Columns of the matrix.
+            rank: Rank of the matrix.
+            pivoted: Whether the pivots' identity is left out.
+            rows: How many rows may differ from zero, where ``pivoted``; 0 is all. Only these have parameters.
+            columns: How many columns may, likewise.
+
+        Raises:
+            SpecError: The sizes do not fit together, or ``rows`` or ``columns`` are given without ``pivoted``.
         """
         out, into = _kept(out_features, in_features, rows, columns)
         if not pivoted and (out, into) != (out_features, in_features):
@@ -160,10 +177,14 @@ class Spec(ChainStructure):
 
     @classmethod
     def mpo(cls, out_features: int, in_features: int, sites: int, bond: int) -> Spec:
-        """``sites`` balanced modes (padded where a size has no balanced factorisation) and bond dimension ``bond``.
+        """Chain with balanced modes (padded where a size has no balanced factorisation).
 
-        ``bond`` is the largest interior bond: near the ends of a chain the unfoldings are smaller, and there the
-        bond is what the cut can have.
+        Args:
+            out_features: Rows of the matrix.
+            in_features: Columns of the matrix.
+            sites: Number of sites.
+            bond: Largest interior bond; near the ends of a chain unfoldings are smaller, and there the bond is what
+                the cut can have.
 
         Raises:
             SpecError: No bond of the chain can be as large as ``bond``; the message names the largest.
@@ -176,7 +197,14 @@ class Spec(ChainStructure):
     def from_modes(
         cls, out_modes: Sequence[int], in_modes: Sequence[int], bond: int, out_features: int = 0, in_features: int = 0
     ) -> Spec:
-        """Given modes and a bond dimension: every interior bond is ``bond`` or, where smaller, what its cut can have.
+        """Chain with given modes, whose interior bonds are ``bond`` or, where smaller, what their cut can have.
+
+        Args:
+            out_modes: Output mode of each site.
+            in_modes: Input mode of each site.
+            bond: Largest interior bond.
+            out_features: Rows of the matrix; the product of the modes if 0.
+            in_features: Columns of the matrix; likewise.
 
         Raises:
             SpecError: ``bond`` is larger than every cut allows; the message names the largest.
@@ -192,13 +220,14 @@ class Spec(ChainStructure):
 
     @classmethod
     def partial(cls, out_features: int, in_features: int, rows: int = 0, columns: int = 0) -> Spec:
-        """A dense matrix of which only so many ``rows`` and ``columns`` differ from zero; 0 is all."""
+        """Dense matrix of which only a number of rows and columns may differ from zero; 0 is all."""
         kept = _kept(out_features, in_features, rows, columns)
         sides = tuple(s for s, k, f in zip(("out", "in"), kept, (out_features, in_features), strict=True) if k < f)
         return cls((kept[0],), (kept[1],), (), out_features, in_features, reordered=sides)
 
     @property
     def sites(self) -> int:
+        """Number of cores."""
         return len(self.out_modes)
 
     @cached_property
@@ -211,7 +240,7 @@ class Spec(ChainStructure):
 
     @property
     def stored_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
-        """Shapes of what is stored of the cores: all of them, but for the identity in one of a pivoted spec."""
+        """Shapes of what is stored of the cores: everything but the identity in one core of a pivoted spec."""
         if not self.pivoted:
             return self.core_shapes
         first, last = self.core_shapes
@@ -222,24 +251,24 @@ class Spec(ChainStructure):
 
     @property
     def macs(self) -> int:
-        """Multiply–adds a token, in the cheapest order of contracting the sites (see ``paths.cheapest_order``)."""
+        """Multiply–adds a token, in the cheapest order of contracting the sites (:func:`.paths.cheapest_order`)."""
         if self.has_pivot_rows:
             return self.parameters
         return cheapest_order(self.out_modes, self.in_modes, self.ranks).macs
 
     @property
     def is_padded(self) -> bool:
-        """Whether the modes make a larger matrix than the one stood for."""
+        """Whether the modes make a larger matrix than (out_features, in_features); the rest is cut off."""
         return self.out_features < math.prod(self.out_modes) or self.in_features < math.prod(self.in_modes)
 
     @property
     def is_partial(self) -> bool:
-        """Whether the modes make a smaller matrix than the one stood for, whose other rows or columns are zero."""
+        """Whether the modes make a smaller matrix than (out_features, in_features); other rows or columns are zero."""
         return self.out_features > math.prod(self.out_modes) or self.in_features > math.prod(self.in_modes)
 
     @cached_property
     def inner(self) -> Spec:
-        """The spec of the rows and columns that may differ from zero; itself where those are all."""
+        """Spec of the part that may differ from zero: fewer rows and columns where it is partial, else itself."""
         if not self.is_partial:
             return self
         out_features = min(self.out_features, math.prod(self.out_modes))
@@ -252,23 +281,24 @@ class Spec(ChainStructure):
 
     @property
     def is_low_rank(self) -> bool:
+        """Whether the modes are (out, 1) and (1, in)."""
         return self.sites == 2 and self.out_modes[1] == 1 and self.in_modes[0] == 1
 
     @property
     def grouped(self) -> Literal["in", "out"] | None:
-        """The side, if any, whose groups share one basis: ``A (I_g ⊗ B)``, groups of columns, or its transpose."""
+        """Side whose groups share one basis: ``"in"`` for ``A (I_g ⊗ B)``, ``"out"`` for its transpose, else None."""
         if self.sites != 2 or self.is_low_rank or (self.out_modes[1] == 1) == (self.in_modes[1] == 1):
             return None
         return "in" if self.out_modes[1] == 1 else "out"
 
     @property
     def has_pivot_rows(self) -> bool:
-        """Whether it is pivoted low rank; other pivoted specs have their pivots in the basis of their groups."""
+        """Whether it is pivoted low rank: other pivoted specs have their pivots in the basis of their groups."""
         return self.pivoted and self.is_low_rank
 
     @property
     def transposed(self) -> Spec:
-        """The spec of the transposed matrix, with the same cores but for their two middle axes.
+        """Spec of Wᵀ, whose cores are W's with their two middle axes exchanged.
 
         Raises:
             SpecError: It is pivoted low rank: pivots are rows.
@@ -282,13 +312,13 @@ class Spec(ChainStructure):
 
     @property
     def attainable_matrix_rank(self) -> int:
-        """Upper bound on the rank of the matrix itself: full rank for one Kronecker term is min(m1,n1)·min(m2,n2)."""
+        """Upper bound on the rank of W, such as min(m1, n1) · min(m2, n2) for one Kronecker term."""
         full = min(self.out_features, self.in_features)
         product = math.prod(min(m, n) for m, n in zip(self.out_modes, self.in_modes, strict=True))
         return min(full, product * math.prod(self.ranks))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, as stored in a checkpoint's configuration; padding and scalars only where there are any."""
+        """JSON form, as stored in a checkpoint's configuration; fields with their default values are left out."""
         out: dict[str, Any] = {
             "out_modes": list(self.out_modes),
             "in_modes": list(self.in_modes),
@@ -334,7 +364,11 @@ class Spec(ChainStructure):
 
 
 def _kept(out_features: int, in_features: int, rows: int, columns: int) -> tuple[int, int]:
-    """How many rows and columns may differ from zero, where 0 says all."""
+    """Numbers of rows and columns that may differ from zero, where 0 says all.
+
+    Raises:
+        SpecError: There are more than the matrix has.
+    """
     if not (0 <= rows <= out_features and 0 <= columns <= in_features):
         raise SpecError(f"Spec: got rows={rows}, columns={columns} of a {out_features}×{in_features} matrix.")
     return rows or out_features, columns or in_features

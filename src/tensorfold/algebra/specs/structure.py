@@ -1,6 +1,10 @@
-"""The protocol of every structure: the shape of a structured matrix W (m × n), and what is computed with its cores.
+"""The protocol of every structure: the shape of a structured matrix, and what is computed with its cores.
 
-    m, n   out_features (for a table: the vocabulary) and in_features (the width)      (...)  any leading axes
+Notation:
+    W           matrix that the cores stand for, (m, n)
+    m           out_features; the vocabulary of a table
+    n           in_features; the width of a table
+    (...)       any leading axes
 
 A structure holds no weights. A module of :mod:`tensorfold.nn` holds its *cores*, tensors of the shapes in
 ``core_shapes``, and asks the structure what they stand for. Subclass :class:`Structure` as a frozen dataclass, and the
@@ -25,19 +29,19 @@ STRUCTURES: dict[str, type[Structure]] = {}
 
 
 class Structure(ABC):
-    """The shape of a structured matrix; a subclass with a ``kind`` is found again when what it folded is loaded.
+    """Shape of a structured matrix; a subclass with a ``kind`` is found again when a model folded with it is loaded.
 
-    A subclass is a frozen dataclass with ``out_features`` and ``in_features`` among its fields or properties; what its
-    fields hold must be JSON. It has to say what its cores' shapes are and how they are applied to vectors; everything
-    else follows from these, and is overridden where there is a faster way.
+    A subclass is a frozen dataclass with ``out_features`` and ``in_features`` among its fields or properties; its
+    fields must hold JSON values. It has to say what shapes its cores have and how they are applied to vectors;
+    everything else follows from these, and is overridden where there is a faster way.
 
     Attributes:
         kind: Name in saved configurations.
-        tables_only: Whether only embedding tables (and heads tied to them) have it, and no linear layers.
-        shared_axes: Leading axes of a core; in int8, the numbers behind them share a scale.
-        reordered: Sides, ``"out"`` and ``"in"``, whose index order is stored beside the cores:
-            ``W[out_order][:, in_order]`` is what :meth:`apply`, :meth:`dense` and :meth:`rows` know. A module takes
-            vectors into these orders and back.
+        tables_only: Whether the structure is for embedding tables (and heads tied to them) alone, not linear layers.
+        shared_axes: Number of leading axes of a core; in int8, all numbers behind them share a scale.
+        reordered: Sides, ``"out"`` and ``"in"``, whose index order is stored beside the cores. :meth:`apply`,
+            :meth:`dense` and :meth:`rows` compute with ``W[out_order][:, in_order]``; a module takes vectors into
+            these orders and back.
     """
 
     kind: ClassVar[str] = ""
@@ -79,16 +83,16 @@ class Structure(ABC):
 
     @property
     def stored_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of what is stored of the cores; :meth:`complete` adds what is not."""
+        """Shapes of the stored parts of the cores; :meth:`complete` adds what is not stored."""
         return self.core_shapes
 
     @property
     def scalar_count(self) -> int:
-        """How many numbers are stored beside the cores, one for every bond index (Krony-PT's scalars)."""
+        """Number of scalars stored beside the cores, one for every bond index (Krony-PT)."""
         return 0
 
     def complete(self, stored: list[Tensor], scalars: Tensor | None = None) -> list[Tensor]:
-        """The cores, shapes ``core_shapes``, from what is stored of them, shapes ``stored_shapes``."""
+        """Cores of shapes ``core_shapes`` from their stored parts, shapes ``stored_shapes``, and scalars, if any."""
         return stored
 
     def initial_stds(self, std: float) -> tuple[float, ...]:
@@ -98,12 +102,12 @@ class Structure(ABC):
 
     @property
     def kept_sizes(self) -> tuple[int, int]:
-        """How many rows and columns can differ from zero; all, (m, n), unless the structure leaves some out."""
+        """Numbers of rows and columns that can differ from zero: (m, n), unless the structure leaves some out."""
         return self.out_features, self.in_features
 
     @property
     def parameters(self) -> int:
-        """Trainable numbers that are stored, padding and scalars included; orders are counted in ``order_bytes``."""
+        """Number of trainable numbers stored, padding and scalars included; orders are counted in ``order_bytes``."""
         return sum(math.prod(shape) for shape in self.stored_shapes) + self.scalar_count
 
     @property
@@ -123,12 +127,12 @@ class Structure(ABC):
 
     @property
     def row_macs(self) -> int:
-        """Multiply–adds of looking up one row; as many as of applying the whole, unless overridden."""
+        """Multiply–adds of looking up one row; :attr:`macs`, unless overridden."""
         return self.macs
 
     @property
     def order_bytes(self) -> int:
-        """Bytes of the stored orders of ``reordered`` sides: a number for every output, and for every input read."""
+        """Bytes of the stored orders of ``reordered`` sides: an index for every output, and for every input read."""
         rows = order_bytes(self.out_features, self.out_features) if "out" in self.reordered else 0
         return rows + (order_bytes(self.kept_sizes[1], self.in_features) if "in" in self.reordered else 0)
 
@@ -139,7 +143,7 @@ class Structure(ABC):
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether a small rank of W is what saves numbers, so that it is nothing to warn of."""
+        """Whether the structure saves numbers by a small rank of W, which is then nothing to warn of."""
         return False
 
     @property
@@ -149,33 +153,44 @@ class Structure(ABC):
 
     @property
     def largest_ranks(self) -> tuple[int, ...]:
-        """The largest value that each rank or bond could have."""
+        """Largest value that each rank or bond could have."""
         return ()
 
     def modes_and_ranks(self) -> dict[str, list[int]]:
-        """The shape in numbers, as plans and reports write it: ``out_modes``, ``in_modes``, ``ranks``."""
+        """Shape as plans and reports write it: lists of numbers ``out_modes``, ``in_modes``, ``ranks``."""
         return {"out_modes": [self.out_features], "in_modes": [self.in_features], "ranks": []}
 
     @property
     def reads_slices(self) -> bool:
-        """Whether a row needs no more than its own slice of every core, so that :meth:`of_slices` makes it."""
+        """Whether a row follows from its own slice of every core, by :meth:`of_slices`."""
         return False
 
     def of_slices(self, slices: Sequence[Tensor]) -> Tensor:
-        """The rows that some rows' slices of the cores stand for, shape (tokens, n); where ``reads_slices``."""
+        """Rows of W from their slices of every core, shape (tokens, n); where ``reads_slices``.
+
+        Args:
+            slices: One tensor a core, its first axis the tokens.
+
+        Raises:
+            SpecError: Rows of this structure need more than a slice of every core.
+        """
         raise SpecError(f"{type(self).__name__}: a row needs more than a slice of every core.")
 
     @property
     def transposed(self) -> Structure:
-        """The structure of Wᵀ.
+        """Structure of Wᵀ.
 
         Raises:
-            SpecError: Wᵀ has none of this kind.
+            SpecError: Wᵀ has no structure of this kind.
         """
         raise SpecError(f"{type(self).__name__}: the transposed matrix has no structure of this kind.")
 
     def of_rows(self, rows: int) -> Self:
-        """The structure of a table of ``rows`` rows, where every row is fitted by itself (``Method.rowwise``)."""
+        """Structure of a table with this many of the rows, where every row is fitted by itself (``Method.rowwise``).
+
+        Raises:
+            SpecError: Rows of this structure share cores.
+        """
         raise SpecError(f"{type(self).__name__}: its rows share cores, so a part of them has no structure of its own.")
 
     def to_dict(self) -> dict[str, Any]:

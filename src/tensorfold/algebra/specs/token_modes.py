@@ -1,4 +1,4 @@
-"""Modes of a token's chain that keep most of a row at a size, from its width alone.
+"""Modes of a token's matrix product state that keep most of a row at a given size, from the width alone.
 
 Rows of an embedding table have next to no structure of their own, so modes are judged by what TT-SVD keeps of random
 numbers. There the squared singular values of an unfolding (m, n), m ≤ n, follow Marchenko and Pastur's law of ratio
@@ -19,14 +19,14 @@ import numpy as np
 from tensorfold.algebra.specs.modes import divisors, powers_of_two
 from tensorfold.algebra.specs.token_mps import TokenMPSSpec
 
-_LARGEST_PRIME = 7  # of a width that is not padded
+_LARGEST_PRIME = 7  # largest prime factor of a width that is not padded
 _ANGLES = (np.arange(500) + 0.5) * (math.pi / 500)
 _SINES = np.sin(_ANGLES)
 
 
 @lru_cache(maxsize=256)
 def modes_of_rank(width: int, rank: int) -> tuple[int, ...]:
-    """The modes that keep most with bonds up to ``rank`` and no more numbers than the finest chain of that rank has.
+    """Modes that keep most of a row with bonds up to ``rank``, at no more numbers than the finest chain of that rank.
 
     The finest chain has the prime factors of the width for modes.
 
@@ -44,7 +44,7 @@ def modes_of_rank(width: int, rank: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=256)
 def modes_within(width: int, keep: float) -> tuple[int, ...]:
-    """The modes that keep most with at most ``keep`` of the numbers; the finest ones where not even those have so few.
+    """Modes that keep most of a row with at most ``keep`` of its numbers; the finest where no modes have so few.
 
     >>> modes_within(576, 0.5), modes_within(576, 0.06)
     ((24, 24), (4, 6, 24))
@@ -61,7 +61,7 @@ def _best(specs: Iterator[TokenMPSSpec]) -> TokenMPSSpec:
 
 
 def _kept(spec: TokenMPSSpec) -> float:
-    """Estimate of the part of a random row's energy that its chain keeps."""
+    """Estimated part of a random row's energy that its chain of cores keeps."""
     kept, columns = spec.width / spec.padded_width, spec.padded_width
     for _, left, mode, right in spec.core_shapes[:-1]:
         columns //= mode
@@ -71,7 +71,7 @@ def _kept(spec: TokenMPSSpec) -> float:
 
 @lru_cache(maxsize=4096)
 def _leading_part(rows: int, columns: int, rank: int) -> float:
-    """Part of a random matrix's energy in its ``rank`` largest singular values."""
+    """Part of the energy of a random matrix (rows, columns) in its ``rank`` largest singular values."""
     smaller = min(rows, columns)
     if rank >= smaller:
         return 1.0
@@ -83,7 +83,10 @@ def _leading_part(rows: int, columns: int, rank: int) -> float:
 
 @lru_cache(maxsize=256)
 def _candidates(width: int) -> tuple[tuple[int, ...], ...]:
-    """Modes of two sites or more: ascending, and with the two largest at the ends, where they have one bond each."""
+    """Modes worth trying for a width, two sites or more: ascending, and with the two largest at the ends.
+
+    A mode at an end has one bond only.
+    """
     found: dict[tuple[int, ...], None] = {}
     for size in {width, _smooth(width)}:
         for modes in _factorisations(size, 2):
@@ -94,7 +97,7 @@ def _candidates(width: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _factorisations(size: int, smallest: int) -> Iterator[tuple[int, ...]]:
-    """All ascending modes, each at least ``smallest``, whose product is ``size``."""
+    """Ascending modes, each at least ``smallest``, whose product is ``size``; all that there are."""
     for mode in divisors(size):
         if smallest <= mode and mode * mode <= size:
             yield from ((mode, *rest) for rest in _factorisations(size // mode, mode))
@@ -103,17 +106,18 @@ def _factorisations(size: int, smallest: int) -> Iterator[tuple[int, ...]]:
 
 
 def _smooth(width: int) -> int:
-    """The smallest width from this one on without a prime factor above 7."""
+    """Smallest number from ``width`` on without a prime factor above 7."""
     return next(size for size in itertools.count(max(width, 2)) if _primes(size)[-1] <= _LARGEST_PRIME)
 
 
 def _finest(width: int) -> tuple[int, ...]:
+    """Modes of the finest chain: the prime factors of the width, padded where one is above 7."""
     return _primes(_smooth(width))
 
 
 @lru_cache(maxsize=4096)
 def _primes(size: int) -> tuple[int, ...]:
-    """Prime factors, ascending, of a size of 2 or more."""
+    """Prime factors of a number from 2 on, ascending."""
     for factor in range(2, math.isqrt(size) + 1):
         if size % factor == 0:
             return (factor, *_primes(size // factor))

@@ -1,4 +1,7 @@
-"""The shape of a table with one matrix product state a token (see ``solvers.token_mps``)."""
+"""Shape of an embedding table with one matrix product state (MPS) a token.
+
+Notation and fit: :mod:`tensorfold.algebra.solvers.token_mps`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from tensorfold.algebra.precision import wide
 from tensorfold.algebra.specs.structure import Structure
 from tensorfold.errors import SpecError
 
-CHUNK = 2**22  # numbers of the table that are made at a time
+CHUNK = 2**22  # most numbers of the table that are made at a time
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,16 @@ class TokenMPSSpec(Structure):
 
     @classmethod
     def within(cls, vocabulary: int, width: int, modes: Sequence[int], keep: float) -> TokenMPSSpec:
-        """The largest rank whose table has at most ``keep`` of the dense one's parameters.
+        """Shape of the largest rank whose table has at most a fraction of the dense one's parameters.
+
+        Args:
+            vocabulary: Rows of the table.
+            width: Columns of the table.
+            modes: Mode of each site.
+            keep: The fraction.
 
         Raises:
-            SpecError: Not even rank 1 has; the message names what it reaches.
+            SpecError: Not even rank 1 has so few; the message names what it reaches.
         """
         best = smallest = cls(vocabulary, width, tuple(modes), 1)
         most = keep * width
@@ -110,7 +119,7 @@ class TokenMPSSpec(Structure):
 
     @cached_property
     def _cuts(self) -> tuple[int, ...]:
-        """The largest rank of each interior cut: the product of the modes on its smaller side."""
+        """Largest rank of each interior cut: the product of the modes on its smaller side."""
         left = list(itertools.accumulate(self.modes, lambda a, b: a * b))[:-1]
         return tuple(min(size, self.padded_width // size) for size in left)
 
@@ -120,7 +129,7 @@ class TokenMPSSpec(Structure):
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
-        """Interior bonds, ``min(rank, left product, right product)``: the same for all tokens."""
+        """Interior bonds of every token: ``min(rank, product of modes to the left, product to the right)``."""
         return tuple(min(self.rank, cut) for cut in self._cuts)
 
     @cached_property
@@ -140,7 +149,7 @@ class TokenMPSSpec(Structure):
 
     @cached_property
     def split(self) -> int:
-        """How many sites are multiplied up from the left, the rest from the right, before the two halves are joined."""
+        """Number of sites multiplied up from the left, the others from the right, before the two halves are joined."""
         return min(range(1, max(2, self.sites)), key=self._row_macs)
 
     def _row_macs(self, split: int) -> int:
@@ -174,15 +183,15 @@ class TokenMPSSpec(Structure):
         return self._cuts
 
     def modes_and_ranks(self) -> dict[str, list[int]]:
-        """The token index, which is not split (every site reads the whole of it), the modes of a row, and the bonds."""
+        """Shape as plans and reports write it; the token index, which every site reads whole, is one out mode."""
         return {"out_modes": [self.vocabulary], "in_modes": list(self.modes), "ranks": list(self.ranks)}
 
     def of_rows(self, rows: int) -> Self:
-        """The shape of a table of ``rows`` of the tokens."""
+        """Shape of a table with this many tokens."""
         return replace(self, vocabulary=rows)
 
     def initial_stds(self, std: float) -> tuple[float, ...]:
-        """``σ = (std² / Π r)^(1/2N)`` for each of the N cores."""
+        """Standard deviations ``(std² / Π r)^(1/2N)`` of N random cores for which entries of E have ``std``."""
         return ((std**2 / math.prod(self.ranks)) ** (1 / (2 * self.sites)),) * self.sites
 
     def chunks(self, tokens: int, most: int) -> list[tuple[int, int]]:
@@ -195,16 +204,16 @@ class TokenMPSSpec(Structure):
         return True
 
     def of_slices(self, slices: Sequence[Tensor]) -> Tensor:
-        """The rows that some tokens' slices of the cores stand for, shape (tokens, width), in their dtype."""
+        """Rows (tokens, width) of E from slices (tokens, left bond, mode, right bond) of the cores, in their dtype."""
         dtype = slices[0].dtype
         return rows([each.to(wide(dtype)) for each in slices], self.split)[:, : self.width].to(dtype)
 
     def rows(self, index: Tensor, cores: Sequence[Tensor]) -> Tensor:
-        """Rows of the table, shape (tokens,) → (tokens, width); only the slices of these tokens are read."""
+        """Rows of E, shape (tokens,) → (tokens, width); only the slices of these tokens are read."""
         return self.of_slices([core.index_select(0, index) for core in cores])
 
     def dense(self, cores: Sequence[Tensor]) -> Tensor:
-        """The table, shape (vocabulary, width), made a chunk at a time."""
+        """E, shape (vocabulary, width), made a chunk at a time."""
         parts = self.chunks(len(cores[0]), CHUNK)
         return torch.cat([self.of_slices([core[a:b] for core in cores]) for a, b in parts])
 
@@ -236,12 +245,12 @@ class TokenMPSSpec(Structure):
 
 
 def rows(cores: Sequence[Tensor], split: int) -> Tensor:
-    """The padded rows that some tokens' cores stand for.
+    """Rows, with their padding, from tokens' slices of the cores.
 
     Args:
         cores: One tensor a site, shapes (tokens, left bond, mode, right bond).
-        split: ``spec.split``: half of the chain is multiplied up from each end, so that no long vector is carried
-            through many bonds.
+        split: Number of sites multiplied up from the left, the others from the right, so that no long vector is
+            carried through many bonds.
 
     Returns:
         Shape (tokens, product of the modes).
