@@ -1,4 +1,4 @@
-"""Methods: each makes a spec of a shape and a budget, and says which solver fills it."""
+"""Methods: each makes a spec for a matrix's shape and a budget, and says which solver fills it."""
 
 from tensorfold.methods.base import METHODS, Method
 from tensorfold.methods.kronecker import Kronecker

@@ -1,4 +1,4 @@
-"""The method that chooses for itself: what ``--keep`` stands for."""
+"""The method that chooses structures and ranks by itself; ``--keep`` on the command line stands for it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tensorfold.utils.validation import strict
 
 @dataclass(frozen=True)
 class Effort:
-    """What a fold spends on calibration text.
+    """Work that a fold does on calibration text.
 
     Args:
-        gradient_tokens: Tokens of the backward pass, which takes three to four times as long as a forward one; None is
-            all of them.
+        gradient_tokens: Tokens of the backward pass, which takes three to four times as long as a forward one; None for
+            all tokens.
         staged: Whether the matrices of a block are folded in the order in which they are applied, each measured behind
             those before it, instead of all at once.
-        feedback: Whether each is fitted to the dense model's output from what the folded model gives it.
-        heads: Whether value heads of attention may become smaller, in the basis that keeps most; needs the two above.
-            Not under a budget of bytes.
+        feedback: Whether each matrix is fitted to the dense model's outputs, given the folded model's inputs.
+        heads: Whether value heads of attention may become smaller, in the basis that keeps most; needs ``staged`` and
+            ``feedback``. Not under a budget of bytes.
         shapes: Whether matrices may share one basis, with pivots, among groups of their columns, or of their rows if
             they have more of those, ``Σ_k A_k ⊗ b_kᵀ`` with A_k of shape (out, groups), where that is nearer. Only
             under a budget of parameters: groups take more multiply–adds than they have parameters.
@@ -47,21 +47,22 @@ EFFORTS = {
 
 @strict
 class Auto(Method):
-    """The best structure known for each matrix, with one budget for all linear layers of a rule.
+    """Best structure known for each matrix, with one budget for all linear layers of a rule.
 
     Linear layers become low rank with pivots (``LowRank(pivots=True)``), which no unpivoted low rank of that size
     comes near; embedding tables :class:`Graded`. With calibration text, ranks follow from what each matrix costs the
-    model's loss, a matrix that would gain nothing stays dense, and all are fitted in the metrics of their inputs and of
-    the loss's gradients; value heads of attention lose dimensions, in the basis in which they are needed least
-    (``algebra.smaller_heads``), where that costs less than rank. Without, all have the same ``keep``.
+    model's loss, a matrix that would gain nothing stays dense, and all are fitted with weights from their inputs and
+    the loss's gradients (``‖G^½ (W − Ŵ) C^½‖``); value heads of attention lose dimensions, in the basis in which they
+    are needed least (``algebra.solvers.smaller_heads``), where that costs less than rank. Without text, all have the
+    same ``keep``.
 
     Args:
         keep: Fraction of the parameters of all matrices together that stays.
         effort: How much time calibration takes: ``low``, ``medium`` or ``high``.
         floor: Least that a linear layer keeps, as a fraction of an equal share.
-        budget: What ``keep`` is a fraction of where there is text: ``parameters``; ``multiply-adds``, of which these
-            structures make one for every parameter, as the dense matrix does; or ``bytes``, which count the stored
-            order of rows as well.
+        budget: Unit of ``keep`` where there is text: ``parameters``; ``multiply-adds``, of which these structures make
+            one for every parameter, as the dense matrix does; or ``bytes``, which count the stored order of rows as
+            well.
     """
 
     name: ClassVar[str] = "auto"
@@ -78,5 +79,5 @@ class Auto(Method):
         return LowRank(keep=self.keep, pivots=group != "positions")
 
     def spec(self, out_features: int, in_features: int) -> Spec:
-        """That of a linear layer with an equal share of the budget."""
+        """Spec of a linear layer (out, in) with an equal share of the budget."""
         return LowRank(keep=self.keep, pivots=True).spec(out_features, in_features)

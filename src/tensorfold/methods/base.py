@@ -1,6 +1,6 @@
-"""What every method is: a frozen dataclass that makes a spec of a shape and a budget, and fills it.
+"""Base of all methods: frozen dataclasses that make a spec for a matrix's shape and a budget, and fill it.
 
-A subclass of :class:`Method` with a ``name`` is thereby known to recipes.
+A subclass of :class:`Method` with a ``name`` is known to recipes by that name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ NOTHING = Statistics()
 
 @dataclass(frozen=True)
 class Use:
-    """What a method is used for in a fold: whether with text, on linear layers, on hidden units of an MLP."""
+    """Use of a method in a fold, which decides whether some of its settings have an effect.
+
+    Attributes:
+        method: The method.
+        calibrated: Whether there is calibration text.
+        linear: Whether a linear layer is among its targets.
+        hidden: Whether an MLP's hidden layer is among its targets.
+    """
 
     method: Any
     calibrated: bool
@@ -45,12 +52,22 @@ LINEAR = Need("a linear layer among its targets", lambda use: use.linear)
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Base of all methods. ``keep`` is the fraction of the dense parameters that stays; explicit shapes go without."""
+    """Way of folding a matrix: how large its structure is, and how its cores are found.
+
+    Fields of a subclass are its settings. By convention ``keep`` is the fraction of the dense parameters that stays;
+    other fields give a shape outright.
+
+    Attributes:
+        name: Name in recipes.
+        tables_only: Whether the method folds embeddings and no linear layers.
+        needs: By setting, what other settings must be for it to have an effect; settings without an entry always have.
+        needs_of_use: By setting, what the use must be for it to have an effect.
+    """
 
     name: ClassVar[str]
-    tables_only: ClassVar[bool] = False  # whether it folds embeddings and no linear layers
-    needs: ClassVar[Needs] = {}  # what a setting needs of the others to have an effect; always, if not named
-    needs_of_use: ClassVar[Needs] = {}  # what some need of the Use
+    tables_only: ClassVar[bool] = False
+    needs: ClassVar[Needs] = {}
+    needs_of_use: ClassVar[Needs] = {}
 
     def __init_subclass__(cls) -> None:
         if "name" in cls.__dict__:
@@ -58,19 +75,23 @@ class Method(ABC):
 
     @abstractmethod
     def spec(self, out_features: int, in_features: int) -> Structure:
-        """The spec for a matrix of this shape; never above ``keep``, and less than one bond step below it.
+        """Spec for a matrix of a shape: never above ``keep``, and less than one step of a bond below it.
+
+        Args:
+            out_features: Rows of the matrix.
+            in_features: Columns of the matrix.
 
         Raises:
-            SpecError: The shape cannot be met; the message names the nearest that can.
+            SpecError: No spec of this kind meets the settings; the message names the nearest that would.
         """
 
     def concrete(self, group: str) -> Method:
-        """The method that folds a matrix of this group (``mlp``, ``attention``, ``embedding``, ``positions`` or "")."""
+        """Method that folds a matrix of a group: ``mlp``, ``attention``, ``embedding``, ``positions`` or ``""``."""
         return self
 
     @property
     def token_order(self) -> TokenOrder:
-        """How the rows are sorted before the fit; anything but ``own`` is for tables only, and ``frequency`` counts."""
+        """Order of rows before the fit; ``cluster`` and ``frequency`` are for tables, the latter needs text."""
         return "own"
 
     @property
@@ -80,7 +101,7 @@ class Method(ABC):
 
     @property
     def reads_states(self) -> bool:
-        """Whether it asks for the very vectors that a tied head reads, beside their second moment."""
+        """Whether :meth:`solve` uses the vectors that a tied head reads, beside their second moment."""
         return False
 
     @property
@@ -94,7 +115,15 @@ class Method(ABC):
         return False
 
     def check(self, spec: OwnSpec, calibrated: bool) -> None:
-        """Raise :class:`InputError` if :meth:`solve` could not fill this spec, with statistics where ``calibrated``."""
+        """Check that :meth:`solve` can fill a spec.
+
+        Args:
+            spec: A spec that this method made.
+            calibrated: Whether there will be statistics.
+
+        Raises:
+            InputError: It could not; the message names the remedy.
+        """
         if self.token_order == "frequency" and not calibrated:
             raise InputError(
                 f"{self.name}: order: frequency counts the tokens of calibration text, and only for the embedding; "
@@ -102,7 +131,12 @@ class Method(ABC):
             )
 
     def solve(self, weight: Tensor, spec: OwnSpec, known: Statistics = NOTHING) -> Factors:
-        """Fill ``spec`` for ``weight`` (out, in), in the metrics of what is known of the matrix from text.
+        """Find cores that approximate a weight, with the least ``‖G^½ (W − Ŵ) C^½‖`` unless the method says otherwise.
+
+        Args:
+            weight: W, shape (out, in).
+            spec: A spec that this method made for the shape.
+            known: Statistics of the matrix on calibration text, C and G among them; nothing by default.
 
         Raises:
             InputError: The method needs statistics and there are none, or the spec is not one of its own.
@@ -112,27 +146,50 @@ class Method(ABC):
 
 
 def check_settings(method: Method) -> None:
-    """Raise :class:`InputError` for a setting that another one switches off."""
+    """Check that no setting is switched off by another.
+
+    Raises:
+        InputError: A setting that was changed has no effect beside the others.
+    """
     check_effects(method.name, [name for name in changed(method) if name in method.needs], method, method.needs)
 
 
 def check_use(use: Use) -> None:
-    """Raise :class:`InputError` for a setting that does nothing in this use."""
+    """Check that every setting has an effect in a use of the method.
+
+    Raises:
+        InputError: A setting that was changed does nothing in this use.
+    """
     needs = use.method.needs_of_use
     check_effects(use.method.name, [name for name in changed(use.method) if name in needs], use, needs)
 
 
 def exactly_one(method: str, **given: object) -> None:
+    """Check that exactly one of some settings is given.
+
+    Args:
+        method: Name of the method, for messages.
+        given: Values by name of the setting; None is not given.
+
+    Raises:
+        InputError: None of them is given, or several.
+    """
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
         raise InputError(f"{method}: got {' and '.join(named) or 'nothing'}; needed exactly one of {', '.join(given)}.")
 
 
 def largest_bond(method: str, keep: float, dense: int, step: int) -> int:
-    """How many bond steps of ``step`` parameters fit in ``keep`` of ``dense`` ones.
+    """Largest bond dimension within a budget, where every step of the bond takes equally many parameters.
+
+    Args:
+        method: Name of the method, for messages.
+        keep: Fraction of the dense parameters that stays.
+        dense: Number of dense parameters.
+        step: Parameters of one step of the bond.
 
     Raises:
-        SpecError: Not even one fits.
+        SpecError: Not even one step fits.
     """
     bond = math.floor(keep * dense / step)
     if bond < 1:

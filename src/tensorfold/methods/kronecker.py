@@ -39,9 +39,9 @@ _UNITS = Need("an MLP among its targets, or permute: all", lambda use: use.hidde
 
 @strict
 class Kronecker(Method):
-    """``W ≈ Σ_k s_k A_k ⊗ B_k``, A_k of shape (m1, n1): Krony-PT, arXiv 2412.12351.
+    """Sum of Kronecker products ``W ≈ Σ_k s_k A_k ⊗ B_k``, A_k (m1, n1), B_k (m2, n2): Krony-PT, arXiv 2412.12351.
 
-    ``terms · (m1·n1 + m2·n2)`` parameters.
+    It has ``terms · (m1·n1 + m2·n2)`` parameters.
 
     Args:
         factor: (m1, n1) for a matrix with at least as many rows as columns; mirrored to (n1, m1) for the others, so
@@ -53,11 +53,11 @@ class Kronecker(Method):
         init: Where the factors come from; ``van-loan`` by default, refined where there is calibration text.
 
             - ``van-loan``: the nearest sum in the Frobenius norm.
-            - ``normalized``: the same times ``α = ‖W‖ / ‖Ŵ‖``, as scalars where there are any (Krony-PT, version 2);
-              with ``refine``, the refined cores and their norms in the metrics of the fit.
+            - ``normalized``: the nearest sum times ``α = ‖W‖ / ‖Ŵ‖``, as scalars where there are any (Krony-PT,
+              version 2); with ``refine``, the refined cores and ``α = ‖G^½ W C^½‖ / ‖G^½ Ŵ C^½‖``.
             - ``prune``: every other hidden unit, ``W_even ⊗ [1, ε]ᵀ`` or ``⊗ [1, ε]``, for the shape that halves the
               hidden dimension.
-            - ``random``: entries with the variance of W's.
+            - ``random``: normal cores for which entries of Ŵ have the mean square of W's.
             - ``data-aware``: weighted alternating least squares from Van Loan; needs calibration text.
         refine: Weighted alternating least squares from whatever ``init`` gave; needs calibration text.
         epsilon: The ε of pruning: 0 in Krony-PT's code, 0.1 in its text.
@@ -66,9 +66,9 @@ class Kronecker(Method):
             absorbed by the neighbours; ``all`` also the residual side, whose order is stored and applied at run time.
         pad: Let ``factor`` leave the last block of rows or columns unfilled (zero padding) where it does not divide the
             matrix, as a vocabulary of 50257 = 29 · 1733; without it that is an error.
-        order: Of an embedding table's tokens, stored with the weights: their ``own``, by falling ``frequency`` in the
-            calibration text, or ``cluster``, similar rows next to each other; see ``algebra.token_order``.
-        seed: Of ``random``.
+        order: Order of an embedding table's tokens, stored with the weights: their ``own``, by falling ``frequency`` in
+            the calibration text, or ``cluster``, similar rows next to each other; see ``algebra.orders.token_order``.
+        seed: Seed of ``random``.
     """
 
     name: ClassVar[str] = "kronecker"

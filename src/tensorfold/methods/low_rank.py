@@ -1,4 +1,4 @@
-"""Low rank: every method that is a truncated singular value decomposition in some metric."""
+"""Low rank: every method that is a truncated singular value decomposition, weighted or not."""
 
 from __future__ import annotations
 
@@ -13,24 +13,21 @@ from tensorfold.methods.base import (
     exactly_one,
     largest_bond,
 )
-from tensorfold.utils.effects import Need
 from tensorfold.utils.validation import strict
-
-_RANDOM = Need("init: random", lambda method: method.init == "random")
-_PRUNE = Need("init: prune", lambda method: method.init == "prune")
-_NOT_REFINED = Need("another init than data-aware, which refines by itself", lambda method: method.init != "data-aware")
-_UNITS = Need("an MLP among its targets, or permute: all", lambda use: use.hidden or use.method.permute == "all")
 
 
 @strict
 class LowRank(Method):
-    """``W ≈ U V`` with U (out, rank) and V (rank, in): every SVD method. ``rank · (out + in)`` parameters.
+    """Low rank ``W ≈ U V`` with U (out, rank) and V (rank, in), as in every SVD method.
+
+    It has ``rank · (out + in)`` parameters.
 
     Args:
-        keep: Fraction of the parameters that stays; or
-        rank: the rank itself.
-        pivots: Keep rank rows of ``U V`` themselves and what mixes the others from them, ``rank · (out + in − rank)``
-            parameters and as many multiply–adds for the same matrix: see ``algebra.pivots``.
+        keep: Fraction of the parameters that stays; this or ``rank``.
+        rank: Rank of every matrix.
+        pivots: Store ``rank`` rows of ``U V`` themselves and how the others are mixed from them,
+            ``rank · (out + in − rank)`` parameters and multiply–adds for the same matrix; see
+            ``algebra.solvers.pivots``.
     """
 
     name: ClassVar[str] = "low-rank"

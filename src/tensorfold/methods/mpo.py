@@ -31,9 +31,6 @@ from tensorfold.utils.effects import Need, Needs
 from tensorfold.utils.validation import strict
 
 _RANDOM = Need("init: random", lambda method: method.init == "random")
-_PRUNE = Need("init: prune", lambda method: method.init == "prune")
-_NOT_REFINED = Need("another init than data-aware, which refines by itself", lambda method: method.init != "data-aware")
-_UNITS = Need("an MLP among its targets, or permute: all", lambda use: use.hidden or use.method.permute == "all")
 
 
 @strict
@@ -44,15 +41,16 @@ class MPO(Method):
         bond: Bond dimension χ; near the ends of the chain a bond is what its cut can have, where that is less.
         keep: Fraction of the parameters that stays, instead of ``bond``.
         sites: Number of sites, with balanced modes (padded where a size has no balanced factorisation).
-        out_modes, in_modes: The modes themselves, instead of ``sites``; their products may exceed the matrix (padding).
+        out_modes: Output mode of each site, instead of ``sites``; their product may exceed the matrix (padding).
+        in_modes: Input mode of each site, likewise.
         init: Where the cores come from; ``tt-svd`` by default, refined where there is calibration text.
 
             - ``tt-svd``: the TT-SVD alone.
             - ``random``: normal cores whose product has the root mean square of W, so a freshly made layer keeps the
               variance of its output; for training from scratch.
-        order: Of an embedding table's tokens, stored with the weights: their ``own``, by falling ``frequency`` in the
-            calibration text, or ``cluster``, similar rows next to each other; see ``algebra.token_order``.
-        seed: Of ``random``.
+        order: Order of an embedding table's tokens, stored with the weights: their ``own``, by falling ``frequency`` in
+            the calibration text, or ``cluster``, similar rows next to each other; see ``algebra.orders.token_order``.
+        seed: Seed of ``random``.
     """
 
     name: ClassVar[str] = "mpo"

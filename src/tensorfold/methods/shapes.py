@@ -1,4 +1,4 @@
-"""Which Kronecker shapes a matrix can have, and what each of them costs and can reach."""
+"""Kronecker shapes that a matrix can have: their parameters, attainable rank and multiply–adds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tensorfold.utils.terminal import render
 
 
 def kronecker_shapes(out_features: int, in_features: int) -> list[Spec]:
-    """Every one-term shape ``(m1, n1) ⊗ (m2, n2)`` of a matrix but (1, 1) and its mirror, by number of parameters."""
+    """One-term shapes ``(m1, n1) ⊗ (m2, n2)`` of a matrix, all but (1, 1) and its mirror, by number of parameters."""
     specs = [
         Spec.kronecker(out_features, in_features, (m1, n1))
         for m1 in divisors(out_features)
@@ -25,7 +25,7 @@ def kronecker_shapes(out_features: int, in_features: int) -> list[Spec]:
 
 
 def shape_rows(matrices: Iterable[Matrix]) -> list[dict[str, Any]]:
-    """One row a shape of each differently shaped matrix: factor, parameters, attainable rank, multiply–adds."""
+    """Table rows, one for every Kronecker shape of every size of matrix; JSON values by column name."""
     seen: dict[tuple[int, int], list[str]] = {}
     for matrix in matrices:
         seen.setdefault((matrix.out_features, matrix.in_features), []).append(matrix.name)
@@ -47,7 +47,7 @@ def shape_rows(matrices: Iterable[Matrix]) -> list[dict[str, Any]]:
 
 
 def shape_table(rows: list[dict[str, Any]]) -> str:
-    """Plain-text table of the shapes that reach full rank; how many do not is said below it."""
+    """Plain-text table of the shapes that reach full rank, with the number of the others below it."""
     table = Table(box=None, pad_edge=False)
     table.add_column("matrix (out×in)")
     for heading in ("factor m1×n1", "parameters", "kept", "multiply–adds"):

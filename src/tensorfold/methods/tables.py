@@ -23,13 +23,7 @@ from tensorfold.methods.base import (
     Positive,
     exactly_one,
 )
-from tensorfold.utils.effects import Need
 from tensorfold.utils.validation import strict
-
-_RANDOM = Need("init: random", lambda method: method.init == "random")
-_PRUNE = Need("init: prune", lambda method: method.init == "prune")
-_NOT_REFINED = Need("another init than data-aware, which refines by itself", lambda method: method.init != "data-aware")
-_UNITS = Need("an MLP among its targets, or permute: all", lambda use: use.hidden or use.method.permute == "all")
 
 
 @strict
@@ -40,10 +34,10 @@ class TokenMPS(Method):
     is 38.4 times smaller, rank 4 3.31 times.
 
     Args:
-        modes: How the width is factored, in this order; the product may exceed the width (padding). By default those
-            that keep most of a row at the size asked for; of a rank, at the size of the finest chain with such bonds.
-        rank: Cap on every bond; or
-        keep: fraction of the parameters that stays at most, by the largest rank that meets it.
+        modes: Factors of the width, in this order; their product may exceed the width (padding). By default the modes
+            that keep most of a row at the size asked for; given a rank, at the size of the finest chain of that rank.
+        rank: Cap on every bond; this or ``keep``.
+        keep: Fraction of the parameters that stays at most; the largest rank that meets it is taken.
     """
 
     name: ClassVar[str] = "token-mps"
@@ -87,8 +81,8 @@ class Graded(Method):
 
     Args:
         keep: Fraction of the parameters that stays.
-        slope: Ranks fall as ``place^(−slope)``; 0 is low rank.
-        exponent: Of the counts.
+        slope: Exponent of the ranks, which fall as ``place^(−slope)``; 0 is low rank.
+        exponent: Exponent of the counts.
     """
 
     name: ClassVar[str] = "graded"

@@ -1,4 +1,4 @@
-"""Modules whose weight is a chain of small tensors."""
+"""Modules that hold a structured matrix as small tensors, its cores, in place of a dense weight."""
 
 from tensorfold.nn.base import FoldedModule, FoldedTable
 from tensorfold.nn.cached_matrices import cache_matrices

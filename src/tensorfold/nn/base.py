@@ -1,4 +1,4 @@
-"""What every module that stands in for a dense weight has in common."""
+"""Base classes of modules that stand in for a dense weight: stored orders, cores, tables."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ ORDERS = ("out_position", "in_order", "position")  # names of the buffers that h
 
 
 class StoresOrders(nn.Module):
-    """A module with orders of rows or columns among its buffers: int64 in memory, which indexing is fastest with, and
-    whole numbers of the smallest type that fits in a state dictionary, and so in files.
+    """A module with orders of rows or columns among its buffers.
 
-    Files with orders in int64, as earlier versions wrote them, load as well.
+    In memory they are int64, which indexing is fastest with; in a state dictionary, and so in files, whole numbers of
+    the smallest type that fits. Files with orders in int64, as earlier versions wrote them, load as well.
     """
 
     spec: Any
 
     def _orders(self) -> dict[str, int]:
-        """The largest number that each order among the buffers may hold."""
+        """Largest number that each order among the buffers may hold, by the buffer's name."""
         sizes = {"in_order": self.spec.in_features}
         return {name: sizes.get(name, self.spec.out_features) for name in ORDERS if self._buffers.get(name) is not None}
 
@@ -44,12 +44,12 @@ class StoresOrders(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def widen_orders(self) -> None:
-        """Hold orders in int64 that were put in their place as they are stored."""
+        """Convert to int64 orders that were assigned in the type that they are stored in."""
         for name in self._orders():
             self._buffers[name] = self.get_buffer(name).to(torch.int64)
 
     def share_orders(self, table: nn.Module) -> None:
-        """Use the orders of the table whose tied head this is; they are stored with the table alone."""
+        """Use the orders of the table that this head is tied to; they are stored with the table alone."""
         for name in self._orders():
             self.register_buffer(name, table._buffers[name], persistent=False)
 
@@ -58,11 +58,11 @@ class FoldedModule(StoresOrders, ABC):
     """Cores in place of a dense weight: how other code recognises a folded module, whatever its structure.
 
     Attributes:
-        spec: Its structure.
-        cores: What is stored of the factors, shapes ``spec.stored_shapes``.
-        scalars: One number per bond index, where the structure has them.
-        ways: Names of the ways of computing that can be asked for, besides the one it chooses.
-        way: The way asked for; None to choose by cost.
+        spec: Structure of the matrix.
+        cores: Stored parts of the factors, shapes ``spec.stored_shapes``.
+        scalars: One number per bond index, where the structure has them; else None.
+        ways: Names of the ways of computing that can be asked for, besides the one chosen by cost.
+        way: Way of computing that is asked for; None to choose by cost.
         holds_matrix: Whether the matrix is kept between forwards, see :func:`tensorfold.nn.cache_matrices`.
     """
 
@@ -74,25 +74,29 @@ class FoldedModule(StoresOrders, ABC):
 
     @abstractmethod
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The matrix, shape (out_features, in_features), multiplied out in ``dtype`` (the cores' own if None)."""
+        """Matrix W, shape (out_features, in_features), multiplied out in ``dtype`` (the cores' own if None)."""
 
     @abstractmethod
     def load_factors(self, factors: Factors) -> None:
-        """Copy a solver's output into the parameters."""
+        """Copy a solver's output into the parameters and orders.
+
+        Raises:
+            SpecError: A number is too large for the parameters' dtype.
+        """
 
     def macs(self, tokens: int) -> float:
-        """Multiply–adds a token where ``tokens`` are computed at once; what is built once a forward is shared."""
+        """Multiply–adds a token where this many are computed at once: work done once a forward is divided by them."""
         return float(self.spec.macs)
 
     def way_taken(self, tokens: int) -> str:
-        """The way in which so many tokens are computed, for reports."""
+        """Name of the way in which this many tokens are computed, for reports."""
         return "own"
 
     def hold_matrix(self, hold: bool) -> None:
-        """Keep the matrix between forwards without gradients, or drop it; without effect where none can be kept."""
+        """Keep the dense matrix between forwards without gradients, or drop it; no effect where none can be kept."""
 
     def seconds_saved(self, tokens: int) -> float:
-        """Estimate of what a kept matrix saves in one forward with so many tokens; 0 where none can be kept."""
+        """Estimated seconds that a kept matrix saves in one forward of this many tokens; 0 where none can be kept."""
         return 0.0
 
 
@@ -101,6 +105,7 @@ class FoldedTable(FoldedModule):
 
     Attributes:
         scale: Constant factor on every row, as Gemma applies it; ``to_dense`` is without it.
+        embedding_dim: Columns of the table, its width.
         grows: Whether tokens can be added, because they share no cores with others.
     """
 
@@ -110,11 +115,15 @@ class FoldedTable(FoldedModule):
 
     @abstractmethod
     def append(self, vectors: Tensor) -> None:
-        """Add tokens with these rows, shape (new tokens, width); only where the table ``grows``."""
+        """Add tokens with these rows, shape (new tokens, width).
+
+        Raises:
+            SpecError: The table does not grow, or the rows do not fit it.
+        """
 
     @abstractmethod
     def head(self, bias: Tensor | None = None) -> FoldedModule:
-        """The tied output head ``h ↦ h Eᵀ + bias`` over these very parameters, not copies."""
+        """Output head ``h ↦ h Eᵀ + bias`` tied to the table E: it uses these very parameters, not copies."""
 
     def macs(self, tokens: int) -> float:
         """Multiply–adds of looking up one row."""
@@ -122,17 +131,20 @@ class FoldedTable(FoldedModule):
 
 
 def in_table(index: Tensor, size: int) -> Tensor:
-    """``index`` itself, integers of shape (n,), once torch has checked, as for nn.Embedding, that all are in [0, size).
+    """Let torch check that token indices (n,) are in [0, size), as nn.Embedding does, and return them.
 
-    A column of zeros, as long as the table and stored as one, is looked up: that operation has its own check in eager
-    mode, in compiled code and in exported graphs, and asks for no value on the way. Others count negative indices from
-    the end, some only when compiled.
+    A column of zeros, as long as the table and stored as one number, is looked up: that operation has its own check in
+    eager mode, in compiled code and in exported graphs, and needs no value on the way. Other operations count negative
+    indices from the end, some only when compiled.
+
+    Raises:
+        IndexError: An index is out of range, in eager mode; compiled code and graphs raise their own error.
     """
     return index + F.embedding(index, index.new_zeros(1, 1).expand(size, 1)).squeeze(-1)
 
 
 def store(parameter: Tensor, values: Tensor) -> None:
-    """Copy a solver's numbers into a parameter.
+    """Copy a solver's numbers into a parameter of their shape.
 
     Raises:
         SpecError: They are too large for its dtype.

@@ -7,12 +7,12 @@ from torch import nn
 from tensorfold.errors import InputError
 from tensorfold.nn.base import FoldedModule
 
-# What a layer is judged by: generating one token, and reading a prompt.
+# Numbers of tokens that a layer's time is estimated for: generating one token, and reading a prompt.
 _TOKENS = (1, 256)
 
 
 def cache_matrices(model: nn.Module, megabytes: float) -> dict[str, int]:
-    """Let layers that are faster as a dense matrix keep it between forwards, ``megabytes`` (10⁶ bytes) in all.
+    """Let folded layers that are faster as a dense matrix keep it between forwards, within a limit of memory.
 
     Layers are taken by the time they save for each byte, at 1 and at 256 tokens; those that are faster as cores, at any
     number of tokens, keep computing with the cores. A matrix is made in the first forward without gradients that uses
@@ -21,10 +21,10 @@ def cache_matrices(model: nn.Module, megabytes: float) -> dict[str, int]:
 
     Args:
         model: Any module; its folded layers are looked at.
-        megabytes: The limit; 0, as models come, drops every matrix.
+        megabytes: Limit for all matrices together, in 10⁶ bytes; 0, as models come, drops every matrix.
 
     Returns:
-        The bytes that each chosen layer will keep, by its name.
+        Bytes that each chosen layer will keep, by its name.
 
     Raises:
         InputError: ``megabytes`` is negative.

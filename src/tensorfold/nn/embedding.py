@@ -28,7 +28,13 @@ class MPOEmbedding(StructuredTable):
 
     @classmethod
     def from_dense(cls, weight: Tensor, spec: Spec, scale: float = 1.0, metric: Tensor | None = None) -> Self:
-        """The closest MPO to the table ``weight``, shape (vocabulary, width); ``metric`` as in ``solve.factorize``.
+        """Fit an MPO to a table and make the module.
+
+        Args:
+            weight: Table, shape (vocabulary, width).
+            spec: Modes and bonds.
+            scale: Constant factor on every row.
+            metric: C of the error ``‖(E − Ê) C^½‖`` that is minimised, shape (width, width); the identity if None.
 
         Raises:
             SpecError: A shape does not fit ``spec``, or a value is not finite.

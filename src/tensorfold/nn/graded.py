@@ -15,14 +15,14 @@ from tensorfold.utils.validation import check_types
 
 
 class GradedEmbedding(StructuredTable):
-    """Token index → row of the table ``E`` (vocabulary, width), of graded low rank: see ``algebra.solvers.graded``.
+    """Token index → row of the table ``E`` (vocabulary, width), of graded low rank (see ``algebra.solvers.graded``).
 
     Args:
         spec: Vocabulary, width and classes. Only shapes are needed, so it can be built on the meta device.
         scale: Constant factor on every row, as Gemma applies it.
 
     Attributes:
-        position: int64, shape (vocabulary,): the place of each token in the order of the classes. Stored with the
+        position: Place of each token in the order of the classes, int64, shape (vocabulary,). It is stored with the
             weights, because nothing else says which token a row is.
     """
 
@@ -38,7 +38,15 @@ class GradedEmbedding(StructuredTable):
         importance: Tensor | None = None,
         metric: Tensor | None = None,
     ) -> Self:
-        """The nearest such table to ``weight``, shape (vocabulary, width); the rest as in ``graded_low_rank``.
+        """Fit a graded table and make the module.
+
+        Args:
+            weight: E, shape (vocabulary, width).
+            spec: Vocabulary, width and classes.
+            scale: Constant factor on every row.
+            importance: w of the error ``Σ_t w_t ‖(e_t − ê_t) C^½‖²`` that is minimised, shape (vocabulary,), positive;
+                it also sorts the tokens into classes. Equal if None.
+            metric: C of that error, shape (width, width); the identity if None.
 
         Raises:
             SpecError: A shape does not fit ``spec``, or a value is not finite.
@@ -51,7 +59,7 @@ class GradedHead(StructuredLinear):
     """``y = h Eᵀ + b`` with E of graded low rank, never built: ``spec.macs`` multiply–adds a token, plus the bias.
 
     Args:
-        spec: Of the embedding it is tied to.
+        spec: Shape of the embedding that the head is tied to.
         bias: Whether there is a bias of shape (vocabulary,).
     """
 

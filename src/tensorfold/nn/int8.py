@@ -1,4 +1,4 @@
-"""Weights as whole numbers of eight bits: dense layers, tables, and the cores of folded modules.
+"""Modules with int8 weights: dense layers, embedding tables, and the cores of folded modules.
 
     w ≈ scale · code        code in −127 … 127, scale = max |w| / 127 over the numbers that share it
 
@@ -29,11 +29,19 @@ from tensorfold.nn.owners import Codes
 from tensorfold.utils.validation import check_floating
 
 _LARGEST = 127
-_SHARE = 4  # numbers to a scale at least; part of the format, so it depends on shapes alone
+_SHARE = 4  # fewest numbers that share a scale; part of the format, so it depends on shapes alone
 
 
 def quantize_rows(weight: Tensor, lead: int = 1) -> tuple[Tensor, Tensor]:
-    """Codes (int8, shape of ``weight``) and scales (its dtype, shape of its first ``lead`` axes, then ones)."""
+    """Quantise a weight to int8 with one scale for all numbers behind its leading axes.
+
+    Args:
+        weight: Any shape, floating dtype.
+        lead: Number of leading axes that scales are given for.
+
+    Returns:
+        Codes, int8, of the weight's shape; and scales in its dtype, of the shape of its leading axes, then ones.
+    """
     if not weight.is_meta:
         check_floating(weight=weight)
     values = weight.detach().float()
@@ -50,7 +58,7 @@ def quantize_rows(weight: Tensor, lead: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The weights, in ``dtype`` (the scales' own if None)."""
+    """Weights ``scale · code`` from codes and scales that broadcast, in ``dtype`` (the scales' own if None)."""
     dtype = dtype or scale.dtype
     return codes.to(dtype) * scale.to(dtype)
 
@@ -63,14 +71,20 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = N
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
-    """The parameter itself, if it is one: it may be tied."""
+    """Parameter without gradient from a tensor; a parameter stays the object that it is, since it may be tied."""
     parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
     parameter.requires_grad_(False)
     return parameter
 
 
 class Int8Linear(nn.Module):
-    """A dense linear layer; codes (out, in), scales (out,)."""
+    """A dense linear layer ``y = x Wᵀ + b`` whose weight is int8.
+
+    Args:
+        codes: int8, shape (out, in).
+        scale: Shape (out,).
+        bias: Shape (out,), or None.
+    """
 
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -80,7 +94,7 @@ class Int8Linear(nn.Module):
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
-        """Of a weight (out, in) and its bias (out,)."""
+        """Quantise a weight (out, in), one scale a row, and make the layer with its bias (out,)."""
         codes, scale = quantize_rows(weight)
         return cls(codes, scale[:, 0], bias)
 
@@ -89,7 +103,7 @@ class Int8Linear(nn.Module):
         return int8_linear(input, self.codes, self.scale, self.bias)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The matrix, shape (out_features, in_features)."""
+        """Weight, shape (out_features, in_features), in ``dtype`` (the scales' own if None)."""
         return dequantize(self.codes, self.scale[:, None], dtype)
 
     def extra_repr(self) -> str:
@@ -97,9 +111,11 @@ class Int8Linear(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    """A table; codes (vocabulary, width), scales (vocabulary,). A lookup reads the rows asked for.
+    """An embedding table whose rows are int8. A lookup reads the rows asked for.
 
     Args:
+        codes: int8, shape (vocabulary, width).
+        scale: Shape (vocabulary,).
         constant: Factor on every row, as Gemma applies it.
     """
 
@@ -111,7 +127,7 @@ class Int8Embedding(nn.Module):
 
     @classmethod
     def from_dense(cls, weight: Tensor, constant: float = 1.0) -> Self:
-        """Of a table (vocabulary, width)."""
+        """Quantise a table (vocabulary, width), one scale a row, and make the module."""
         codes, scale = quantize_rows(weight)
         return cls(codes, scale[:, 0], constant)
 
@@ -126,11 +142,11 @@ class Int8Embedding(nn.Module):
         return _scaled(rows.reshape(*input.shape, self.embedding_dim), self.constant)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The table, shape (vocabulary, width)."""
+        """Table, shape (vocabulary, width), in ``dtype`` (the scales' own if None)."""
         return dequantize(self.codes, self.scale[:, None], dtype)
 
     def head(self, bias: Tensor | None = None) -> Int8Linear:
-        """The tied output head over these very parameters, not copies."""
+        """Output head tied to the table: it uses these very parameters, not copies."""
         return Int8Linear(self.codes, self.scale, bias)
 
     def extra_repr(self) -> str:
@@ -138,14 +154,14 @@ class Int8Embedding(nn.Module):
 
 
 class Int8Folded(StoresOrders):
-    """A folded module, linear or embedding or head, whose large cores are codes.
+    """A folded layer, embedding or head whose large cores are int8.
 
-    Low rank is two int8 products. A ``TokenMPS`` table turns back the tokens that are asked for. Everything else turns
-    its cores back in every forward, and then computes as the folded module does.
+    Low rank is two int8 products. A ``TokenMPS`` table turns only the tokens asked for back into floating point.
+    Everything else turns its cores back in every forward, and then computes as the folded module does.
 
     Args:
-        folded: The module; its tensors are taken over, or made into codes.
-        shared: A table's, whose parameters this is to use where it is its tied head.
+        folded: Folded module; its tensors are taken over, or made into codes.
+        shared: Table that this is the tied head of, whose parameters it then uses.
     """
 
     def __init__(self, folded: FoldedModule, shared: Int8Folded | None = None) -> None:
@@ -171,6 +187,7 @@ class Int8Folded(StoresOrders):
 
     @property
     def spec(self) -> Any:
+        """Structure of the matrix."""
         return self._folded[0].spec
 
     def _replicate_for_data_parallel(self) -> Self:
@@ -189,7 +206,7 @@ class Int8Folded(StoresOrders):
         return int(self.spec.in_features)
 
     def tensors(self, dtype: torch.dtype | None = None) -> Mapping[str, Tensor]:
-        """Parameters and buffers of the folded module, in floating point."""
+        """Parameters and buffers of the folded module by name, in floating point: ``dtype``, or the scales' own."""
         found: dict[str, Tensor] = dict(self.named_buffers(recurse=False))
         for key, name in self._names.items():
             if key in self.codes:
@@ -199,7 +216,7 @@ class Int8Folded(StoresOrders):
         return found
 
     def forward(self, input: Tensor) -> Tensor:
-        """As the folded module's."""
+        """Output of the folded module for this input, from its int8 cores."""
         return self.codes(lambda: self.scales(lambda: self.others(self._outputs, input)))
 
     def _outputs(self, x: Tensor) -> Tensor:
@@ -225,7 +242,7 @@ class Int8Folded(StoresOrders):
         return self.others[key][index]
 
     def _low_rank(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-        """Codes and scales of U (out, r) and V (r, in), where the matrix is U V and nothing else."""
+        """Codes and scales of U (out, r) and V (r, in), where the matrix is U V and nothing else; None elsewhere."""
         folded = self._folded[0]
         spec = folded.spec
         if isinstance(folded, FoldedTable) or not spec.is_chain or set(self.codes) != {"cores_0", "cores_1"}:
@@ -242,7 +259,7 @@ class Int8Folded(StoresOrders):
         )
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The matrix, multiplied out in ``dtype``."""
+        """Matrix, shape (out_features, in_features), multiplied out in ``dtype`` (the scales' own if None)."""
         tensors = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in self.tensors().items()}
         folded = copy.deepcopy(self._folded[0])
         folded.load_state_dict(tensors, assign=True)

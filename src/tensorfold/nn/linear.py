@@ -21,7 +21,7 @@ from tensorfold.nn.machine_speeds import path_for
 from tensorfold.nn.structured import StructuredLinear
 from tensorfold.utils.validation import check_types
 
-_FEW, _TILE = 64, 512  # tokens
+_FEW, _TILE = 64, 512  # tokens from which pivots are computed in tiles, and tokens of a tile
 
 
 class MPOLinear(StructuredLinear):
@@ -35,7 +35,8 @@ class MPOLinear(StructuredLinear):
     traced graph with a free number of tokens there is one path, that for 1024.
 
     Attributes:
-        way: None to choose by cost, or ``"materialise"``, ``"chain"`` (fewest multiply–adds) or an ``Order`` of sites.
+        way: Way of computing: None to choose by cost, ``"materialise"``, ``"chain"`` (the order of sites with the
+            fewest multiply–adds) or an ``Order`` of sites.
 
     Args:
         spec: Modes and bonds. Only shapes are needed, so the module can be built on the meta device.
@@ -51,12 +52,14 @@ class MPOLinear(StructuredLinear):
 
     @classmethod
     def from_dense(cls, weight: Tensor, spec: Spec, bias: Tensor | None = None, metric: Tensor | None = None) -> Self:
-        """The closest MPO to ``weight``, in the metric of its inputs where one is given (see ``solve.factorize``).
+        """Fit an MPO to a weight and make the layer.
 
         Args:
-            weight: Shape (out_features, in_features).
-            bias: Shape (out_features,), kept exactly; None stays none.
-            metric: Second moment of the inputs, shape (in_features, in_features).
+            weight: W, shape (out_features, in_features).
+            spec: Modes and bonds.
+            bias: Shape (out_features,), kept exactly; None for no bias.
+            metric: C of the error ``‖(W − Ŵ) C^½‖`` that is minimised, the second moment of the inputs, shape
+                (in_features, in_features); the identity if None.
 
         Raises:
             SpecError: A shape does not fit ``spec``, or a value is not finite.
@@ -98,7 +101,13 @@ class MPOLinear(StructuredLinear):
         return y if self.bias is None else add_bias(y, self.bias)
 
     def _from_pivots(self, x: Tensor, cores: list[Tensor], training: bool) -> Tensor:
-        """``S x``, the outputs that are pivots, then ``T S x``, all the others from them."""
+        """``[I; T] S x`` in the outputs' own order, plus the bias: the pivots S x first, the other outputs from them.
+
+        Args:
+            x: Shape (..., in_features).
+            cores: T (out − r, r) and S (r, in) as cores.
+            training: Whether a gradient is asked for.
+        """
         assert self.out_position is not None
         if product_dtype(x) is torch.float16:
             with as_given(x.device.type):
@@ -120,7 +129,13 @@ class MPOLinear(StructuredLinear):
         return y if self.bias is None else add_bias(y, self.bias)
 
     def _in_tiles(self, x: Tensor, others: Tensor, pivots: Tensor) -> Tensor:
-        """The same, as many tokens at a time as stay in the processor's cache until their outputs are in order."""
+        """``[I; T] S x`` in the outputs' own order, in tiles of tokens that stay in the processor's cache meanwhile.
+
+        Args:
+            x: Shape (..., in).
+            others: Tᵀ, (r, out − r).
+            pivots: Sᵀ, (in, r).
+        """
         flat, rank, order = x.reshape(-1, x.shape[-1]), self.spec.ranks[0], self.out_position
         assert order is not None
         made = rank + others.shape[1]
@@ -137,7 +152,7 @@ class MPOLinear(StructuredLinear):
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def chosen(self, tokens: int, training: bool = False) -> ContractionPath:
-        """The path that ``tokens`` vectors take through this layer on its own device; ``str`` names it."""
+        """Contraction path of this many vectors through the layer on its own device; ``str`` names it."""
         core = self.cores[0]
         return path_for(self.spec, tokens, training, core.device, core.dtype, self.way)
 
@@ -162,13 +177,13 @@ class MPOLinear(StructuredLinear):
         self.holds_matrix, self._matrix = hold, None
 
     def _sources(self) -> list[Tensor]:
-        """What the matrix is made of."""
+        """Tensors that the matrix is made of: cores, scalars and orders."""
         others = (self.scalars, self.out_position, self.in_order)
         return [*self.cores.tensors(), *(tensor for tensor in others if tensor is not None)]
 
     @torch.no_grad()
     def _held_matrix(self) -> Tensor:
-        """The matrix as of the parameters' present values; assignments to ``.data`` go unseen."""
+        """Matrix kept from an earlier forward, made again where a parameter has changed, except through ``.data``."""
         now = tuple((tensor.data_ptr(), tensor._version) for tensor in self._sources())
         if self._matrix is None or self._matrix[0] != now:
             self._matrix = None  # not two of them at a time

@@ -1,4 +1,4 @@
-"""Speeds that contraction paths are chosen by: built in, or measured once on this machine when the user asks for it.
+"""Machine speeds that contraction paths are chosen by: built in, or measured on this machine when the user asks.
 
 Nothing is ever measured on its own, so importing and the first forward take no time, and two processes with the same
 built-in or measured constants choose the same paths. Ranks with different constants, of unlike machines, still compute
@@ -27,19 +27,26 @@ from tensorfold.algebra.specs.spec import Spec
 from tensorfold.errors import InputError
 from tensorfold.utils.atomic_files import atomic_directory, cache_directory
 
-# Ways are chosen for powers of two; more tokens than the last cost in proportion.
+# Paths are chosen for numbers of tokens that are powers of two; above this one, time is in proportion to tokens.
 _MOST_TOKENS = 4096
 
-# What a graph with a free number of tokens is made for: one path, the fastest for a long prompt or a training batch.
+# A traced graph with a free number of tokens has one path: the fastest for a long prompt or a training batch.
 _SYMBOLIC_TOKENS = 1024
 
 
 def path_for(
     spec: Spec, tokens: int, training: bool, device: torch.device, dtype: torch.dtype, force: Order | str | None = None
 ) -> ContractionPath:
-    """The path that applies ``spec`` to ``tokens`` vectors on ``device``; see ``contraction.search.fastest_path``.
+    """Fastest contraction path of an operator for a number of vectors on a device.
 
-    ``tokens`` may be symbolic: no guard is put on it, so one graph serves every number of tokens.
+    Args:
+        spec: Shape of the operator.
+        tokens: Number of vectors, rounded up to a power of two; it may be symbolic, and then no guard is put on it, so
+            that one graph serves every number of tokens.
+        training: Whether gradients will be asked for.
+        device: Where the cores are.
+        dtype: Theirs.
+        force: Order of sites or way that is asked for, as in ``contraction.search.fastest_path``.
     """
     return _constant(spec, _bucket(tokens), training, device.type, dtype, force)
 
@@ -52,7 +59,7 @@ def _constant(
 
 
 def _bucket(tokens: int) -> int:
-    """``tokens`` rounded up to a power of two."""
+    """Number of tokens rounded up to a power of two, at most ``_MOST_TOKENS``."""
     if not torch.compiler.is_compiling() and not isinstance(tokens, torch.SymInt):
         return min(1 << max(int(tokens) - 1, 0).bit_length(), _MOST_TOKENS)
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -67,7 +74,7 @@ def _bucket(tokens: int) -> int:
 
 @lru_cache(maxsize=64)
 def machine(device_type: str, dtype: torch.dtype, threads: int) -> Machine:
-    """What :func:`calibrate_machine` measured for this device, dtype and number of threads, else the built-in speeds.
+    """Speeds that :func:`calibrate_machine` measured for a device, dtype and number of threads, else the built-in ones.
 
     Raises:
         InputError: The file with the measured speeds cannot be used.
@@ -93,9 +100,13 @@ def machine(device_type: str, dtype: torch.dtype, threads: int) -> Machine:
 def calibrate_machine(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
     """Measure the speeds that paths are chosen by, in about a second, and keep them for later processes.
 
-    Measured are large products, reading, permuted copies and calls, so nothing else should be running. The speeds are
-    kept below ``cache_directory("machine")``, by device, number of threads, dtype and version of torch. Under autocast
-    those of the dtype of the inputs count.
+    Large products, reading, permuted copies and calls are timed, so nothing else should be running. The speeds are
+    kept below ``cache_directory("machine")``, by device, number of threads, dtype and version of torch. Under autocast,
+    speeds for the dtype of the inputs are used.
+
+    Args:
+        device: Device to measure.
+        dtype: Dtype to measure.
 
     Raises:
         InputError: The cache directory cannot be written.
@@ -126,11 +137,12 @@ def calibrate_machine(device: str | torch.device = "cpu", dtype: torch.dtype = t
 
 
 def seconds(call: Callable[[], Tensor]) -> float:
-    """Least seconds of a call, with what an accelerator still has to do after it; other work only ever adds to it."""
+    """Least seconds of several calls, an accelerator's work included; other work on the machine only adds time."""
     return float(min(Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=0.1).times))
 
 
 def _rate(count: float, took: float) -> float:
+    """Count a second, where ``took`` are seconds."""
     return count / max(took, 1e-9)
 
 

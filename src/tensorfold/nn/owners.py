@@ -1,8 +1,8 @@
-"""Lists of parameters that run what needs their numbers, so that whoever watches forwards sees them.
+"""Containers of parameters that are called when their numbers are needed, so that hooks on forwards see them.
 
 accelerate brings offloaded weights in before a module's forward and takes them out after it, FSDP and ZeRO-3 gather
-shards then, and the replicas of ``DataParallel`` have tensors in place of parameters. None of it reaches a
-``ParameterList``, which is never called; so a folded module has its list call the computation.
+shards then, and the replicas of ``DataParallel`` have tensors in place of parameters. None of this reaches a
+``ParameterList``, which is never called; so a folded module lets its list call the computation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Cores(nn.ParameterList):
     __call__ = nn.Module.__call__  # a ParameterList refuses
 
     def tensors(self) -> list[Tensor]:
-        """The cores themselves, also where a replica has tensors that are no parameters."""
+        """Cores as a list, also in a replica, where they are tensors and no parameters."""
         # Ten times as fast as the list's iterator, and empty in a replica.
         return list(self._parameters.values()) or [getattr(self, str(k)) for k in range(len(self))]  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""A linear layer kept as several, one above the other."""
+"""A linear layer whose rows are split among several layers."""
 
 from __future__ import annotations
 

@@ -26,23 +26,25 @@ _TABLES: dict[type[Structure], type[StructuredTable]] = {}
 
 
 def linear_class(spec: Structure) -> type[StructuredLinear]:
-    """The module of a linear layer, or tied head, of this structure."""
+    """Class of linear layers, and of tied heads, for a structure: of its nearest base class that has one."""
     return next(_LINEARS[kind] for kind in type(spec).__mro__ if kind in _LINEARS)
 
 
 def table_class(spec: Structure) -> type[StructuredTable]:
-    """The module of an embedding table of this structure."""
+    """Class of embedding tables for a structure: of its nearest base class that has one."""
     return next(_TABLES[kind] for kind in type(spec).__mro__ if kind in _TABLES)
 
 
 class StructuredModule(FoldedModule):
-    """Cores of one structure, with the bond scalars and index orders it may have: what layers and tables share.
+    """Cores of one structure, with the bond scalars and index orders that it may have; base of layers and tables.
 
     Attributes:
-        out_position: int64, shape (out_features,): where each output sits among the structure's rows; one behind the
-            last for outputs that are zero. None where rows are in their own order.
-        in_order: int64: the input that each of the structure's columns reads. None where columns are in their own
-            order.
+        structure: Structure that the class is for.
+        position_buffer: Name of the buffer that holds ``out_position``.
+        out_position: Place of each output among the structure's rows, int64, shape (out_features,); one behind the last
+            row for outputs that are zero. None where rows are in their own order.
+        in_order: Input that each of the structure's columns reads, int64, shape (columns,). None where columns are in
+            their own order.
     """
 
     structure: ClassVar[type[Structure]] = Structure  # type: ignore[type-abstract]
@@ -66,18 +68,18 @@ class StructuredModule(FoldedModule):
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
-        """Random cores whose product has entries of standard deviation about ``std``."""
+        """Fill the cores with random numbers for which the matrix has entries of standard deviation about ``std``."""
         for core, own in zip(self.cores, self.spec.initial_stds(std), strict=True):
             nn.init.normal_(core, std=own)
         if self.scalars is not None:
             nn.init.ones_(self.scalars)
 
     def factors(self) -> list[Tensor]:
-        """The cores with what is not stored in them, shapes ``spec.core_shapes``."""
+        """Cores of shapes ``spec.core_shapes``: scalars multiplied in, parts that are not stored added."""
         return self.spec.complete(self.cores.tensors(), self.scalars)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The matrix, shape (out_features, in_features), multiplied out in ``dtype`` (the cores' own if None)."""
+        """Matrix W, shape (out_features, in_features), multiplied out in ``dtype`` (the cores' own if None)."""
         dtype = dtype or self.cores[0].dtype
         with as_given(self.cores[0].device.type):
             dense = self.spec.dense([core.to(wide(dtype)) for core in self.factors()]).to(dtype)
@@ -94,7 +96,7 @@ class StructuredModule(FoldedModule):
 
     @torch.no_grad()
     def load_factors(self, factors: Factors) -> None:
-        """Copy a solver's output into parameters and index orders; scalars it does not give are 1."""
+        """Copy a solver's output into parameters and index orders; scalars that it does not give become 1."""
         for parameter, core in zip(self.cores, factors.cores, strict=True):
             # What is not stored, the identity on pivots, comes first on its axis.
             store(parameter, core[tuple(slice(core.shape[k] - n, None) for k, n in enumerate(parameter.shape))])
@@ -111,7 +113,7 @@ class StructuredModule(FoldedModule):
 
 
 def _order(order: Tensor | None, size: int) -> Tensor:
-    """The order itself, or the matrix's own where a solver gives none."""
+    """Index order (size,) that a solver gave, or 0, 1, … where it gave none."""
     return torch.arange(size) if order is None else order
 
 
@@ -119,7 +121,7 @@ class StructuredLinear(StructuredModule):
     """``y = x Wᵀ + b`` with W of any structure; also the head tied to a table of that structure.
 
     Args:
-        spec: Only shapes are needed, so the module can be built on the meta device.
+        spec: Structure of W. Only shapes are needed, so the module can be built on the meta device.
         bias: Whether there is a bias of shape (out_features,).
     """
 
@@ -150,7 +152,11 @@ class StructuredLinear(StructuredModule):
 
     @torch.no_grad()
     def reset_parameters(self, std: float | None = None) -> None:
-        """Random cores; by default the output variance of a freshly made ``nn.Linear``, whose weights have 1/(3·in)."""
+        """Fill cores and bias with random numbers.
+
+        Args:
+            std: Standard deviation of the entries of W; that of a new ``nn.Linear``, √(1 / (3·in)), if None.
+        """
         super().reset_parameters((3 * self.spec.in_features) ** -0.5 if std is None else std)
         if self.bias is not None:
             bound = self.spec.in_features**-0.5
@@ -158,7 +164,14 @@ class StructuredLinear(StructuredModule):
 
     @classmethod
     def from_factors(cls, factors: Factors, spec: Structure, like: Tensor, bias: Tensor | None = None) -> Self:
-        """A layer holding a solver's output, on the device and in the dtype of ``like``."""
+        """Make a layer that holds a solver's output.
+
+        Args:
+            factors: Cores, scalars and orders.
+            spec: Their structure.
+            like: A tensor on the device and in the dtype that the layer is to have.
+            bias: Shape (out_features,); None for no bias.
+        """
         layer = cls(spec, bias is not None, device="meta").to_empty(device=like.device).to(like.dtype)
         layer.load_factors(factors)
         if layer.bias is not None and bias is not None:
@@ -182,12 +195,12 @@ class StructuredLinear(StructuredModule):
         return y if self.bias is None else add_bias(y, self.bias)
 
     def _product(self, x: Tensor, factors: list[Tensor]) -> Tensor:
-        """``x Wᵀ`` with both sides in the matrix's own order."""
+        """``x Wᵀ``, shape (..., in) → (..., out), both sides in the matrix's own order."""
         y = self.spec.apply(x if self.in_order is None else x.index_select(-1, self.in_order), factors)
         return self._in_own_order(y)
 
     def _in_own_order(self, y: Tensor) -> Tensor:
-        """Outputs in the matrix's own order, from the structure's; those that it leaves out are zero."""
+        """Bring outputs from the structure's order into the matrix's own; outputs that it leaves out become zero."""
         position = self._buffers[self.position_buffer]
         if position is None:
             return y
@@ -231,7 +244,14 @@ class StructuredTable(StructuredModule, FoldedTable):
 
     @classmethod
     def from_factors(cls, factors: Factors, spec: Structure, like: Tensor, scale: float = 1.0) -> Self:
-        """A table holding a solver's output, on the device and in the dtype of ``like``."""
+        """Make a table that holds a solver's output.
+
+        Args:
+            factors: Cores, scalars and orders.
+            spec: Their structure.
+            like: A tensor on the device and in the dtype that the table is to have.
+            scale: Constant factor on every row.
+        """
         table = cls(spec, scale, device="meta").to_empty(device=like.device).to(like.dtype)
         table.load_factors(factors)
         return table
@@ -254,14 +274,14 @@ class StructuredTable(StructuredModule, FoldedTable):
         return self._scaled(out.to(self.cores[0].dtype), index)
 
     def _scaled(self, rows: Tensor, index: Tensor) -> Tensor:
-        """The rows (tokens, width), in the shape of the index, columns in their own order, times ``scale``."""
+        """Rows (tokens, width) reshaped to (..., width) for an index (...), columns in their own order, times scale."""
         out = rows.reshape(*index.shape, self.embedding_dim)
         if self.in_order is not None:
             out = out[..., self.in_order.argsort()]
         return out if self.scale == 1.0 else out * torch.tensor(self.scale, dtype=out.dtype, device=out.device)
 
     def append(self, vectors: Tensor) -> None:
-        """Refuse: the rows share cores.
+        """Refuse to add rows, since they would share cores with others.
 
         Raises:
             SpecError: Always; a table that ``grows`` overrides this.
@@ -269,9 +289,12 @@ class StructuredTable(StructuredModule, FoldedTable):
         raise SpecError(f"{type(self).__name__}: its rows share cores, so none can be added; fold the larger table.")
 
     def head(self, bias: Tensor | None = None) -> StructuredLinear:
-        """The tied output head ``h ↦ h Eᵀ + bias``: a linear layer over these very parameters, not copies.
+        """Output head ``h ↦ h Eᵀ + bias`` tied to the table E: a linear layer over these very parameters, not copies.
 
-        Index orders are the table's, and are stored with it alone.
+        It uses the table's index orders, which are stored with the table alone.
+
+        Args:
+            bias: Shape (vocabulary,); None for no bias.
         """
         head = linear_class(self.spec)(self.spec, bias is not None, device="meta")
         for k, core in enumerate(self.cores):

@@ -19,12 +19,12 @@ from tensorfold.errors import SpecError
 from tensorfold.nn.structured import StructuredLinear, StructuredModule, StructuredTable
 from tensorfold.utils.validation import check_types
 
-# Bytes of the table that a head holds at a time.
+# Most bytes of the table that a head holds at a time.
 CHUNK_BYTES = 2**24
 
 
 class TokenMPSModule(StructuredModule):
-    """Cores of shape (vocabulary, left bond, mode, right bond), which embedding and head share."""
+    """Cores of shape (vocabulary, left bond, mode, right bond); base of the embedding and its head."""
 
     structure: ClassVar[type[Structure]] = TokenMPSSpec
 
@@ -32,7 +32,7 @@ class TokenMPSModule(StructuredModule):
 
     @property
     def spec(self) -> TokenMPSSpec:
-        """The table's shape now; its vocabulary is that of the cores, which can grow."""
+        """Shape of the table at present: its vocabulary follows the cores, which can grow."""
         vocabulary = self.cores[0].shape[0]
         if vocabulary != self._spec.vocabulary:
             self.spec = self._spec.of_rows(vocabulary)
@@ -64,7 +64,12 @@ class TokenMPSEmbedding(TokenMPSModule, StructuredTable):
 
     @classmethod
     def from_dense(cls, weight: Tensor, spec: TokenMPSSpec, scale: float = 1.0) -> Self:
-        """The TT-SVD of every row of ``weight``, shape (vocabulary, width).
+        """Decompose every row of a table by TT-SVD and make the module.
+
+        Args:
+            weight: Table, shape (vocabulary, width).
+            spec: Vocabulary, width, modes and rank.
+            scale: Constant factor on every row.
 
         Raises:
             SpecError: ``weight`` has another shape than ``spec``, or is not finite.
@@ -98,7 +103,12 @@ class TokenMPSEmbedding(TokenMPSModule, StructuredTable):
             self.cores[k] = nn.Parameter(torch.cat([old, new.to(old)]), old.requires_grad)
 
     def head(self, bias: Tensor | None = None, chunk_bytes: int = CHUNK_BYTES) -> TokenMPSHead:
-        """The tied output head ``h ↦ h Eᵀ + bias`` over these very parameters, not copies."""
+        """Output head ``h ↦ h Eᵀ + bias`` tied to the table E: it uses these very parameters, not copies.
+
+        Args:
+            bias: Shape (vocabulary,); None for no bias.
+            chunk_bytes: Most bytes of the table that are held at a time.
+        """
         head = TokenMPSHead(self.spec, bias is not None, chunk_bytes, device="meta")
         head.cores = self.cores  # the list itself, so that tokens appended here are the head's too
         if bias is not None:
@@ -114,9 +124,9 @@ class TokenMPSHead(TokenMPSModule, StructuredLinear):
     and a compiled training step may keep them all.
 
     Args:
-        spec: Of the embedding it is tied to.
+        spec: Shape of the embedding that the head is tied to.
         bias: Whether there is a bias of shape (vocabulary,).
-        chunk_bytes: Bytes of the table that are held at a time.
+        chunk_bytes: Most bytes of the table that are held at a time.
     """
 
     structure: ClassVar[type[Structure]] = TokenMPSSpec
@@ -143,7 +153,7 @@ class TokenMPSHead(TokenMPSModule, StructuredLinear):
         return self._spec.chunks(self.cores[0].shape[0], most)
 
     def macs(self, tokens: int) -> float:
-        """Every row is rebuilt once in a forward, and read by every token."""
+        """Multiply–adds a token: every row is rebuilt once in a forward, and read by every token."""
         return float(self.spec.vocabulary * (self.spec.row_macs / tokens + self.spec.width))
 
     def _outputs(self, x: Tensor) -> Tensor:
@@ -163,13 +173,13 @@ class TokenMPSHead(TokenMPSModule, StructuredLinear):
         return F.linear(x, self.rows([core[start:stop] for core in self.cores]))
 
     def rows(self, slices: list[Tensor]) -> Tensor:
-        """The rows of some tokens, shape (tokens, width), from their slices of the cores."""
+        """Rows of some tokens, shape (tokens, width), from their slices (tokens, left bond, mode, right bond)."""
         with as_given(slices[0].device.type):
             return self._spec.of_slices(slices)
 
 
 class _ChunkedLogits(torch.autograd.Function):
-    """``x Eᵀ + b`` with the rows of E rebuilt chunk by chunk, and once more for the gradients."""
+    """``x Eᵀ + b`` as an autograd function that rebuilds the rows of E chunk by chunk, once more for the gradients."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, head: TokenMPSHead, x: Tensor, bias: Tensor | None, *cores: Tensor) -> Tensor:
