@@ -1,1 +1,1 @@
-"""What a transformers model is made of: its matrices, blocks, tables and ties."""
+"""Anatomy of a transformers model: its matrices, blocks, tables and ties."""

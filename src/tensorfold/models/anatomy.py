@@ -1,4 +1,4 @@
-"""What a decoder-only transformer is made of: its blocks, its foldable matrices, and which targets name them.
+"""Anatomy of a decoder-only transformer: its blocks, its foldable matrices, and the targets that name them.
 
 No architecture is known by name. Blocks are the list of modules beside the table that text enters by; a linear layer
 below something called attention is attention, any other linear layer in a block is MLP.
@@ -39,7 +39,17 @@ _NOTHING = "targets: {!r} matches nothing in this model; {}{}"
 
 @dataclass(frozen=True)
 class Matrix:
-    """One foldable weight: its module's name, (out, in) shape, kind and the group it belongs to."""
+    """One foldable weight.
+
+    Attributes:
+        name: Full name of its module.
+        module: Module that holds it.
+        out_features: Rows; the vocabulary of a table.
+        in_features: Columns; the width of a table.
+        kind: ``linear`` or ``embedding``.
+        group: ``mlp``, ``attention``, ``embedding``, ``positions``, or ``""`` for none.
+        tied_head: Name of the output head that shares a table's weight, if one does.
+    """
 
     name: str
     module: nn.Module
@@ -51,24 +61,26 @@ class Matrix:
 
     @property
     def parameter(self) -> Tensor:
+        """Weight as its module stores it."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight
 
     @property
     def bias(self) -> nn.Parameter | None:
+        """Bias of the module, (out,), if it has one."""
         return getattr(self.module, "bias", None)
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The weight as (out, in); GPT-2's ``Conv1D`` stores (in, out), and here is the one place that turns it."""
+    """Weight of a module as (out, in), a view: GPT-2's ``Conv1D``, which stores (in, out), is transposed here alone."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.T if orientation(module) == "in-out" else weight
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether the module computes ``x Wᵀ + b`` and nothing else."""
+    """Whether a module computes ``x Wᵀ + b`` and nothing else."""
     return orientation(module) is not None
 
 
@@ -77,7 +89,7 @@ def _is_plain_embedding(module: nn.Module) -> bool:
 
 
 def embedding_scale(module: nn.Module) -> float | None:
-    """The constant an embedding multiplies its rows with, 1.0 for a plain one; None if it does anything else."""
+    """Constant that an embedding multiplies its rows with, 1.0 for a plain one; None if it does anything else."""
     if _is_plain_embedding(module):
         return 1.0
     scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
@@ -85,9 +97,17 @@ def embedding_scale(module: nn.Module) -> float | None:
 
 
 def check_not_quantised(config: PreTrainedConfig, what: str) -> None:
-    """Raise :class:`InputError` for the configuration of weights that another library packed: GPTQ, AWQ, fp8, …
+    """Check that a configuration is not that of weights which another library packed: GPTQ, AWQ, fp8, …
 
-    Seen before anything is loaded, since loading needs that library, and what it gives is not to be folded or measured.
+    It is checked before anything is loaded, since loading needs that library, and packed weights can be neither folded
+    nor measured.
+
+    Args:
+        config: The model's.
+        what: Name of the model, for messages.
+
+    Raises:
+        InputError: The weights are quantised.
     """
     for part in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config"):
@@ -105,10 +125,10 @@ def check_not_quantised(config: PreTrainedConfig, what: str) -> None:
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal language model that ``config`` describes, on the meta device: shapes without weights.
+    """Build the causal language model of a configuration on the meta device: shapes without weights.
 
     Raises:
-        InputError: It is an encoder–decoder's, or no causal language model can be built from it.
+        InputError: It is an encoder–decoder model, or no causal language model can be built from the configuration.
     """
     kind = type(config).__name__
     if getattr(config, "is_encoder_decoder", False):
@@ -136,9 +156,9 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def context_length(config: Any) -> int | None:
-    """Positions that a model has, by its configuration or that of its text part; None where it names no limit.
+    """Number of positions that a model has, by its configuration or its text part's; None where there is no limit.
 
-    XLNet's −1 is none.
+    XLNet's −1 says that there is none.
     """
     if hasattr(config, "get_text_config"):  # a model of text and images nests the sizes
         config = config.get_text_config()
@@ -181,7 +201,7 @@ def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def _are_blocks(chain: nn.ModuleList) -> bool:
-    """Whether all of the modules are made of others, and linear layers are below the first one that has any.
+    """Whether a list of modules is one of blocks: all have modules inside, and a linear layer is somewhere below them.
 
     Hybrids alternate between classes of blocks, and not each of them has to have a plain linear layer.
     """
@@ -192,6 +212,7 @@ def _are_blocks(chain: nn.ModuleList) -> bool:
 
 
 def _path_of_table(model: PreTrainedModel) -> list[str]:
+    """Name of the input table, split at its dots; empty where there is no table."""
     try:
         table = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # a model without one
@@ -200,7 +221,11 @@ def _path_of_table(model: PreTrainedModel) -> list[str]:
 
 
 def check_foldable(model: PreTrainedModel) -> None:
-    """Raise :class:`InputError` for a model that cannot be folded: encoder–decoder, quantised, or folded already."""
+    """Check that a model can be folded.
+
+    Raises:
+        InputError: It is an encoder–decoder, quantised or folded already, or has an adapter or computed weights.
+    """
     if not isinstance(model, PreTrainedModel):
         merge = " Merge the adapter first: model.merge_and_unload()." if hasattr(model, "merge_and_unload") else ""
         raise InputError(f"got {type(model).__name__}; needed a transformers model (PreTrainedModel).{merge}")
@@ -219,7 +244,11 @@ def check_foldable(model: PreTrainedModel) -> None:
 
 
 def check_no_adapter(model: PreTrainedModel) -> None:
-    """Raise :class:`InputError` for a model that peft has put an adapter into, whose matrices are none of its own."""
+    """Check that peft has not put an adapter into a model, whose matrices are then wrapped.
+
+    Raises:
+        InputError: It has.
+    """
     for name, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
             raise InputError(
@@ -229,7 +258,12 @@ def check_no_adapter(model: PreTrainedModel) -> None:
 
 
 def by_block(found: Mapping[str, Matrix], name: str) -> dict[int, dict[str, Matrix]]:
-    """The matrices inside the blocks, by the index of their block; ``name`` is that of the list of blocks."""
+    """Group the matrices inside the blocks by the index of their block.
+
+    Args:
+        found: Matrices by name; those outside the blocks are left out.
+        name: Name of the list of blocks.
+    """
     inside: dict[int, dict[str, Matrix]] = {}
     for key, matrix in found.items():
         if key.startswith(f"{name}."):
@@ -238,9 +272,9 @@ def by_block(found: Mapping[str, Matrix], name: str) -> dict[int, dict[str, Matr
 
 
 def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
-    """Every weight that could be folded, by module name, in model order; a tied head belongs to its embedding.
+    """Foldable weights of a model, by module name, in model order; a tied head belongs to its embedding.
 
-    Layers whose weight other code reads past their forward are none: see :mod:`tensorfold.models.direct_reads`.
+    Layers whose weight other code reads past their forward are left out: see :mod:`tensorfold.models.direct_reads`.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
@@ -272,13 +306,17 @@ def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
 
 
 def match(targets: Targets, available: Mapping[str, Matrix], model: PreTrainedModel | None = None) -> list[str]:
-    """Names of the matrices that ``targets`` select, in model order.
+    """Select matrices by targets, in model order.
 
     Args:
         targets: ``mlp``, ``attention``, ``embedding``, ``positions`` (a learned table that is a plain ``nn.Embedding``
             with a row for each position), ``all-linear`` (every linear layer in the blocks, not the output head), a
             list of these and of name suffixes, or ``{"regex": pattern}`` searched in the full name.
-        model: Whose other weights a message names.
+        available: Foldable matrices by name.
+        model: Model whose other weights a message names; None for none.
+
+    Returns:
+        Names of the matrices.
 
     Raises:
         InputError: Unknown group, bad pattern, or nothing matches.
@@ -319,7 +357,7 @@ def _names(item: str, name: str) -> bool:
 
 
 def _tied_heads(available: Mapping[str, Matrix]) -> dict[str, str]:
-    """Of each head that is no matrix of its own, the table it is tied to."""
+    """Names of tables by the names of output heads that are tied to them."""
     return {matrix.tied_head: name for name, matrix in available.items() if matrix.tied_head is not None}
 
 
@@ -335,7 +373,11 @@ def _known(item: str, available: Mapping[str, Matrix]) -> str:
 
 
 def check_unshared(model: PreTrainedModel, chosen: Iterable[Matrix]) -> None:
-    """Raise :class:`InputError` if a chosen weight is reachable under a second name, other than as a tied head."""
+    """Check that no chosen weight is shared with another module, other than a tied head.
+
+    Raises:
+        InputError: A weight can be reached under a second name.
+    """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -349,7 +391,7 @@ def check_unshared(model: PreTrainedModel, chosen: Iterable[Matrix]) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, each shared tensor once, and a head that is tied by equal values not at all."""
+    """Number of a model's parameters: a shared tensor counts once, a head that is tied by equal values not at all."""
     numbers = sum(parameter.numel() for parameter in model.parameters())
     if not isinstance(model, PreTrainedModel) or tied_head(model) is None:
         return numbers

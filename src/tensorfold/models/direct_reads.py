@@ -1,7 +1,8 @@
 """Layers whose weight other code reads by name, past their forward: nothing else can stand in their place.
 
-``F.linear(x, self.gate.weight)`` of a router, the kernels of state-space layers, ``self.proj.weight.dtype``. Found in
-the bytecode of the modules around a layer, so that no weights are needed and nothing has to be run.
+Examples are ``F.linear(x, self.gate.weight)`` of a router, the kernels of state-space layers, and
+``self.proj.weight.dtype``. They are found in the bytecode of the modules around a layer, so that no weights are needed
+and nothing has to be run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ _SETUP = ("__init__", "_init_weights", "tie_weights")
 
 
 def is_read_directly(model: nn.Module, name: str) -> bool:
-    """Whether a module on the way down to ``name`` reads that layer's weight itself."""
+    """Whether a module on the way down to a layer reads that layer's weight itself.
+
+    Args:
+        model: Any module.
+        name: Full name of the layer in it.
+    """
     *path, leaf = name.split(".")
     around = (model.get_submodule(".".join(path[:end])) for end in range(len(path) + 1))
     return any(leaf in _read_by(type(module)) for module in around)  # type: ignore[arg-type]
@@ -26,10 +32,10 @@ def is_read_directly(model: nn.Module, name: str) -> bool:
 
 @functools.cache
 def _read_by(kind: type) -> frozenset[str]:
-    """Attributes whose ``weight`` the methods of a class read.
+    """Names of attributes whose ``weight`` is read by the methods of a class.
 
-    Slices of a weight whose layer the class also calls do not count: they are the way that is taken for slices of
-    tensor parallelism (BLOOM's ``pretraining_tp``), and by default never is.
+    Slices of a weight do not count where the class also calls the layer: they are for slices of tensor parallelism
+    (BLOOM's ``pretraining_tp``), a path that is off by default.
     """
     read: set[str] = set()
     sliced: set[str] = set()
@@ -46,6 +52,7 @@ def _read_by(kind: type) -> frozenset[str]:
 
 
 def _methods(kind: type) -> Iterator[FunctionType]:
+    """Methods of a class and its bases, without those of torch, of transformers' shared bases and of set-up."""
     for base in kind.__mro__:
         place = base.__module__
         shared = place.startswith("transformers.") and not place.startswith("transformers.models.")

@@ -1,8 +1,8 @@
-"""Which modules compute ``x Wᵀ + b``, found by running them, and which weights are no targets, and why.
+"""Modules that compute ``x Wᵀ + b``, found by running them; and weights that cannot be folded, with the reason.
 
 A class says little: Falcon's linear layers are a subclass of ``nn.Linear`` with a forward of their own that computes
-the same, and routers are subclasses that do not. A module of unknown class is therefore tried on numbers: its forward
-runs on a small stand-in of it, so that neither its size nor its device matters, and no hook of it is called.
+``x Wᵀ + b`` too, and routers are subclasses that do not. A module of unknown class is therefore tried on numbers: its
+forward runs on a small stand-in of it, so that neither its size nor its device matters, and no hook of it is called.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Orientation = Literal["out-in", "in-out"]
 _IN, _OUT = 5, 3  # features of the stand-in
 _SIZES = {"in_features": _IN, "out_features": _OUT, "nx": _IN, "nf": _OUT}
 _STACKED = "matrices of several experts in one tensor, which are not folded yet"
-_KNOWN: dict[tuple[Any, ...], Orientation | None] = {}  # what the trials of this process have shown
+_KNOWN: dict[tuple[Any, ...], Orientation | None] = {}  # results of trials so far, by class and settings
 
 
 def orientation(module: nn.Module) -> Orientation | None:
-    """How the module stores W, if it computes ``x Wᵀ + b`` and nothing else; None if it does anything else."""
+    """Order of axes in which a module that computes ``x Wᵀ + b`` stores W; None if it computes anything else."""
     kind, forward = type(module), type(module).forward
     if not _has_own_forward(module):
         if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
@@ -66,13 +66,13 @@ def orientation(module: nn.Module) -> Orientation | None:
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    """Whether somebody gave this one module another forward; accelerate's wrapper keeps the class's beside it."""
+    """Whether a module was given a forward other than its class's; accelerate's wrapper keeps the class's beside it."""
     own = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def _computes(module: nn.Module, stored: Orientation, has_bias: bool) -> bool:
-    """Whether a small stand-in of the module, with its weight stored this way, computes ``x Wᵀ + b``."""
+    """Whether a small stand-in of a module, with its weight stored in this order of axes, computes ``x Wᵀ + b``."""
     with ExitStack() as modes:
         modes.enter_context(torch.no_grad())
         modes.enter_context(torch.device("cpu"))  # plans are made under the meta device
@@ -100,7 +100,7 @@ def _computes(module: nn.Module, stored: Orientation, has_bias: bool) -> bool:
 
 
 def other_weights(model: PreTrainedModel | None) -> str:
-    """Sentence that names the matrices of the model that are no targets, and why; empty where there are none."""
+    """Sentence that names the matrices of a model that cannot be folded, with the reason; empty if there are none."""
     found: dict[str, str] = {}
     for name, module in model.named_modules() if model is not None else ():
         said = _why_not(model, name, module)
@@ -113,6 +113,7 @@ def other_weights(model: PreTrainedModel | None) -> str:
 
 
 def _why_not(model: PreTrainedModel, name: str, module: nn.Module) -> str | None:
+    """Reason why a module's matrices cannot be folded, in words; None where it has none, or they can."""
     known = (nn.Embedding, FoldedModule, nn.modules.conv._ConvNd)
     own = {key: p for key, p in module.named_parameters(recurse=False) if p.dim() > 1}
     if not own or isinstance(module, known) or name == "":
@@ -132,9 +133,12 @@ def _why_not(model: PreTrainedModel, name: str, module: nn.Module) -> str | None
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise :class:`InputError` for weights that are computed before every forward: masks, weight norm, hooks.
+    """Check that no weight is computed before every forward: by masks, weight norm or hooks.
 
-    What such a layer computes with is no parameter of it, so it cannot be replaced, saved or counted.
+    A computed weight is no parameter of its layer, so it cannot be replaced, saved or counted.
+
+    Raises:
+        InputError: A weight is; the message says how to make it a parameter.
     """
     for name, module in model.named_modules():
         if not isinstance(getattr(module, "weight", None), Tensor) or isinstance(module, FoldedModule):
@@ -145,10 +149,12 @@ def check_weights(model: nn.Module) -> None:
 
 
 def _is_computed(module: nn.Module) -> bool:
+    """Whether the weight of a plain linear layer is no parameter."""
     return isinstance(module, nn.Linear | Conv1D) and "weight" not in module._parameters
 
 
 def _troubles(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Reasons why a module's weight is computed before every forward, each with its remedy, in words."""
     if parametrize.is_parametrized(module):
         for tensor, chain in module.parametrizations.items():  # type: ignore[operator, union-attr]
             kinds = ", ".join(type(step).__name__ for step in chain)
@@ -184,7 +190,7 @@ def _troubles(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 @torch.no_grad()
 def _hooks_change(module: nn.Module) -> bool:
-    """Whether the layer's hooks make it compute anything but ``x Wᵀ + b``."""
+    """Whether a linear layer's hooks make it compute anything but ``x Wᵀ + b``."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     before = weight.detach().clone()

@@ -1,4 +1,4 @@
-"""A model in evaluation mode for a while."""
+"""Evaluation mode of a model, for as long as a context is open."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in evaluation mode; afterwards every module is in the mode that it was in.
+    """Put a model into evaluation mode while the context is open; then every module gets back the mode that it had.
 
-    A module that was put in meanwhile, as folding does, gets the mode that the model itself was in.
+    A module that was put in meanwhile, as folding does, gets the mode that the model itself had.
     """
     whole = model.training
     # Weak, so that the weights of modules that are replaced meanwhile can be freed.

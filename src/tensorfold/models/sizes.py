@@ -1,4 +1,4 @@
-"""How large a model is where it is stored."""
+"""Size of a model where it is stored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tensorfold.models.tied_heads import tied_head
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of what a checkpoint of the model holds: parameters, shared ones once, and buffers as they are stored."""
+    """Bytes that a checkpoint of a model holds: parameters, shared ones once, and buffers as they are stored."""
     parameters = {id(parameter) for parameter in model.parameters()}
     state = model.state_dict(keep_vars=True)
     buffers = sum(tensor.nbytes for tensor in state.values() if id(tensor) not in parameters)

@@ -1,4 +1,4 @@
-"""The tie of output head and input table: what the weights are, what is promised, what the configuration says."""
+"""The tie of output head and input table: by weights, by transformers' promise, by the configuration."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 
 def tied_head(model: PreTrainedModel) -> str | None:
-    """Name of the output head, where it is one weight with the input table.
+    """Name of the output head if it shares the input table's weight, else None.
 
-    Weights are asked where there are any: one tensor, or, where the configuration promises a tie, two of equal values.
+    The weights decide where there are any: one tensor, or, where the configuration promises a tie, two of equal values.
     On the meta device the promise counts.
     """
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -28,7 +28,7 @@ def tied_head(model: PreTrainedModel) -> str | None:
 
 
 def is_promised(model: PreTrainedModel) -> bool:
-    """Whether the configuration says that output head and input table are one weight, or transformers has them as one.
+    """Whether the configuration says that output head and input table share a weight, or transformers lists them so.
 
     Where a checkpoint has a head of other values, transformers parts the two and leaves the configuration as it is.
     """
@@ -36,11 +36,12 @@ def is_promised(model: PreTrainedModel) -> bool:
 
 
 def is_said(model: PreTrainedModel) -> bool:
-    """Whether the configuration, and so what is saved of it, says that output head and input table are one weight."""
+    """Whether the configuration, and so the file that it is saved to, ties the output head to the input table."""
     return _is_tie_of_head(model, model.get_expanded_tied_weights_keys(all_submodels=True))
 
 
 def _is_tie_of_head(model: PreTrainedModel, ties: Mapping[str, str]) -> bool:
+    """Whether ties, full names of targets to those of sources, tie the head's weight to the table's."""
     names = {id(module): name for name, module in model.named_modules()}
     table, head = (names.get(id(m)) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
     return head is not None and ties.get(f"{head}.weight") == f"{table}.weight"
