@@ -1,1 +1,1 @@
-"""How transformers builds, loads, ties and saves models: swapping, the quantizer hooks, checkpoints, sources."""
+"""Everything that knows transformers' internals: swapping modules, quantizer hooks, ties, checkpoints, sources."""

@@ -41,14 +41,15 @@ _CARRIED = (
 
 
 def carry_over(config: PreTrainedConfig, directory: Path) -> None:
-    """Copy what lies beside the model that ``config`` was read from into ``directory``, where it is not there yet.
+    """Copy licences, processors, vocabularies and code from beside a model's weights to a new directory.
 
-    Custom code that ``auto_map`` names comes along, since the new directory would not load without it; where it cannot
-    be found, the map goes, and the model loads as transformers' own class of its type.
+    Files that are there already stay. Custom code that ``auto_map`` names is copied, since the new directory would not
+    load without it; where it cannot be found, the map is taken out, and the model loads as transformers' own class of
+    its type.
 
     Args:
-        config: Of a model that was loaded from a directory or the hub; nothing is copied for one that was not.
-        directory: A directory with a ``config.json``, as ``save_pretrained`` wrote it.
+        config: Configuration of a model that was loaded from a directory or the hub; else nothing is copied.
+        directory: New directory with a ``config.json``, as ``save_pretrained`` wrote it.
     """
     source = _source(config)
     for file in _files(source, _CARRIED) if source is not None else ():
@@ -57,6 +58,7 @@ def carry_over(config: PreTrainedConfig, directory: Path) -> None:
 
 
 def _carry_code(source: Path | None, directory: Path) -> None:
+    """Copy the Python files that ``auto_map`` in a new directory's config.json needs, or take the map out."""
     described = directory / "config.json"
     data = json.loads(described.read_text(encoding="utf-8"))
     classes = data.get("auto_map")
@@ -77,7 +79,7 @@ def _carry_code(source: Path | None, directory: Path) -> None:
 
 
 def _source(config: PreTrainedConfig) -> Path | None:
-    """The local directory that a configuration was read from; of a model of the hub, its files in the cache."""
+    """Local directory that a configuration was read from; for a model from the hub, its snapshot in the cache."""
     name = config._name_or_path or ""
     if not name or Path(name).is_dir():
         return Path(name) if name else None
@@ -91,11 +93,13 @@ def _source(config: PreTrainedConfig) -> Path | None:
 
 
 def _files(source: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    """Files below a directory that match any of some glob patterns."""
     for pattern in patterns:
         yield from (path for path in sorted(source.glob(pattern)) if path.is_file())
 
 
 def _copy(file: Path, target: Path) -> None:
+    """Copy a file unless its target exists."""
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)

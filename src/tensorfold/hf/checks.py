@@ -1,4 +1,4 @@
-"""What is looked at in a checkpoint's directory before transformers reads it: no pickles, and no file outside.
+"""Checks of a checkpoint's directory before transformers reads it: no pickles, and no file outside.
 
 A directory may come from anyone. Pickles run code when they are read; an index of shards is a list of paths that
 transformers joins to the directory and opens.
@@ -16,7 +16,11 @@ _PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
 
 
 def check_files(directory: Path) -> None:
-    """Raise :class:`InputError` for a directory whose weights are pickles, or lie outside by what an index says."""
+    """Check that a directory's weights are safetensors and lie inside it.
+
+    Raises:
+        InputError: The weights are pickles, or an index of shards names files elsewhere.
+    """
     for index in sorted(directory.glob(f"*{_INDEX}")):
         shards(index)
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
@@ -29,10 +33,10 @@ def check_files(directory: Path) -> None:
 
 
 def shards(index: Path) -> list[Path]:
-    """The files that an index of shards names, all of them beside it.
+    """Files that an index of shards names, all of them beside it.
 
     Raises:
-        InputError: It cannot be read, or names anything but safetensors files of its own directory.
+        InputError: The index cannot be read, or names anything but safetensors files of its own directory.
     """
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

@@ -1,4 +1,4 @@
-"""What the configuration of a folded checkpoint says of it, in the form that transformers keeps it."""
+"""The part of a folded checkpoint's configuration that describes its folded modules: a quantisation configuration."""
 
 from __future__ import annotations
 
@@ -19,11 +19,17 @@ FORMAT_INT8 = 2  # with modules in int8, which a reader of the first format woul
 
 @register_quantization_config(NAME)
 class TensorfoldConfig(QuantizationConfigMixin):
-    """What a folded checkpoint's ``config.json`` says: the spec of every folded module, which heads are tied, and which
-    modules, folded or not, are in int8.
+    """Entry ``quantization_config`` in a folded checkpoint's ``config.json``.
+
+    Args:
+        modules: Structure of every folded module in its JSON form, by full name.
+        tied: Names of tied output heads, by the name of their folded table.
+        split: Sizes of the parts of every linear layer that was split, by full name.
+        format: Number of the file format; by default the one that these settings need.
+        int8: Names of modules, folded or not, that are in int8.
 
     Raises:
-        InputError: A newer format than this version reads, or a spec that no operator can have.
+        InputError: The format is newer than this version reads, or a structure is one that no matrix can have.
     """
 
     int8: tuple[str, ...] | list[str] = ()  # in the file only where there are any
@@ -54,4 +60,5 @@ class TensorfoldConfig(QuantizationConfigMixin):
 
     @property
     def specs(self) -> dict[str, Structure]:
+        """Structure of every folded module, by full name."""
         return {name: spec_from_dict(data) for name, data in self.modules.items()}

@@ -1,4 +1,4 @@
-"""From a folded model back to the plain transformers model it stands for."""
+"""Conversion of a folded model to the plain transformers model with the products of its cores for weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tensorfold.nn import FoldedModule, FoldedTable, StackedLinear
 
 
 def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """A copy of the model's configuration that says nothing of folding, and of the head's tie what the weights say."""
+    """Copy of a model's configuration without folding, which ties head and table if the weights are tied."""
     folded = isinstance(model.get_input_embeddings(), FoldedModule)  # its ties are those of its configuration
     config = copy.deepcopy(model.config) if folded else settled_config(model)
     if hasattr(config, "quantization_config"):
@@ -27,13 +27,13 @@ def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 @torch.no_grad()
 def plain_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The model that the architecture itself has, with every folded matrix multiplied out and nothing of ours in it.
+    """Convert a model to its architecture's own modules, with every folded matrix multiplied out.
 
     Linear layers, ``Conv1D`` and embeddings are the architecture's own again, parts of a fused matrix are one matrix,
     scalars and index orders are in the weights, tied heads are tied. Products are taken in float32 at least.
 
     Args:
-        model: Folded or not; stays as it is. Tensors that were not folded are shared with the result.
+        model: Folded or not; it is not changed. Tensors that were not folded are shared with the result.
 
     Raises:
         InputError: The model is quantised by something else.
@@ -58,10 +58,11 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def become_plain(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Turn a folded model into the plain one that :func:`plain_model` gives, in place.
+    """Convert a folded model to its architecture's own modules in place, as :func:`plain_model` does to a new one.
 
     Args:
-        dtype: Of the weights afterwards; their own if None.
+        model: Folded or not.
+        dtype: Dtype of the weights afterwards; their own if None.
 
     Raises:
         InputError: The model is in int8, or quantised by something else.
@@ -76,14 +77,22 @@ def become_plain(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Pr
 
 
 def check_in_memory(model: PreTrainedModel) -> None:
-    """Raise :class:`InputError` for a model with weights on the meta device, as accelerate's offloading leaves them."""
+    """Check that no weight is on the meta device, where accelerate's offloading leaves weights.
+
+    Raises:
+        InputError: One is.
+    """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise InputError(f"{name} is offloaded (meta device); needed weights in memory: load without device_map.")
 
 
 def check_floating(model: PreTrainedModel) -> None:
-    """Raise :class:`InputError` for weights packed by another quantizer, in int8 by ours, offloaded, or adapted."""
+    """Check that all weights are in memory, in floating point and the model's own.
+
+    Raises:
+        InputError: They are packed by another quantizer, in int8, offloaded or computed, or the model has an adapter.
+    """
     check_no_adapter(model)
     check_in_memory(model)
     check_weights(model)
@@ -97,6 +106,7 @@ def check_floating(model: PreTrainedModel) -> None:
 
 
 def _plain_state(model: PreTrainedModel, plain: PreTrainedModel) -> dict[str, Tensor]:
+    """State dictionary for the plain model, with the folded model's matrices multiplied out."""
     replaced = _replaced(model)
     inside = tuple(f"{name}." for name in replaced)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
@@ -115,7 +125,7 @@ def _plain_state(model: PreTrainedModel, plain: PreTrainedModel) -> dict[str, Te
 
 
 def _replaced(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Folded modules and matrices that were split into parts, by name; a part belongs to its matrix."""
+    """Folded modules and matrices that were split into parts, by name; parts of a matrix are not listed."""
     ours = {name: module for name, module in model.named_modules() if isinstance(module, FoldedModule | StackedLinear)}
     return {name: module for name, module in ours.items() if name.rpartition(".")[0] not in ours}
 
@@ -138,7 +148,7 @@ def _bias(module: nn.Module) -> Tensor | None:
 
 
 def _fill_buffers(plain: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Give ``plain`` the buffers that no checkpoint holds, such as rotary frequencies."""
+    """Copy to the plain model the buffers that no checkpoint holds, such as rotary frequencies."""
     known = dict(model.named_buffers())
     for name, buffer in list(plain.named_buffers()):
         if not buffer.is_meta:

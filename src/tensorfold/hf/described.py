@@ -1,4 +1,4 @@
-"""Whether a model in memory is the one that its configuration describes, so that what is saved can be loaded."""
+"""Check of a model in memory against its configuration, so that what is saved can be loaded."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from tensorfold.errors import InputError, pass_on_memory
 
 
 def check_described(model: PreTrainedModel) -> None:
-    """Raise :class:`InputError` for a dense model whose weights are not those that its configuration makes.
+    """Check that a dense model has the weights, by name and shape, that its configuration describes.
 
-    Widths that were pruned, layers that were deleted or added by hand: ``save_pretrained`` writes such a model, and
-    nothing loads it again.
+    A model whose widths were pruned, or whose layers were deleted or added by hand, is written by ``save_pretrained``
+    and cannot be loaded again.
+
+    Raises:
+        InputError: A weight is missing, too many, or of another shape.
     """
     try:
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""What a GGUF file says before its weights: metadata, and the name, shape and type of every tensor.
+"""The header of a GGUF file: metadata, and the name, shape and type of every tensor.
 
 Layout, little-endian: ``GGUF``, version, counts of tensors and of metadata, the metadata, then each tensor's name,
 dimensions (fastest first), type and offset. Nothing of the weights is read.
@@ -18,7 +18,7 @@ from tensorfold.errors import InputError, pass_on_memory
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-# Of ggml_type; numbers that are missing were taken out of the format.
+# Names of ggml_type by number; numbers that are missing were taken out of the format.
 _TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
     12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
@@ -31,7 +31,13 @@ _LONGEST = 2**28  # bytes of a string, or elements of an array: no sound header 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """A tensor: ``shape`` as torch has it, ``type`` as ggml names it."""
+    """A tensor in a GGUF file.
+
+    Attributes:
+        name: Name in the file.
+        shape: Shape in torch's order, slowest dimension first.
+        type: ggml's name of its type.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -40,7 +46,14 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What stands before the weights of a GGUF file. ``bytes``: of the whole file."""
+    """Header of a GGUF file.
+
+    Attributes:
+        file: Name of the file.
+        bytes: Size of the whole file.
+        metadata: Values by key.
+        tensors: All tensors, in the order of the file.
+    """
 
     file: str
     bytes: int
@@ -49,7 +62,7 @@ class GGUFHeader:
 
     @cached_property
     def numbers(self) -> dict[str, int]:
-        """How many numbers are of each type, most first."""
+        """Count of numbers by ggml type, most first."""
         counts: Counter[str] = Counter()
         for tensor in self.tensors:
             counts[tensor.type] += prod(tensor.shape)
@@ -57,6 +70,7 @@ class GGUFHeader:
 
     @property
     def quantised(self) -> bool:
+        """Whether any tensor is of a quantised type."""
         return any(kind not in _UNQUANTISED for kind in self.numbers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +82,7 @@ def read_gguf_header(path: str | Path) -> GGUFHeader:
     """Read the header of a GGUF file.
 
     Raises:
-        InputError: It is no GGUF file, or cut short or damaged before its weights.
+        InputError: The file is no GGUF file, or cut short or damaged before its weights.
     """
     path = Path(path)
     try:

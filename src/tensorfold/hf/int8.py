@@ -1,4 +1,4 @@
-"""Whole numbers of eight bits in a transformers model: put in, and put back where a checkpoint says so."""
+"""Quantisation of a transformers model's weights to int8."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ from tensorfold.utils.validation import check_types
 
 @dataclass(frozen=True)
 class Int8Report:
-    """Bytes of all parameters and buffers that are stored, before and after, and how many modules hold codes now."""
+    """Result of a quantisation to int8.
+
+    Attributes:
+        bytes_before: Bytes of all stored parameters and buffers before.
+        bytes_after: Bytes of them afterwards.
+        modules: Number of modules that are in int8 now.
+    """
 
     bytes_before: int
     bytes_after: int
@@ -43,9 +49,13 @@ class Int8Report:
 def quantize(model: PreTrainedModel, bits: int = 8) -> Int8Report:
     """Turn the weights of linear layers, tables and folded modules into int8 with a scale a row, in place.
 
-    Weights only: activations, norms and biases stay in floating point. Works on dense and on folded models; the result
-    is saved and loaded as folded ones are (``save_pretrained``, :func:`tensorfold.load`), and cannot be trained, folded
-    or exported as dense any more. For what a scale belongs to, and what the speed is, see ``nn.int8``.
+    Activations, norms and biases stay in floating point. The model may be dense or folded; the result is saved and
+    loaded as folded models are (``save_pretrained``, :func:`tensorfold.load`), and cannot be trained, folded or
+    exported as dense any more. ``nn.int8`` says which numbers share a scale, and what the speed is.
+
+    Args:
+        model: Model whose weights are quantised.
+        bits: Bits of a weight; 8 is the only width.
 
     Raises:
         InputError: Another number of bits than 8, the model is quantised already, or a weight is not finite; then

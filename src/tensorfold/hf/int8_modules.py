@@ -1,4 +1,4 @@
-"""The modules of a transformers model that can hold whole numbers, and those put in their place."""
+"""Replacement of a transformers model's modules by int8 ones."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ Int8 = Int8Linear | Int8Embedding | Int8Folded
 
 @torch.no_grad()
 def install_int8(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Replace modules by int8 ones with their values; empty ones where the model is on the meta device.
+    """Replace modules by int8 ones with their values, or by empty ones where the model is on the meta device.
+
+    Args:
+        model: Model that is changed in place.
+        names: Full names of the modules; a head that is tied to one of them follows it.
 
     Raises:
-        InputError: The model has no such module, or it is of no kind that can hold codes.
+        InputError: The model has no such module, or it is of a kind that cannot be in int8.
     """
     table_name, head_name = _tie(model)
     for name in names:
@@ -39,7 +43,7 @@ def install_int8(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def int8_targets(model: PreTrainedModel) -> list[str]:
-    """Modules that can hold codes, less the head of a tied table, which follows the table."""
+    """Names of modules that can be in int8, without the head of a tied table, which follows the table."""
     _, head = _tie(model)
     inside: tuple[str, ...] = ()
     found = []
@@ -54,6 +58,7 @@ def int8_targets(model: PreTrainedModel) -> list[str]:
 
 
 def _is_dense(module: nn.Module) -> bool:
+    """Whether a module is a plain linear layer, or a table that at most scales its rows."""
     if isinstance(module, nn.Embedding):
         return embedding_scale(module) is not None
     return is_plain_linear(module)
@@ -71,7 +76,7 @@ def _int8(name: str, module: nn.Module) -> Int8:
 
 
 def _tie(model: PreTrainedModel) -> tuple[str | None, str | None]:
-    """Names of the input table and of the head that shares its weights; no head where none does."""
+    """Names of the input table and of the output head that shares its weights; None for a head that does not."""
     names = {id(module): name for name, module in model.named_modules()}
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     table_name, head_name = names.get(id(table)), names.get(id(head))
@@ -82,7 +87,7 @@ def _tie(model: PreTrainedModel) -> tuple[str | None, str | None]:
 
 
 def _tie_head(model: PreTrainedModel, table_name: str, table: Int8, head_name: str) -> None:
-    """The head over the table's own codes, and tied to them for saving and loading."""
+    """Replace a tied head by one that uses the table's own codes, and tie it to them for saving and loading."""
     old = model.get_submodule(head_name)
     if isinstance(table, Int8Embedding):
         head: Int8 = table.head(getattr(old, "bias", None))

@@ -30,7 +30,7 @@ from tensorfold.utils.validation import check_types
 
 CAUSAL_LM = "needed a decoder-only causal language model"
 
-# What says where a model's files are, for transformers and huggingface_hub.
+# Options that say where a model's files are, for transformers and huggingface_hub.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -42,9 +42,9 @@ def load(path: str | Path, *, dtype: torch.dtype | str | None = None, **options:
     never read, and code that comes with a checkpoint is run with ``trust_remote_code=True`` alone.
 
     Args:
-        path: What ``save_pretrained`` wrote, or a hub id.
-        dtype: Of the weights; as stored if None.
-        options: Passed to ``from_pretrained``. Those that say where on the hub, or in the directory, the model lies
+        path: Directory that ``save_pretrained`` wrote, or a hub id.
+        dtype: Dtype of the weights; as stored if None.
+        options: Passed to ``from_pretrained``. Options that say where on the hub, or in the directory, the model lies
             (``revision``, ``subfolder``, ``cache_dir``, ``token``, …) hold for its configuration as well.
 
     Raises:
@@ -87,7 +87,7 @@ def _check_size(path: Path, config: PreTrainedConfig) -> None:
     """Refuse a configuration far larger than its weights before ``from_pretrained`` allocates what is not there.
 
     Raises:
-        InputError: It describes more than twice the parameters that the files hold, or cannot be built at all.
+        InputError: The configuration describes more than twice the parameters in the files, or cannot be built at all.
         SafetensorError: A file is truncated or damaged.
     """
     files = sorted(path.glob("*.safetensors"))
@@ -104,10 +104,10 @@ def _check_size(path: Path, config: PreTrainedConfig) -> None:
 
 
 def folded_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a checkpoint's configuration on the meta device, with its folded modules in place.
+    """Build the model of a checkpoint's configuration on the meta device, with its folded modules in place.
 
     Raises:
-        InputError: No model can be built from it.
+        InputError: No model can be built from the configuration.
     """
     model = empty_model(config)
     folding = folding_of(config)
@@ -118,10 +118,10 @@ def folded_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def folding_of(config: PreTrainedConfig) -> TensorfoldConfig | None:
-    """What a checkpoint's configuration says of its folded modules; None where it is not folded.
+    """Read the description of folded modules in a checkpoint's configuration; None where it is not folded.
 
     Raises:
-        InputError: It is not readable as that.
+        InputError: The description is damaged, or of a newer format.
     """
     stored_as = getattr(config, "quantization_config", None)
     if not isinstance(stored_as, dict) or stored_as.get("quant_method") != NAME:
@@ -130,12 +130,21 @@ def folding_of(config: PreTrainedConfig) -> TensorfoldConfig | None:
 
 
 def _stored_parameters(file: Path) -> int:
+    """Count of numbers in a safetensors file, by its header."""
     with safe_open(file, framework="pt") as tensors:
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
 
 
 def _check_complete(path: str | Path, info: Mapping[str, Any]) -> None:
-    """Raise :class:`InputError` for every tensor that ``from_pretrained`` made up, dropped or could not fit."""
+    """Check that ``from_pretrained`` made up no tensor, dropped none, and that all fitted.
+
+    Args:
+        path: The checkpoint, for messages.
+        info: What ``from_pretrained`` returned with ``output_loading_info``.
+
+    Raises:
+        InputError: It did; the message names up to five tensors.
+    """
     found = {
         "lacks the tensors": [str(name) for name in info["missing_keys"]],
         "has the unexpected tensors": [str(name) for name in info["unexpected_keys"]],
@@ -150,9 +159,12 @@ def _check_complete(path: str | Path, info: Mapping[str, Any]) -> None:
 
 
 def _check_sound(path: str | Path, model: PreTrainedModel) -> None:
-    """Raise :class:`InputError` for folded weights that are not floating point, and for ties that were not made.
+    """Check that folded weights are in floating point and that all ties of the configuration were made.
 
     transformers gives a head its own weight, against the configuration, where the files hold one that differs.
+
+    Raises:
+        InputError: A weight is stored as whole numbers, or a tie was not made.
     """
     for name, module in model.named_modules():
         if isinstance(module, FoldedModule) and not all(p.is_floating_point() for p in module.parameters()):
@@ -166,13 +178,15 @@ def _check_sound(path: str | Path, model: PreTrainedModel) -> None:
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False, **place: Any) -> PreTrainedConfig:
-    """The configuration of a model, without its weights.
+    """Read the configuration of a model, without its weights.
 
     Args:
+        path: Directory or hub id.
+        trust_remote_code: Whether code that comes with the model may run.
         place: Any of ``HUB_OPTIONS``.
 
     Raises:
-        InputError: There is no such model, or it is an encoder–decoder.
+        InputError: There is no such model, or it is an encoder–decoder or quantised.
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **place)
@@ -200,11 +214,14 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False, **place: A
 def save(
     model: PreTrainedModel, tokenizer: Any, path: str | Path, card: dict[str, Any], *, replace: bool = False
 ) -> None:
-    """Write model, tokenizer, what lay beside the weights, and a README that says how to load it; whole or not at all.
+    """Write model, tokenizer, files from beside the weights, and a README that says how to load it; all or nothing.
 
     Args:
-        card: What the README reports, see ``hf.model_card.model_card``. Also written as ``tensorfold.json``.
-        replace: Put it in the place of what is there.
+        model: Folded or dense.
+        tokenizer: The model's, or None.
+        path: New directory.
+        card: Facts that the README reports, see ``hf.model_card.model_card``. Also written as ``tensorfold.json``.
+        replace: Whether a directory that is there is replaced.
 
     Raises:
         InputError: ``path`` exists and is not an empty directory, or cannot be written.
@@ -217,7 +234,16 @@ def save(
 
 @contextmanager
 def new_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """A directory to fill that becomes ``path`` when the block ends without an error; raises what :func:`save` does."""
+    """Directory to fill that becomes ``path`` when the block ends without an error.
+
+    Args:
+        path: New directory.
+        replace: Whether a directory that is there is replaced.
+
+    Raises:
+        InputError: ``path`` exists and is not an empty directory, or cannot be written.
+        TensorfoldError: The disk is full, or refuses to take the files.
+    """
     try:
         with atomic_directory(Path(path), replace=replace) as partial:
             yield partial
@@ -227,10 +253,13 @@ def new_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def save_beside(directory: Path, config: PreTrainedConfig, tokenizer: Any, card: dict[str, Any]) -> None:
-    """Write what goes with weights and configuration: tokenizer, README, ``tensorfold.json``, and what came with them.
+    """Write the files beside weights and configuration: tokenizer, README, ``tensorfold.json``, licences and the like.
 
     Args:
-        config: Of the model whose weights the directory holds; see :func:`tensorfold.hf.beside.carry_over`.
+        directory: Directory with the weights and a ``config.json``.
+        config: Configuration of their model; see :func:`tensorfold.hf.beside.carry_over`.
+        tokenizer: The model's, or None.
+        card: Facts that the README reports.
     """
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)

@@ -1,7 +1,7 @@
-"""LoRA on folded layers: what ``peft`` makes of them when ``target_modules`` names one.
+"""LoRA on folded layers that ``target_modules`` of a ``peft`` configuration names.
 
-peft knows torch's own layers only. It lets a configuration say which class adapts which other layer; importing this
-file makes every ``LoraConfig`` say it, so ``get_peft_model`` and ``PeftModel.from_pretrained`` need nothing of ours.
+peft knows torch's own layers only, but a configuration may register which class adapts which other layer. Importing
+this file makes every ``LoraConfig`` do so, and ``get_peft_model`` and ``PeftModel.from_pretrained`` need nothing else.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from tensorfold.errors import InputError
 from tensorfold.nn import FoldedModule, StackedLinear, StructuredLinear
 from tensorfold.nn.int8 import Int8Embedding, Int8Folded, Int8Linear
 
-# The starts of LoRA's factors that do not look at the dense weight.
+# Settings of init_lora_weights that do not look at the dense weight.
 _STARTS = (True, False, "gaussian")
 
 
 @functools.cache
 def _adapters() -> dict[type[nn.Module], Any]:
-    """Which class adapts which layer: plain LoRA for linear ones, a refusal for what no low rank can be added to."""
+    """Adapter class or refusal by class of layer: plain LoRA for linear layers, a refusal for all others."""
     # peft's layers import its configuration, which is being imported when this file is.
     from peft.tuners.lora.layer import Linear
 
@@ -48,7 +48,11 @@ def _adapters() -> dict[type[nn.Module], Any]:
 
 
 def _check(config: LoraConfig) -> None:
-    """Raise :class:`InputError` for kinds of LoRA that compute with the dense weight of the layer."""
+    """Check that a kind of LoRA does not compute with the dense weight of the layer.
+
+    Raises:
+        InputError: It does: DoRA, and starts such as PiSSA.
+    """
     if config.init_lora_weights not in _STARTS or config.use_dora:
         got = "use_dora=True" if config.use_dora else f"init_lora_weights={config.init_lora_weights!r}"
         raise InputError(
@@ -58,6 +62,7 @@ def _check(config: LoraConfig) -> None:
 
 
 def _refuse(target: nn.Module, *_: Any, **__: Any) -> NoReturn:
+    """Raise :class:`InputError`, which says what can be adapted in the place of a layer that cannot."""
     if isinstance(target, StackedLinear):
         raise InputError(
             f"LoRA: target_modules names a matrix that is kept as {len(target)} parts; needed the parts, whose names "
@@ -75,6 +80,7 @@ def _refuse(target: nn.Module, *_: Any, **__: Any) -> NoReturn:
 
 
 def _teach(cls: type[LoraConfig]) -> None:
+    """Let every new configuration of a class register the adapters of folded layers."""
     after = cls.__post_init__
 
     @functools.wraps(after)

@@ -1,4 +1,4 @@
-"""The README of a folded checkpoint: how to load it, what was done, and what was measured."""
+"""README of a folded checkpoint: how to load it, how it was folded, and how it was evaluated."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ def model_card(
     path: str = "PATH",
     size: int | None = None,
 ) -> str:
-    """README of a folded checkpoint: how to load it first, then what was done and what is known of it.
+    """Text of a folded checkpoint's README: how to load it, then how it was folded and healed, then evaluations.
 
     Args:
         card: ``base_model``, ``recipe``, ``parameters_before``, ``parameters_after``, ``bytes_before``,
             ``bytes_after``, and ``calibration`` if any text was used, ``heal`` if it was healed, ``modules``. Missing
             entries are left out.
-        evaluations: What ``tensorfold eval --record`` noted, oldest first; of equal protocol, text and tokens the last.
-        path: Where the checkpoint lies, as code that loads it says it.
+        evaluations: Records of ``tensorfold eval --record``, oldest first; the last one for every protocol, text and
+            number of tokens is shown.
+        path: Directory or hub id of the checkpoint, for the code that loads it.
         size: Bytes of its weight files.
     """
     before, after = (_count(card.get(f"parameters_{when}")) for when in ("before", "after"))
@@ -66,10 +67,10 @@ def model_card(
 
 
 def source_line(stored: Mapping[str, Any]) -> str:
-    """What a model's weights are in the quantised file that they are read from.
+    """Line about the quantised file that a model's weights were read from: types, name and size.
 
     Args:
-        stored: ``file``; ``bytes`` of it; ``numbers``, how many are of each type.
+        stored: ``file``, its name; ``bytes``, its size; ``numbers``, their count by type.
     """
     numbers = stored.get("numbers")
     kinds = numbers.items() if isinstance(numbers, Mapping) else ()
@@ -80,7 +81,7 @@ def source_line(stored: Mapping[str, Any]) -> str:
 
 
 def _measured(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of recorded evaluations, and one of the tasks of lm-eval; nothing where there are none."""
+    """Lines of two Markdown tables, of recorded perplexities and of lm-eval's tasks; none without records."""
     latest = {(str(e.get("protocol")), str(e.get("text")), str(e.get("tokens"))): e for e in evaluations}
     perplexities, tasks = [], []
     for (protocol, text, tokens), found in latest.items():
@@ -108,21 +109,22 @@ def _measured(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """On one line, and in characters that UTF-8 has: a card may come from anyone."""
+    """Text of a value on one line, in characters that UTF-8 has: a card may come from anyone."""
     return " ".join(str(value).encode(errors="backslashreplace").decode().split())
 
 
 def _count(value: Any) -> int:
-    """A number of parameters; 0 for anything else."""
+    """Count of parameters from a card's value; 0 for anything but a positive whole number."""
     return value if type(value) is int and 0 < value < 2**63 else 0
 
 
 def _row(*cells: str) -> str:
+    """Row of a Markdown table."""
     return "| " + " | ".join(_text(cell).replace("|", "/") for cell in cells) + " |"
 
 
 def _number(value: Any) -> str:
-    """Six significant digits, counts whole; empty for what is no number."""
+    """Text of a number, with six significant digits or, of a count, all; empty for any other value."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

@@ -21,10 +21,14 @@ Folded = StructuredLinear | StructuredTable
 
 
 def empty_module(matrix: Matrix, spec: Structure) -> Folded:
-    """A folded module of this structure on the meta device, with the bias or scale of the one it replaces.
+    """Make a folded module on the meta device, with a bias or scale if the module that it replaces has one.
+
+    Args:
+        matrix: Matrix that is replaced.
+        spec: Structure of the new module.
 
     Raises:
-        InputError: The structure is not one of a matrix of this kind.
+        InputError: The structure is for tables, and the matrix is a linear layer's.
     """
     dtype = matrix.parameter.dtype
     if matrix.kind == "embedding":
@@ -36,7 +40,13 @@ def empty_module(matrix: Matrix, spec: Structure) -> Folded:
 
 @torch.no_grad()
 def solved_module(matrix: Matrix, spec: Structure, factors: Factors) -> Folded:
-    """The module that a method's solution makes of the matrix, in its dtype, on its device, with its bias or scale."""
+    """Make a folded module that holds a solver's output, with the dtype, device and bias or scale of the matrix.
+
+    Args:
+        matrix: Matrix that is replaced.
+        spec: Structure of the new module.
+        factors: Cores, scalars and orders.
+    """
     module = empty_module(matrix, spec).to_empty(device=matrix.parameter.device)
     module.load_factors(factors)
     if matrix.bias is not None and isinstance(module, StructuredLinear) and module.bias is not None:
@@ -45,7 +55,7 @@ def solved_module(matrix: Matrix, spec: Structure, factors: Factors) -> Folded:
 
 
 def scale_of(matrix: Matrix) -> float:
-    """The embedding's constant factor.
+    """Constant factor on every row of an embedding.
 
     Raises:
         InputError: The embedding does more than look up and scale.
@@ -59,7 +69,7 @@ def scale_of(matrix: Matrix) -> float:
 
 
 def swap(model: PreTrainedModel, matrix: Matrix, module: Folded) -> None:
-    """Replace the matrix's module; a tied output head is replaced by the head over the same cores, and tied again."""
+    """Replace a matrix's module by a folded one, in place; a tied output head becomes a head over its very cores."""
     set_module(model, matrix.name, module)
     if matrix.tied_head is None:
         return
@@ -80,6 +90,12 @@ def install(
     model: PreTrainedModel, specs: Mapping[str, Structure], tied: Mapping[str, str], split: Mapping[str, list[int]]
 ) -> None:
     """Replace modules by empty folded ones, as a saved configuration describes them.
+
+    Args:
+        model: Model that is changed in place.
+        specs: Structure of every folded module, by full name.
+        tied: Names of tied output heads, by the name of their folded table.
+        split: Sizes of the parts of every linear layer that was split, by full name.
 
     Raises:
         InputError: The configuration names a module that the model lacks, or gives it another shape.
@@ -108,7 +124,7 @@ def install(
 
 
 def set_module(model: PreTrainedModel, name: str, module: nn.Module) -> None:
-    """Put a module in the place of another, as one that needs no initialisation."""
+    """Put a module in the place of another, marked as one that needs no initialisation and must not be divided."""
     model.set_submodule(name, module)
     mark_initialised(model, name)
     # A device map may not part what is computed at once.

@@ -1,4 +1,4 @@
-"""A folded checkpoint's names in a model of another class: without its head, or with a classifier's instead."""
+"""Names of a folded checkpoint's modules in a model of another class, without the head or with a classifier."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ if TYPE_CHECKING:
 
 
 def for_model(config: TensorfoldConfig, model: PreTrainedModel) -> TensorfoldConfig:
-    """What a checkpoint's configuration says of its folded modules, for the class that it is loaded into.
+    """Description of a checkpoint's folded modules with the names that they have in the class it is loaded into.
 
     transformers loads one checkpoint as ``LlamaForCausalLM``, as ``LlamaModel``, whose names lack the prefix
-    ``model.``, and as ``LlamaForSequenceClassification``, which has no head on the vocabulary. Where the class is the
-    one that was saved, the configuration is given back as it is, so that a name that is missing is told.
+    ``model.``, and as ``LlamaForSequenceClassification``, which has no head on the vocabulary. Modules that the class
+    lacks are left out. Where the class is the one that was saved, nothing is changed, so that a missing name is an
+    error later.
+
+    Args:
+        config: Description in the checkpoint.
+        model: Model that it is loaded into.
     """
     saved_as = getattr(model.config, "architectures", None) or [type(model).__name__]
     if type(model).__name__ in saved_as:
@@ -24,6 +29,7 @@ def for_model(config: TensorfoldConfig, model: PreTrainedModel) -> TensorfoldCon
     prefix = f"{model.base_model_prefix}."
 
     def here(name: str) -> str | None:
+        """Name of a saved module in this model; None where it has none."""
         parent = name.rpartition(".")[0]
         whole = parent if parent in config.split else name
         known = (whole, whole.removeprefix(prefix), prefix + whole)

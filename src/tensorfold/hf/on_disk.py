@@ -1,4 +1,4 @@
-"""The weights of a checkpoint where they lie: looked up tensor by tensor, with the model itself on the meta device."""
+"""Weights of a checkpoint read tensor by tensor from their files, with the model itself on the meta device."""
 
 from __future__ import annotations
 
@@ -27,15 +27,18 @@ _DTYPES = {
 
 
 class NotStoredError(InputError):
-    """The weights on the disk are not, one by one, those of the model; loading it whole may still make them so."""
+    """The tensors on the disk are not the model's weights one by one; loading it whole may still convert them."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A model on the meta device, and where each of its weights is.
+    """A model on the meta device, and the places of its weights on the disk.
 
     Attributes:
-        files: Of every name in the model's state dictionary but those of tied weights: the file, and the name in it.
+        directory: Directory of the checkpoint.
+        model: Model without weights.
+        files: File and name in it of every tensor in the model's state dictionary, except tied weights; by the model's
+            name.
     """
 
     directory: Path
@@ -43,7 +46,11 @@ class Stored:
     files: Mapping[str, tuple[Path, str]]
 
     def tensor(self, name: str) -> Tensor:
-        """A weight, mapped from its file: nothing is read before it is used, and nothing stays when it is let go."""
+        """Weight mapped from its file: it is read when it is used, and takes no memory once it is let go.
+
+        Raises:
+            InputError: The file is damaged.
+        """
         path, key = self.files[name]
         try:
             with safe_open(path, framework="pt") as file:
@@ -53,18 +60,21 @@ class Stored:
             raise InputError(f"{path}: {key} cannot be read ({reason(error)}); copy the checkpoint again.") from error
 
     def signature(self) -> dict[str, object]:
-        """By name, what must be the same wherever this checkpoint is read."""
+        """Facts by name that are equal wherever this checkpoint is read: configuration, file sizes, shapes, dtypes."""
         sizes = {str(path.name): path.stat().st_size for path, _ in self.files.values()}
         weights = {name: (tuple(t.shape), str(t.dtype)) for name, t in self.model.state_dict().items()}
         return {"configuration": self.model.config.to_json_string(), **sizes, **weights}
 
 
 def find_stored(path: str) -> Stored:
-    """The weights of a directory that ``save_pretrained`` wrote, or of a hub id whose snapshot is on this machine.
+    """Find the weights of a checkpoint on the disk.
+
+    Args:
+        path: Directory that ``save_pretrained`` wrote, or a hub id whose snapshot is on this machine.
 
     Raises:
-        NotStoredError: They are not all there as safetensors of one floating dtype, under the model's own names and in
-            its own shapes, or loading would change them.
+        NotStoredError: The weights are not all there as safetensors of one floating dtype, under the model's own names
+            and in its own shapes, or loading would change them.
         InputError: There is no such model, or none can be built from its configuration.
     """
     config = load_config(path)
@@ -90,10 +100,10 @@ def find_stored(path: str) -> Stored:
 
 
 def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What a checkpoint of the model holds, by name: its state dictionary less tied weights, as the model's tensors.
+    """Tensors of a model that its checkpoint holds, by name: its state dictionary without tied weights.
 
     Raises:
-        NotStoredError: A tensor is there under two names, without being known as tied.
+        NotStoredError: A tensor has two names, without being known as tied.
     """
     left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
     own = {name: model.get_parameter_or_buffer(name) for name in model.state_dict() if name not in left_out}
@@ -104,7 +114,7 @@ def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def save_configuration(model: PreTrainedModel, directory: Path) -> None:
-    """Write what ``save_pretrained`` writes beside the weights."""
+    """Write the files that ``save_pretrained`` writes beside the weights: config.json and generation_config.json."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
@@ -113,6 +123,7 @@ def save_configuration(model: PreTrainedModel, directory: Path) -> None:
 
 
 def _directory(path: str) -> Path:
+    """Local directory of a checkpoint; for a hub id its snapshot in the cache."""
     if Path(path).is_dir():
         return Path(path)
     try:
@@ -123,7 +134,7 @@ def _directory(path: str) -> Path:
 
 
 def _tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], torch.dtype]]:
-    """By its name: the file, the shape and the dtype of every tensor, which is mapped for that and not read."""
+    """File, shape and dtype of every tensor in a directory, by its name; only headers are read."""
     files = [directory / "model.safetensors"]
     index = directory / "model.safetensors.index.json"
     check_files(directory)
@@ -145,7 +156,18 @@ def _tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...], torch.dt
 def _matched(
     directory: Path, model: PreTrainedModel, found: Mapping[str, tuple[Path, tuple[int, ...], torch.dtype]]
 ) -> dict[str, tuple[Path, str]]:
-    """Where each of the model's tensors is; a checkpoint of the body alone lacks the first part of every name."""
+    """File and name in it of each of the model's tensors, by the model's name.
+
+    A checkpoint of the body alone lacks the first part of every name.
+
+    Args:
+        directory: The checkpoint's, for messages.
+        model: Model on the meta device.
+        found: File, shape and dtype of the tensors in the directory.
+
+    Raises:
+        NotStoredError: A tensor is missing, too many, or of another shape or dtype.
+    """
     own = own_tensors(model)
     ignored = re.compile("|".join(f"({pattern})" for pattern in model._keys_to_ignore_on_load_unexpected or ()) or "$^")
     files = {}
@@ -172,7 +194,11 @@ def _is_converted(model: PreTrainedModel) -> bool:
 
 
 def _describe_generation(directory: Path, model: PreTrainedModel) -> None:
-    """As ``from_pretrained`` does: the file beside the weights, else what the configuration says of generation."""
+    """Give a model its generation settings as ``from_pretrained`` does: from their file, else from config.json.
+
+    Raises:
+        InputError: The file is damaged.
+    """
     if not model.can_generate():
         return
     try:

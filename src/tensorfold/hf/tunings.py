@@ -1,4 +1,4 @@
-"""What peft's prompt tuning and trainable tokens make of folded embedding tables.
+"""Patches of peft's prompt tuning and trainable tokens for folded embedding tables.
 
 Prompt tuning looks for the table among the parameters, by a size that no core has; trainable tokens replace rows of a
 dense weight. Importing peft calls the functions here once each (see ``tensorfold/__init__.py``).
@@ -15,11 +15,11 @@ from tensorfold.errors import InputError
 from tensorfold.nn import FoldedModule
 from tensorfold.nn.int8 import Int8Embedding, Int8Folded
 
-_TABLE = "embeddings.word_embeddings"  # where peft looks first, as BERT's is called
+_TABLE = "embeddings.word_embeddings"  # name of BERT's table, where peft looks first
 
 
 def teach_prompt_tuning(module: Any) -> None:
-    """Let ``PeftModel`` of ``peft.peft_model`` find a folded table where it sets up prompts."""
+    """Patch ``PeftModel`` in the module ``peft.peft_model``, so that prompt tuning finds a folded table."""
 
     @wrapt.patch_function_wrapper(module, "PeftModel._setup_prompt_encoder")
     def _(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -36,7 +36,7 @@ def teach_prompt_tuning(module: Any) -> None:
 
 
 def teach_trainable_tokens(module: Any) -> None:
-    """Let ``TrainableTokensLayer`` of ``peft.tuners.trainable_tokens.layer`` refuse a table without rows of its own."""
+    """Patch ``TrainableTokensLayer`` in ``peft.tuners.trainable_tokens.layer`` to refuse a table without own rows."""
 
     @wrapt.patch_function_wrapper(module, "TrainableTokensLayer.update_layer")
     def _(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -50,4 +50,5 @@ def teach_trainable_tokens(module: Any) -> None:
 
 
 def _is_ours(table: nn.Module) -> bool:
+    """Whether an embedding is folded or in int8."""
     return isinstance(table, FoldedModule | Int8Embedding | Int8Folded)

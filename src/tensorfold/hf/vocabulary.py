@@ -1,4 +1,4 @@
-"""New tokens for a model whose embedding is folded."""
+"""New tokens in the vocabulary of a model whose embedding is folded."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ def append_tokens(model: PreTrainedModel, vectors: Tensor, head_vectors: Tensor 
     that the model can be saved. Grow the tokenizer yourself, and make optimizers anew.
 
     Args:
-        vectors: Shape (new tokens, width), as the dense table would hold them (before the scale of a scaled one).
-        head_vectors: Shape (new tokens, width), for an untied head; the mean of its rows by default.
+        model: Folded model.
+        vectors: Rows of the new tokens, shape (new tokens, width), as the dense table would hold them (before the scale
+            of a scaled one).
+        head_vectors: Rows for an untied head, shape (new tokens, width); the mean of its rows by default.
 
     Raises:
-        InputError: The embedding, or the head of an untied model, cannot grow, or a shape does not fit. Found before
-            anything is changed.
+        InputError: The embedding, or the head of an untied model, cannot grow, or a shape does not fit. Nothing is
+            changed then.
     """
     check_types("append_tokens", model=(model, PreTrainedModel), vectors=(vectors, Tensor))
     check_types("append_tokens", head_vectors=(head_vectors, Tensor | None))
@@ -53,7 +55,11 @@ def append_tokens(model: PreTrainedModel, vectors: Tensor, head_vectors: Tensor 
 
 
 def _growing(model: PreTrainedModel) -> StructuredTable:
-    """The input embedding, if tokens can be added to it."""
+    """Input embedding of a model, if tokens can be added to it.
+
+    Raises:
+        InputError: They cannot.
+    """
     table = model.get_input_embeddings()
     if not (isinstance(table, StructuredTable) and table.grows):
         dense = isinstance(table, nn.Embedding)
@@ -68,11 +74,12 @@ def _growing(model: PreTrainedModel) -> StructuredTable:
 
 
 def _grown(parameter: Tensor, new: Tensor) -> nn.Parameter:
+    """Parameter with new rows behind its own."""
     return nn.Parameter(torch.cat([parameter, new.to(parameter)]), parameter.requires_grad)
 
 
 def _describe(model: PreTrainedModel, table: StructuredTable) -> None:
-    """Let the configuration say how large the table is."""
+    """Write the size and structure of a table that has grown into the model's configuration."""
     model.config.get_text_config().vocab_size = table.num_embeddings
     model.vocab_size = table.num_embeddings  # type: ignore[assignment]
     name = next(name for name, module in model.named_modules() if module is table)
@@ -86,15 +93,16 @@ def resize_token_embeddings(
     pad_to_multiple_of: int | None = None,
     mean_resizing: bool = True,
 ) -> nn.Module:
-    """transformers' method of this name for a folded model.
+    """Resize the vocabulary of a folded model: transformers' method of this name.
 
     A dense table with a dense head, or none, is resized by transformers itself. To a folded table whose tokens share
     nothing, new tokens are added as the mean of all rows; to start them as anything else, call :func:`append_tokens`.
 
     Args:
-        new_num_tokens: Tokens after the call; None for as many as there are.
-        pad_to_multiple_of: Round that number up.
-        mean_resizing: Has to be true for a folded table.
+        model: Folded model.
+        new_num_tokens: Number of tokens after the call; None for as many as there are.
+        pad_to_multiple_of: Number that the number of tokens is rounded up to a multiple of; None for no rounding.
+        mean_resizing: Whether new rows start at the mean; it has to be true for a folded table.
 
     Returns:
         The input embedding.
