@@ -12,7 +12,8 @@ DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) fo
 PARSED = {
     r"tensorfold demo": "folds the real model, for minutes; tests/cli/test_demo.py runs it on a tiny one",
     r"tensorfold bench": "times things for minutes; tests/benchmark/test_bench_command.py runs it",
-    r"tensorfold export .*--to onnx": "traces for many seconds; tests/export/test_export.py runs it",
+    r"tensorfold export .*--to (onnx|openvino)": "traces for many seconds; tests/export/test_graphs.py runs it",
+    r"tensorfold (sample|eval) as-onnx": "needs what is not exported here; tests/export/test_graphs.py runs it",
     r"--protocol lm-eval": "needs an extra; tests/evaluation/test_harness.py runs it",
     r"--install-completion": "writes into the home directory",
     r"tensorfold \w+ +gpt2 ": "needs the hub; tests/folding/test_krony.py plans every recipe",

@@ -5,8 +5,7 @@
 
 GPT-2's shape with random weights, dense and folded by ``krony-81m``; and SmolLM2-135M (Llama's shape), dense and with
 its MLP at half the size by low rank, without text, since only shapes matter to speed. Both heads are tied. One session
-a graph, calls with 16, 128 and 512 tokens taken in turn, ratios of the same round. The graph has no KV cache, so a call
-is what one token costs after so many. Appends to ``onnx_speed.jsonl``.
+a graph, prompts of 16, 128 and 512 tokens taken in turn, ratios of the same round. Appends to ``onnx_speed.jsonl``.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from os import cpu_count
 from pathlib import Path
 from typing import Any
 
-import numpy
 import onnxruntime
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
@@ -29,7 +27,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 import tensorfold
 from tensorfold import LowRank, Recipe
 from tensorfold.benchmark.timing import Spread, interleave
-from tensorfold.export.checkpoints import export_onnx
+from tensorfold.export.engine_model import open_exported
+from tensorfold.export.graphs import export_onnx
 from tensorfold.hf.sources import find_model
 
 LOG = Path(__file__).with_suffix(".jsonl")
@@ -63,19 +62,12 @@ def export(work: Path, quick: bool) -> None:
 
 def measure(graphs: dict[str, Path], rounds: int, lengths: tuple[int, ...], threads: int) -> list[dict[str, Any]]:
     """An entry a length: seconds of both graphs, and how many times as fast the folded one is."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Or the threads of one session still spin, for work that will not come, while the other is timed.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    sessions = {
-        form: onnxruntime.InferenceSession(str(path / "model.onnx"), options, providers=["CPUExecutionProvider"])
-        for form, path in graphs.items()
-    }
+    torch.set_num_threads(threads)
+    models = {form: open_exported(path) for form, path in graphs.items()}
     entries = []
     for length in lengths:
-        ids = numpy.random.default_rng(0).integers(0, 500, (1, length))
-        feed = {"input_ids": ids, "attention_mask": numpy.ones_like(ids)}
-        calls = {form: partial(session.run, ["logits"], feed) for form, session in sessions.items()}
+        ids = torch.randint(500, (1, length), generator=torch.Generator().manual_seed(0))
+        calls = {form: partial(model, ids) for form, model in models.items()}
         samples = interleave(calls, rounds, time.perf_counter, lambda: None)
         ratios = [dense / folded for dense, folded in zip(samples["dense"], samples["folded"], strict=True)]
         seconds = {form: Spread.of(values).to_dict() for form, values in samples.items()}

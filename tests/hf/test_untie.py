@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, RobertaConfig
 import tensorfold
 from tensorfold import Graded, InputError, Kronecker, LowRank, Recipe, Rule, TokenMPS
 from tensorfold.export.checkpoints import export_dense, export_onnx
-from tensorfold.export.engines import PACKAGES
+from tensorfold.export.tracing import PACKAGES
 from tensorfold.hf.surgery import untie_head, without_weights
 from tensorfold.models.anatomy import count_parameters, matrices
 from tensorfold.nn import FoldedModule, GradedEmbedding, MPOLinear, TokenMPSEmbedding
@@ -299,7 +299,7 @@ def test_dense_export(make, tmp_path, architecture, which):
     assert report.parameters == count_parameters(plain) == count_parameters(make(architecture)) + WEIGHT
 
 
-@pytest.mark.skipif(not all(map(importlib.util.find_spec, PACKAGES)), reason="needs the ONNX packages")
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, PACKAGES["onnx"])), reason="needs the ONNX packages")
 @pytest.mark.parametrize("which", ["both", "head"])
 def test_onnx_export(make, tmp_path, which):
     model = make("llama", num_hidden_layers=1)

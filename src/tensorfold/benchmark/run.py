@@ -20,8 +20,9 @@ from tensorfold.benchmark.rivals import installed
 from tensorfold.benchmark.timing import Clock
 from tensorfold.benchmark.whole import bench_models, is_folded, prompt_length, size, ways_kept
 from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.export.engine_model import EngineModel, EngineSource, find_runnable
 from tensorfold.hf.dense import plain_model
-from tensorfold.hf.sources import Source, find_model
+from tensorfold.hf.sources import Source
 from tensorfold.models.anatomy import count_parameters
 from tensorfold.nn import FoldedModule
 from tensorfold.recipes.settings import BENCH_NEEDS, BenchSettings
@@ -140,11 +141,19 @@ def _bench(
         layers=layers,
         prefill=timings[0],
         decode=timings[1],
-        parameters={key: count_parameters(value) for key, value in own.items()},
-        bytes={key: size(value) for key, value in own.items()},
+        parameters={key: _parameters(value) for key, value in own.items()},
+        bytes={key: _bytes(value) for key, value in own.items()},
         peak_bytes=peaks,
         notes=notes,
     )
+
+
+def _parameters(model: PreTrainedModel) -> int:
+    return model.stored_parameters if isinstance(model, EngineModel) else count_parameters(model)
+
+
+def _bytes(model: PreTrainedModel) -> int:
+    return model.stored_bytes if isinstance(model, EngineModel) else size(model)
 
 
 def _peaks(
@@ -163,6 +172,8 @@ def _peaks(
         path, form = (source, name) if name != "dense" or own_dense else (against, "model")
         if path is None:
             notes.append(f"peak memory of {name}: measured of models on disk only; give a directory, or its name")
+        elif isinstance(path, EngineSource):
+            notes.append(f"peak memory of {name}: not measured of exported graphs")
         else:
             way = settings.way if path is source and form == "model" else None
             try:
@@ -180,7 +191,7 @@ def _peaks(
 def _load(model: PreTrainedModel | str | Path, dtype: str | None) -> tuple[PreTrainedModel, Source | None, str]:
     """The model, where it was found, and its name."""
     if isinstance(model, str | Path):
-        source = find_model(str(model))
+        source = find_runnable(str(model))
         return source.model(dtype), source, source.name
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"bench: got {type(model).__name__}; needed a transformers model, or the name of one.")
@@ -192,7 +203,7 @@ def _load(model: PreTrainedModel | str | Path, dtype: str | None) -> tuple[PreTr
 def _check_alike(model: PreTrainedModel, against: PreTrainedModel) -> None:
     """Raise :class:`InputError` if times of the two would differ by more than what was folded."""
     for what, own, other in (
-        ("dtype", _dtype(model), _dtype(against)),
+        ("dtype", *(str(each.dtype).removeprefix("torch.") for each in (model, against))),
         ("device", str(model.device), str(against.device)),
     ):
         if own != other:
@@ -203,6 +214,8 @@ def _check_alike(model: PreTrainedModel, against: PreTrainedModel) -> None:
 
 
 def _dtype(model: PreTrainedModel) -> str:
+    if isinstance(model, EngineModel):
+        return model.stored_type
     return str(model.dtype).removeprefix("torch.")
 
 

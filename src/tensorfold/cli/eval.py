@@ -49,7 +49,7 @@ def evaluate(
     from tensorfold.evaluation.perplexity import check_judge
     from tensorfold.evaluation.perplexity import evaluate as measure
     from tensorfold.evaluation.protocols import HARNESS, form_needed
-    from tensorfold.hf.sources import find_model
+    from tensorfold.export.engine_model import find_runnable
     from tensorfold.utils.records import check_recordable, record_evaluation
 
     if recipe is not None:
@@ -76,7 +76,7 @@ def evaluate(
 
         name = in_form(text or "", form_needed(protocol))
         judge = {"text": load_text(name), "text_name": describe(name), "max_tokens": max_tokens}
-    source = find_model(model)
+    source = find_runnable(model)
     loaded = source.model(None if dtype is None else dtype.value)
     result = measure(loaded, source.tokenizer(), protocol=protocol, **judge)
     if record:

@@ -15,7 +15,17 @@ class Target(StrEnum):
 
     dense = "dense"
     onnx = "onnx"
+    openvino = "openvino"
     int8 = "int8"
+
+
+class Bits(StrEnum):
+    """How many bits a stored weight of a graph may have."""
+
+    float32 = "32"
+    float16 = "16"
+    int8 = "8"
+    int4 = "4"
 
 
 def export(
@@ -26,37 +36,46 @@ def export(
         Target,
         typer.Option(
             "--to",
-            help="dense: a plain transformers directory, matrices multiplied out. onnx: a float32 graph that keeps "
-            "the factors, with any batch size and length, without a KV cache. int8: still folded, every weight in "
+            help="dense: a plain transformers directory, matrices multiplied out. onnx, openvino: a graph that "
+            "keeps the factors, with a KV cache and any batch size and length. int8: still folded, every weight in "
             "eight bits with a scale a row; for inference only, and for tensorfold.load.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Directory to write; must not exist, or be empty.")],
+    bits: Annotated[
+        Bits | None,
+        typer.Option("--bits", help="Of a stored weight of a graph (onnx, openvino): 32 [default], 16, 8 or 4."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
     ] = False,
 ) -> None:
     """Write a model for other tools, and check that it computes the same.
 
-    The ONNX graph has no KV cache: each call computes the logits of all positions from all tokens. Tracing it takes
-    some seconds a block.
+    One graph reads prompts and steps, with a KV cache; it is checked over 32 steps, and with rows padded on the left.
+    Tracing takes some seconds a block. What was written runs in sample, eval and bench.
     """
     from tensorfold.hf.sources import find_model
     from tensorfold.utils.atomic_files import check_target
 
     check_target(out)
-    if to is Target.onnx:
-        from tensorfold.export.engines import check_packages
+    graph = to in (Target.onnx, Target.openvino)
+    if graph:
+        from tensorfold.export.tracing import check_packages
 
-        check_packages()
+        check_packages(to.value)
     source = find_model(model)
-    loaded = source.model("float32" if to is Target.onnx else None)
+    loaded = source.model("float32" if graph else None)
     tokenizer, absent = source.tokenizer_beside()
 
-    from tensorfold.export.checkpoints import export_dense, export_int8, export_onnx
+    from tensorfold.export.checkpoints import export_dense, export_int8
+    from tensorfold.export.graphs import export_onnx, export_openvino
 
-    write = {Target.dense: export_dense, Target.onnx: export_onnx, Target.int8: export_int8}[to]
-    report = write(loaded, out, tokenizer, name=source.name)
+    if graph:
+        into = export_onnx if to is Target.onnx else export_openvino
+        report = into(loaded, out, tokenizer, name=source.name, bits=32 if bits is None else int(bits.value))
+    else:
+        report = (export_dense if to is Target.dense else export_int8)(loaded, out, tokenizer, name=source.name)
     if absent is not None:
         typer.echo(f"written without a tokenizer: {absent}", err=True)
     typer.echo(json.dumps(report.to_dict()) if as_json else str(report))

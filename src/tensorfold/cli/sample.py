@@ -36,9 +36,9 @@ def sample(
     from transformers import TextStreamer
 
     from tensorfold.evaluation.sampling import continuation, generate, new_tokens, prompt_ids
-    from tensorfold.hf.sources import find_model
+    from tensorfold.export.engine_model import find_runnable
 
-    source = find_model(model)
+    source = find_runnable(model)
     loaded, tokenizer = source.model(None if dtype is None else dtype.value), source.tokenizer()
     ids = prompt_ids(tokenizer, prompt, loaded)
     count = new_tokens(tokens, len(ids), loaded)

@@ -25,7 +25,7 @@ from tensorfold.evaluation.protocols import HARNESS, Score, Window, get_protocol
 from tensorfold.evaluation.result import Evaluation
 from tensorfold.models.anatomy import context_length
 from tensorfold.models.modes import evaluation_mode
-from tensorfold.models.sizes import stored_bytes
+from tensorfold.models.sizes import stored_bytes, stored_parameters, stored_type
 from tensorfold.utils.finite import why_not_finite
 from tensorfold.utils.torch_modes import in_usual_modes
 from tensorfold.utils.validation import check_types
@@ -128,7 +128,7 @@ def evaluate(
     windows = rule.windows(encoder, documents, max_tokens, positions)
     check_ids(model, torch.cat([window.ids for window in windows]), "eval", tokenizer)
     parameters = list(model.parameters())
-    device = parameters[0].device
+    device = parameters[0].device if parameters else torch.device("cpu")
 
     scores: list[Score] = []
     with evaluation_mode(model), torch.inference_mode():
@@ -153,11 +153,11 @@ def evaluate(
         protocol=rule.name,
         text=text_name or f"{len(documents)} document(s) of {sum(map(len, documents))} characters",
         seconds=time.perf_counter() - start,
-        parameters=sum(parameter.numel() for parameter in parameters),
+        parameters=stored_parameters(model),
         bytes=stored_bytes(model),
         accuracy=accuracy,
         device=str(device),
-        dtype=next((str(p.dtype) for p in parameters if p.is_floating_point()), "unknown").removeprefix("torch."),
+        dtype=stored_type(model),
         window=rule.context,
         prefix=encoder.prefix,
         seen=overlaps(model, (window.ids[len(encoder.prefix) :].numpy() for window in windows)),

@@ -57,12 +57,12 @@ def _rows_seconds(machine: Machine, step: Step, tokens: int) -> float:
 
 
 # Batched products below use bmm: matmul copies the state where the core is a parameter, even when no gradient is asked
-# for.
+# for. Sizes are read from shapes: len() would fix a traced graph to the number of tokens at hand.
 
 
 def _left(state: Tensor, core: Tensor, step: Step, tokens: int) -> Tensor:
     state = state.reshape(tokens * step.left, step.c, step.right)
-    return torch.bmm(core.expand(len(state), step.d, step.c), state)  # (t·l, d, r)
+    return torch.bmm(core.expand(state.shape[0], step.d, step.c), state)  # (t·l, d, r)
 
 
 def _left_seconds(machine: Machine, step: Step, tokens: int) -> float:
@@ -71,7 +71,7 @@ def _left_seconds(machine: Machine, step: Step, tokens: int) -> float:
 
 def _right(state: Tensor, core: Tensor, step: Step, tokens: int) -> Tensor:
     state = state.reshape(tokens * step.left, step.c, step.right)
-    return torch.bmm(state.mT, core.T.expand(len(state), step.c, step.d))  # (t·l, r, d)
+    return torch.bmm(state.mT, core.T.expand(state.shape[0], step.c, step.d))  # (t·l, r, d)
 
 
 def _right_seconds(machine: Machine, step: Step, tokens: int) -> float:

@@ -1,0 +1,158 @@
+"""Graphs for engines: ONNX and OpenVINO files with a KV cache that keep the factors, in 32, 16, 8 or 4 bits."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tensorfold.errors import InputError
+from tensorfold.export.agreement import agreement, check_close, check_finite
+from tensorfold.export.descriptions import graph_readme, write_genai_config, write_openvino_tokenizer
+from tensorfold.export.engine_model import FILES, MANIFEST, file_bytes, open_exported
+from tensorfold.export.onnx_weights import pack_onnx, stored_numbers, tidy
+from tensorfold.export.openvino_weights import pack_openvino
+from tensorfold.export.tracing import check_packages, probe, trace
+from tensorfold.export.written import ExportReport, version, write_beside, writing
+from tensorfold.hf.dense import check_floating, plain_config
+from tensorfold.models.anatomy import count_parameters
+from tensorfold.models.modes import evaluation_mode
+from tensorfold.utils.atomic_files import check_target
+from tensorfold.utils.torch_modes import in_usual_modes
+
+# Of logits in float32, in units of the largest where that is above 1.
+TOLERANCE = 1e-3
+BITS = (32, 16, 8, 4)
+# Protobuf's limit is 2 GB a file, the graph itself included.
+_ONE_FILE = int(1.8e9)
+
+
+def export_onnx(
+    model: PreTrainedModel, out: str | Path, tokenizer: Any = None, *, name: str = "the model", bits: int = 32
+) -> ExportReport:
+    """Write ``model`` as ``model.onnx`` with a KV cache and factors kept, beside its tokenizer; whole or not at all.
+
+    One graph reads prompts and steps; batch size and lengths are free, and rows may be padded on the left. Inputs and
+    outputs have the names that onnxruntime-genai and transformers.js look for, and ``genai_config.json`` lies beside
+    it. Weights beyond the 2 GB that one ONNX file can hold go to ``model.onnx.data``.
+
+    Args:
+        model: Folded or not, in float32 on the CPU; stays as it is.
+        out: Directory to write; must not exist, or be empty.
+        tokenizer: Written beside the graph.
+        name: What its README calls the model.
+        bits: Of a stored weight. 16: float16, computed with in float32. 8 and 4: ``MatMulNBits`` of ONNX Runtime, in
+            groups of 32 along the inputs, a last group that is shorter filled up; tables and heads in 8 at least.
+
+    Raises:
+        InputError: A package is missing, ``out`` cannot be written, or the model is not in float32 or of a kind that
+            no graph with a cache can be made of.
+        TensorfoldError: The model cannot be traced, the graph in float32 does not give its logits to 1e-3 (of the
+            largest where that is above 1) over 32 steps with its cache and padded rows, these are not finite, or the
+            files cannot be written.
+    """
+    return _export("onnx", model, out, tokenizer, name, bits)
+
+
+def export_openvino(
+    model: PreTrainedModel, out: str | Path, tokenizer: Any = None, *, name: str = "the model", bits: int = 32
+) -> ExportReport:
+    """Write ``model`` as ``openvino_model.xml`` and ``.bin``, its KV cache a state of the graph; whole or not at all.
+
+    Args:
+        model, out, tokenizer, name: As for :func:`export_onnx`. Where ``openvino_tokenizers`` is installed the
+            tokenizer is written as OpenVINO GenAI reads it, too.
+        bits: Of a stored weight. 16: float16. 8 and 4: weights alone, by NNCF; in 4 bits in groups of 32 along the
+            inputs, or of 16 where 32 does not divide them; a matrix that neither divides has 8, as tables and heads do.
+
+    Raises:
+        InputError, TensorfoldError: As for :func:`export_onnx`.
+    """
+    return _export("openvino", model, out, tokenizer, name, bits)
+
+
+@in_usual_modes
+def _export(to: str, model: PreTrainedModel, out: str | Path, tokenizer: Any, name: str, bits: int) -> ExportReport:
+    started = time.monotonic()
+    if bits not in BITS:
+        raise InputError(f"export --to {to}: got bits={bits}; needed one of {', '.join(map(str, BITS))}.")
+    check_packages(to)
+    check_target(Path(out))  # tracing takes minutes
+    _check_traceable(model, to)
+    with evaluation_mode(model), writing(out) as partial:
+        _check_finite(model, to)
+        program = trace(model, to)
+        parameters = count_parameters(model)
+        plain_config(model).save_pretrained(partial)
+        manifest: dict[str, Any] = {"engine": to, "bits": 32, "parameters": parameters, "tensorfold": version()}
+        _save(to, program, partial, manifest)
+        found = agreement(open_exported(partial), model, to)
+        check_close(to, found.difference, TOLERANCE * max(1.0, found.largest))
+        if bits != 32:
+            manifest["bits"] = bits
+            _save(to, program, partial, manifest)
+            found = agreement(open_exported(partial), model, to)
+        stored = stored_numbers(program) if to == "onnx" else pack_openvino(program, 32)[1]
+        size = file_bytes(partial, to)
+        report = ExportReport(
+            to, str(out), parameters, size, found.difference, 0.0, bits, found.steps,
+            f"{found.same} of {found.compared}", stored,
+        )  # fmt: skip
+        with suppress(ValueError):  # settings that contradict each other stay with the model they came with
+            model.generation_config.save_pretrained(partial)
+        if to == "onnx":
+            beside = write_genai_config(partial, model, {value.name: value.shape for value in program.graph.inputs})
+        else:
+            beside = write_openvino_tokenizer(partial, tokenizer)
+        manifest.update(difference=found.difference, same_tokens=report.same_tokens, stored=stored)
+        _write_manifest(partial, manifest)
+        write_beside(partial, model, tokenizer, graph_readme(name, report, beside))
+    seconds = round(time.monotonic() - started, 3)
+    return ExportReport(**{**report.to_dict(), "seconds": seconds})
+
+
+def _check_traceable(model: PreTrainedModel, to: str) -> None:
+    check_floating(model)
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    if dtypes != {"float32"}:
+        raise InputError(
+            f"export --to {to}: got a model in {', '.join(sorted(dtypes))}; needed float32, from which every precision "
+            'is made: load it with dtype="float32".'
+        )
+    if model.device != torch.device("cpu"):
+        raise InputError(f'export --to {to}: the model is on {model.device}; needed the CPU: model.to("cpu").')
+
+
+@torch.no_grad()
+def _check_finite(model: PreTrainedModel, to: str) -> None:
+    ids, mask = probe(model, 2, 16)
+    check_finite(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, to, "the model's own")
+
+
+def _save(to: str, program: Any, directory: Path, manifest: dict[str, Any]) -> None:
+    """Write the program in the manifest's bits, over what is there; in less than 32 the program is changed."""
+    for file in directory.glob(f"{FILES[to].split('.')[0]}.*"):
+        file.unlink()
+    path = directory / FILES[to]
+    if to == "openvino":
+        import openvino
+
+        program = pack_openvino(program, manifest["bits"])[0]
+        openvino.save_model(program, str(path), compress_to_fp16=False)
+    else:
+        import onnx_ir
+
+        tidy(program)
+        pack_onnx(program, manifest["bits"])
+        size = sum(value.const_value.nbytes for value in program.graph.initializers.values())
+        onnx_ir.save(program, path, external_data="model.onnx.data" if size > _ONE_FILE else None)
+    _write_manifest(directory, manifest)
+
+
+def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

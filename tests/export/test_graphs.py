@@ -1,0 +1,188 @@
+"""Graphs for engines: with their cache they compute what the model does, in 32 bits and fewer."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig
+
+import tensorfold
+from tensorfold import MPO, Kronecker, LowRank, Recipe, Rule
+from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.export import graphs
+from tensorfold.export.engine_model import is_exported, open_exported
+from tensorfold.export.graphs import export_onnx, export_openvino
+from tensorfold.export.tracing import PACKAGES
+from tensorfold.models.anatomy import count_parameters
+
+EXPORTS = {"onnx": export_onnx, "openvino": export_openvino}
+MIXED = (
+    Rule({"regex": "up_proj|c_fc"}, MPO(keep=0.5, sites=3)),
+    Rule({"regex": "gate_proj|attn.c_attn"}, Kronecker(keep=0.5, scalars=True, permute="all")),
+    Rule({"regex": "down_proj|c_proj"}, LowRank(keep=0.5)),
+    Rule(["embedding"], LowRank(keep=0.5)),
+)
+CASES = {
+    "tied llama, onnx": ("onnx", "llama", True),
+    "untied gpt2, onnx": ("onnx", "gpt2", False),
+    "tied llama, openvino": ("openvino", "llama", True),
+}
+
+
+def model_of(tiny, architecture, tied=True, rules=MIXED):
+    blocks = {"gpt2": "n_layer"}.get(architecture, "num_hidden_layers")
+    model = tiny(architecture, tied=tied, **{blocks: 1})
+    for parameter in set(model.parameters()):
+        if parameter.dim() == 2:
+            parameter.data.mul_(6)
+    tensorfold.fold(model, Recipe(rules))
+    return model
+
+
+@pytest.fixture(scope="module", params=CASES)
+def written(request, tiny, tokenizer, tmp_path_factory):
+    """(engine, model, report, directory), written once: tracing takes seconds."""
+    to, architecture, tied = CASES[request.param]
+    for package in PACKAGES[to]:
+        pytest.importorskip(package)
+    model = model_of(tiny, architecture, tied)
+    path = tmp_path_factory.mktemp("graphs") / "out"
+    return to, model, EXPORTS[to](model, path, tokenizer, name=architecture), path
+
+
+@torch.no_grad()
+def test_prompts_steps_and_padded_rows_are_the_models(written):
+    _, model, report, path = written
+    assert report.steps == 32
+    assert report.same_tokens == "99 of 99"
+    assert report.difference < 1e-4
+    graph = open_exported(path)
+    ids = torch.randint(2, 300, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    first = graph(ids[:, :7], mask[:, :7])
+    second = graph(ids[:, 7:], mask, past_key_values=first.past_key_values)  # two tokens at once
+    got = torch.cat([first.logits, second.logits], 1)
+    assert got.std() > 0.1
+    torch.testing.assert_close(got[0, 4:], model(ids[:1, 4:]).logits[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(got[1], model(ids[1:]).logits[0], rtol=0, atol=1e-4)
+
+
+def test_it_generates_the_models_tokens(written):
+    _, model, _, path = written
+    ids = torch.tensor([[5, 7, 11]])
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    torch.testing.assert_close(open_exported(path).generate(ids, **settings), model.generate(ids, **settings))
+
+
+def test_the_factors_are_kept_and_held_once(written):
+    to, model, report, path = written
+    held = sum(report.stored.values())
+    assert report.parameters == count_parameters(model)
+    # OpenVINO turns constants when it converts: a folded table that is tied is held for the table and for the head.
+    assert 0.95 * report.parameters < held < {"onnx": 1.02, "openvino": 1.6}[to] * report.parameters + 128
+    assert report.bytes > 4 * held
+    assert not list(path.glob("*.safetensors"))
+    assert "quantization_config" not in json.loads((path / "config.json").read_text(encoding="utf-8"))
+
+
+def test_names_are_those_that_runtimes_read(written):
+    to, _, _, path = written
+    readme = (path / "README.md").read_text(encoding="utf-8")
+    if to == "openvino":
+        assert "beam_idx" in readme
+        return
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path / "model.onnx", providers=["CPUExecutionProvider"])
+    names = {value.name: value.shape for value in session.get_inputs()}
+    assert {"input_ids", "attention_mask", "past_key_values.0.key", "past_key_values.0.value"} <= names.keys()
+    assert names["input_ids"] == ["batch_size", "sequence_length"]
+    assert [value.name for value in session.get_outputs()] == ["logits", "present.0.key", "present.0.value"]
+    genai = json.loads((path / "genai_config.json").read_text(encoding="utf-8"))["model"]
+    assert genai["decoder"]["inputs"].keys() >= names.keys() & {"input_ids", "attention_mask", "position_ids"}
+    assert genai["decoder"]["num_key_value_heads"] == names["past_key_values.0.key"][1]
+    for runtime in ("onnxruntime", "onnxruntime-genai", "transformers.js"):
+        assert f"{runtime}\n" in readme
+
+
+def test_the_readmes_code_runs(written):
+    _, _, _, path = written
+    readme = (path / "README.md").read_text(encoding="utf-8")
+    code = readme.split("```python\n")[1].split("```")[0].replace("PATH", str(path))
+    exec(code, {})
+
+
+@pytest.mark.parametrize(("to", "bits"), [("onnx", 16), ("onnx", 8), ("onnx", 4), ("openvino", 8), ("openvino", 4)])
+def test_fewer_bits(tiny, tmp_path, to, bits):
+    for package in PACKAGES[to]:
+        pytest.importorskip(package)
+    model = model_of(tiny, "gpt2", rules=(Rule(["mlp"], LowRank(keep=0.7)),))
+    report = EXPORTS[to](model, tmp_path / "out", bits=bits)
+    assert report.difference < {16: 0.01, 8: 0.2, 4: 2}[bits]
+    kind = {16: "float16", 8: "int8", 4: "int4"}[bits]
+    assert report.stored[kind] > {16: 0.9, 8: 0.75, 4: 0.1}[bits] * report.parameters
+    assert report.parameters * 0.95 < sum(report.stored.values()) < 1.2 * report.parameters + 128
+    graph = open_exported(tmp_path / "out")
+    assert graph.stored_type == f"{to} {kind}"
+    assert f"{kind}" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_directory_is_evaluated_sampled_and_timed(written, command, text_file):
+    to, _, report, path = written
+    judged = command("eval", path, "--text", text_file, "--protocol", "disjoint-64", "--max-tokens", "400", "--json")
+    assert judged.status == 0, judged.err
+    result = json.loads(judged.out)
+    assert result["dtype"] == f"{to} float32"
+    assert result["parameters"] == report.parameters
+    assert result["bytes"] == report.bytes
+    drawn = command("sample", path, "--prompt", "The", "--tokens", "5", "--temperature", "0", "--json")
+    assert json.loads(drawn.out)["tokens"] == 5
+    timed = command("bench", path, "--against", path, "--prefill", "8", "--decode", "3", "--rounds", "1", "--json")
+    assert timed.status == 0, timed.err
+    assert json.loads(timed.out)["bytes"]["model"] == report.bytes
+    assert command("eval", path, "--text", text_file, "--dtype", "bfloat16").status == 2
+    assert is_exported(path)
+
+
+def test_what_keeps_no_keys_and_values_says_so(tmp_path):
+    pytest.importorskip("onnxscript")
+    config = MambaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(InputError, match="keys and values"):
+        export_onnx(AutoModelForCausalLM.from_config(config).eval(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_graph_that_differs_is_not_kept(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    model = model_of(tiny, "gpt2")
+
+    def damaged(model, to):
+        norm = model.transformer.ln_f
+        own, norm.weight = norm.weight, torch.nn.Parameter(1.01 * norm.weight.detach())
+        program = trace(model, to)
+        norm.weight = own
+        return program
+
+    trace = graphs.trace
+    monkeypatch.setattr(graphs, "trace", damaged)
+    with pytest.raises(TensorfoldError, match="differ from the model's"):
+        export_onnx(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_directories_are_refused(written, command, tmp_path):
+    to, _, _, path = written
+    (tmp_path / "engine.json").write_text('{"engine": "abacus"}')
+    assert "export again" in command("sample", tmp_path).err
+    (tmp_path / "engine.json").write_text((path / "engine.json").read_text())
+    AutoConfig.from_pretrained(path).save_pretrained(tmp_path)
+    outcome = command("sample", tmp_path)
+    assert outcome.status == 2
+    assert to in outcome.err
+
+
+def test_bits_are_for_graphs(refused, dense_directory, tmp_path):
+    refused("export", dense_directory, "--to", "dense", "--bits", "8", "--out", tmp_path / "out", says=["--bits"])
+    with pytest.raises(InputError, match="bits=3"):
+        export_onnx(None, tmp_path / "out", bits=3)
