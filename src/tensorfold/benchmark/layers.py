@@ -1,4 +1,4 @@
-"""Single folded layers: timed at several numbers of tokens, in turn with what could stand in their place."""
+"""Single folded layers: timed at several numbers of tokens, in turn with their dense layers and rivals."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from tensorfold.benchmark.whole import macs, size
 from tensorfold.models.anatomy import dense_weight, is_plain_linear
 from tensorfold.nn import FoldedModule, FoldedTable, StructuredLinear
 
-# Outputs of a forward that is still timed: 1 GB in float32, of which several are held.
+# Most outputs of a forward that is timed: 1 GB in float32, of which several are held.
 _MOST_OUTPUTS = 2**28
 
 
 @dataclass(frozen=True)
 class Point:
-    """A layer at one number of tokens.
+    """Measurements of a layer at one number of tokens.
 
     Args:
-        way: How the layer is applied: its order of sites, ``materialise``, ``held matrix``, or ``own`` where a kind of
-            layer has one way only.
-        timing: Of one forward.
-        peak_bytes: The most a forward allocates at once, outputs included (see :func:`memory.peak_of_call`); None
-            if not measured.
+        way: Way in which the layer is applied: its order of sites, ``materialise``, ``held matrix``, or ``own`` where a
+            kind of layer has one way only.
+        timing: Seconds of one forward.
+        peak_bytes: Most bytes that a forward allocates at once, outputs included (see :func:`memory.peak_of_call`), of
+            the layer and its rivals by name; None if not measured.
     """
 
     way: str
@@ -45,16 +45,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Layer:
-    """What was measured of all layers of one spec.
+    """Measurements of the layers of one spec, of which one was timed.
 
     Args:
-        names: Of every such layer; the first was timed.
-        kind: Its class.
-        spec: Its shape.
-        bias: Whether it has one.
-        dense: What it was compared with as the dense layer.
-        bytes: Of ``model`` and ``dense``, parameters and buffers of one such layer.
-        points: In the order asked for.
+        names: Full names of all such layers; the first was timed.
+        kind: Their class.
+        spec: Their structure.
+        bias: Whether they have a bias.
+        dense: Class of the dense layer that the timed one was compared with.
+        bytes: Bytes of the parameters and buffers of one layer, by ``model`` and ``dense``.
+        points: Measurements, by number of tokens in the order asked for.
     """
 
     names: list[str]
@@ -83,7 +83,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers of one kind and spec, and the module of the dense model in their place, if there is one."""
+    """Layers of one kind and spec, which take equally long.
+
+    Attributes:
+        names: Full names.
+        module: First of them.
+        beside: Module of the dense model in its place, if there is one.
+    """
 
     names: list[str]
     module: FoldedModule
@@ -91,7 +97,12 @@ class Group:
 
 
 def groups(model: nn.Module, against: nn.Module | None) -> list[Group]:
-    """The folded layers of ``model``, those that take equally long together."""
+    """Group a model's folded layers, so that those that take equally long are timed once.
+
+    Args:
+        model: Model with folded layers.
+        against: Dense model that it is compared with; None for the model itself, multiplied out.
+    """
     found: dict[object, Group] = {}
     for name, module in model.named_modules():
         if not isinstance(module, FoldedModule):
@@ -108,7 +119,7 @@ def _bias(module: nn.Module) -> Tensor | None:
 
 
 def _beside(name: str, module: FoldedModule, against: nn.Module) -> nn.Module | None:
-    """The module of that name in ``against``, if it does the same with a matrix of the same shape."""
+    """Module of a name in the dense model, if it is of the kind and shape of the folded one."""
     try:
         other = against.get_submodule(name)
     except AttributeError:
@@ -122,7 +133,7 @@ def _beside(name: str, module: FoldedModule, against: nn.Module) -> nn.Module | 
 
 
 def _shape(module: FoldedModule) -> tuple[int, int]:
-    """(out, in), for a table (vocabulary, width)."""
+    """Shape (out, in) of a folded module's matrix; for a table (vocabulary, width)."""
     spec = _spec(module)
     return (spec.out_features, spec.in_features)
 
@@ -134,7 +145,7 @@ def _spec(module: FoldedModule) -> Structure:
 
 @torch.no_grad()
 def _dense(module: FoldedModule) -> nn.Module:
-    """The plain layer of its shape, holding its matrix."""
+    """Plain layer with the matrix of a folded one, multiplied out."""
     rows, columns = _shape(module)
     if isinstance(module, FoldedTable):
         table = nn.Embedding(rows, columns, device="meta")
@@ -148,7 +159,7 @@ def _dense(module: FoldedModule) -> nn.Module:
 
 
 def _inputs(module: FoldedModule, tokens: int) -> Tensor:
-    """Token ids for a table, else hidden states; the same at every call."""
+    """Inputs for a layer, equal at every call: token ids (tokens,) for a table, else hidden states (tokens, in)."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = _shape(module)
     core = module.cores[0]
@@ -167,10 +178,19 @@ def bench_layer(
     memory: bool,
     advance: Callable[[], None],
 ) -> tuple[Layer, list[str]]:
-    """Time one layer of the group; also lines about what was left out, and why.
+    """Time one layer of a group.
 
     Args:
+        group: Layers of one kind and spec.
+        tokens: Numbers of tokens.
+        rounds: Samples of every timing.
+        clock: Seconds since any moment.
+        rivals: Libraries that are timed as well, where they apply.
+        memory: Whether peak memory is measured.
         advance: Called after every number of tokens.
+
+    Returns:
+        The measurements, and lines about rivals and numbers of tokens that were left out, with the reason.
     """
     module, name = group.module, group.names[0]
     dense = _dense(module) if group.beside is None else group.beside

@@ -1,4 +1,4 @@
-"""Peak memory: of a layer's forward by the allocator's own events, of a model's prefill in a process of its own.
+"""Peak memory of a layer's forward, by the allocator's events, and of a model's prefill, in a process of its own.
 
 ``python -m tensorfold.benchmark.memory '{"path": …}'`` is that process; it prints one JSON object.
 """
@@ -28,10 +28,16 @@ FORMS = ("model", "dense", "materialised")
 
 
 def peak_of_call(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most bytes that torch has allocated at once during ``call``, over those before it; outputs included.
+    """Most bytes that torch allocates at once during a call, outputs included, beyond those allocated before it.
 
-    What libraries take without torch's allocator, such as a matrix product's packed panels, is not seen. None on
-    accelerators other than CUDA.
+    Memory that libraries take without torch's allocator, such as a matrix product's packed panels, is not seen.
+
+    Args:
+        call: The call to measure.
+        device: Device that it computes on.
+
+    Returns:
+        Bytes; None on accelerators other than CUDA.
     """
     if device.type == "cuda":
         call()  # libraries' work spaces, which stay
@@ -57,16 +63,22 @@ def peak_of_call(call: Callable[[], object], device: torch.device) -> int | None
 def peak_of_prefill(
     path: str, form: str, *, tokens: int, dtype: str | None = None, way: str | None = None
 ) -> tuple[int, bool]:
-    """Bytes that a model needs to read a prompt, measured in a process of its own; and whether loading is among them.
+    """Measure the bytes that a model needs to read a prompt, in a process of its own.
 
-    It is the largest resident set while ``tokens`` tokens are read as ``generate`` reads a prompt, weights and KV cache
+    The number is the largest resident set while the prompt is read as ``generate`` reads it, weights and KV cache
     included, less the resident set before the model was loaded, with all code imported. Loading itself is not part of
     it on Linux, where the peak can be reset; elsewhere it is.
 
     Args:
-        path: A directory or hub id.
+        path: Directory or hub id.
         form: ``model``, as it is; ``dense``, its folded matrices multiplied out once; ``materialised``, its matrices
             multiplied out in every forward.
+        tokens: Length of the prompt.
+        dtype: Dtype of the weights; as stored if None.
+        way: Way of every folded layer that can choose; their own if None.
+
+    Returns:
+        Bytes, and whether loading is among them.
 
     Raises:
         TensorfoldError: The process failed; the message is its last line.
@@ -86,6 +98,7 @@ def peak_of_prefill(
 
 
 def _measure(path: str, form: str, tokens: int, dtype: str | None, way: str | None) -> dict[str, Any]:
+    """Peak bytes of a prefill in this process, and whether loading is among them; see :func:`peak_of_prefill`."""
     from tensorfold.benchmark.whole import last_only, prompt, set_ways
     from tensorfold.hf.loading import load, load_config
     from tensorfold.models.anatomy import empty_model
@@ -107,7 +120,7 @@ def _measure(path: str, form: str, tokens: int, dtype: str | None, way: str | No
 
 
 def _dense(model: PreTrainedModel) -> PreTrainedModel:
-    """The multiplied-out model, with nothing of the folded one left in memory."""
+    """Multiply out a folded model, without leaving anything of it in memory."""
     from tensorfold.hf.dense import plain_model
 
     plain = plain_model(model)
@@ -118,7 +131,7 @@ def _dense(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _resident(key: str) -> int:
-    """Bytes of this process now (``VmRSS``) or at most (``VmHWM``); without ``/proc`` always at most."""
+    """Resident bytes of this process now (``VmRSS``) or at their peak (``VmHWM``); without ``/proc``, the peak."""
     try:
         with open("/proc/self/status", encoding="ascii") as status:
             return next(int(line.split()[1]) for line in status if line.startswith(key)) * 1024
@@ -127,7 +140,7 @@ def _resident(key: str) -> int:
 
 
 def _forget_peak() -> bool:
-    """Give freed memory back and start the peak anew; False where the system does not let us."""
+    """Give freed memory back to the system and reset the peak; False where the system cannot reset it."""
     if sys.platform != "linux":
         return False
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
@@ -140,7 +153,7 @@ def _forget_peak() -> bool:
 
 
 def main(argument: str) -> None:
-    """Measure what the JSON object in ``argument`` describes and print the result as another."""
+    """Measure the prefill that a JSON object describes, and print the result as a JSON object."""
     task = json.loads(argument)
     torch.set_num_threads(task.pop("threads"))
     print(json.dumps(_measure(**task)))

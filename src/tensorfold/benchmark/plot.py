@@ -1,4 +1,4 @@
-"""The speed-up of every folded layer against the number of tokens, as a picture."""
+"""Picture of the speed-up of every folded layer against the number of tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FORMATS = (".svg", ".png", ".pdf")
 
 
 def check_plot(path: Path) -> None:
-    """Find out before anything is timed whether :func:`draw` can write there.
+    """Check before anything is timed that a picture can be written to a path.
 
     Raises:
         InputError: matplotlib is missing, the format is not known, or there is no such directory.
@@ -28,7 +28,11 @@ def check_plot(path: Path) -> None:
 
 
 def draw(report: BenchReport, path: Path) -> None:
-    """Write the speed-up over the dense layer, medians with quartiles, against the number of tokens.
+    """Draw the speed-up of folded layers over their dense layers, medians with quartiles, and write the picture.
+
+    Args:
+        report: Result of a benchmark.
+        path: File whose ending is the picture's format.
 
     Raises:
         InputError: There is nothing to draw, or the file cannot be written.

@@ -1,4 +1,4 @@
-"""What a benchmark found: as a table, and as one JSON object."""
+"""Result of a benchmark: as tables, and as one JSON object."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ class BenchReport:
     """Result of :func:`tensorfold.bench`.
 
     Args:
-        model: The name of what was measured.
-        against: The name of the dense model; None where it is the model itself, multiplied out.
+        model: Name of the model that was measured.
+        against: Name of the dense model; None where it is the model itself, multiplied out.
         machine: ``machine`` (the processor), ``cores``, ``device``, ``torch``, ``threads``, ``dtype``.
-        settings: What was asked for.
+        settings: Settings of the benchmark.
         layers: Folded layers, those of equal spec together; empty if nothing is folded.
-        prefill: Reading a prompt as ``generate`` does, whole models; batch size 1.
-        decode: Generating after it with the KV cache, one token at a time; None without such a cache.
-        parameters: Of the whole models, shared ones once.
-        bytes: Of their parameters and buffers.
-        peak_bytes: Of a prefill in a process of its own, see :func:`memory.peak_of_prefill`; None if not measured.
-        notes: Rivals and their versions, and all that was left out.
+        prefill: Times of whole models reading a prompt as ``generate`` does; batch size 1.
+        decode: Times of generating after it with the KV cache, one token at a time; None without such a cache.
+        parameters: Number of parameters of the whole models by name, shared ones once.
+        bytes: Bytes of their parameters and buffers, by name.
+        peak_bytes: Peak bytes of a prefill in a process of its own, by name (see :func:`memory.peak_of_prefill`); None
+            if not measured.
+        notes: Sentences about rivals, their versions, and everything that was left out.
     """
 
     model: str
@@ -142,17 +143,17 @@ class BenchReport:
 
 
 def label(layer: Layer) -> str:
-    """The names of the layers with their numbers left out."""
+    """Names of layers, the numbers of their blocks replaced by ``*``."""
     return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in layer.names))
 
 
 def short_label(layer: Layer) -> str:
-    """The last two parts of these names, which tell the layers of a block apart."""
+    """Last two parts of layers' names, which tell the layers of a block apart."""
     return ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in label(layer).split(", ")))
 
 
 def _macs(timing: Timing) -> str:
-    """The model's, with their share of the dense ones."""
+    """Text of the model's multiply–adds a token, with their share of the dense model's."""
     own, dense = timing.macs["model"], timing.macs.get("dense")
     return f"{own:,.0f}" + (f" ({own / dense:.1%})" if dense else "")
 
@@ -166,7 +167,7 @@ def _megabytes(count: int) -> str:
 
 
 def processor() -> str:
-    """The processor's name, as the system gives it."""
+    """Name of the processor, as the system gives it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -1,6 +1,6 @@
-"""Other libraries that apply the same operators, where they are installed: tensorly-torch and pyfastkron.
+"""Other libraries that apply matrix product operators, where they are installed: tensorly-torch and pyfastkron.
 
-They get the very cores of a layer, so they have to give its outputs; one that does not is left out and named.
+They are given the cores of a layer, so they have to give its outputs; a library that does not is left out and named.
 """
 
 from __future__ import annotations
@@ -20,14 +20,20 @@ from tensorfold.nn import StructuredLinear
 
 Call = Callable[[Tensor], Tensor]
 
-# Largest difference from the layer's own output, over its largest output.
+# Largest difference allowed from the layer's own outputs, as a part of its largest output.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
 class Rival:
-    """One library: ``build`` makes of a layer a function of its inputs, or says in a string why it cannot."""
+    """A library that is timed beside folded layers.
+
+    Attributes:
+        name: Name of its package.
+        module: Module to import.
+        build: Makes a function of inputs from a layer, or returns the reason why it cannot.
+    """
 
     name: str
     module: str
@@ -35,10 +41,12 @@ class Rival:
 
     @property
     def missing(self) -> bool:
+        """Whether the library is not installed."""
         return importlib.util.find_spec(self.module) is None
 
     @property
     def version(self) -> str:
+        """Version of the installed package."""
         try:
             return version(self.name)
         except PackageNotFoundError:
@@ -46,7 +54,7 @@ class Rival:
 
 
 def _tensorly_torch(layer: StructuredLinear) -> Call | str:
-    """Its ``FactorizedLinear`` over a ``BlockTT``, contracted without building the matrix."""
+    """tensorly-torch's ``FactorizedLinear`` over a ``BlockTT`` of a layer's cores; the matrix is not built."""
     spec = layer.spec
     if spec.is_padded:
         return "has no padded modes"
@@ -62,7 +70,7 @@ def _tensorly_torch(layer: StructuredLinear) -> Call | str:
 
 
 def _pyfastkron(layer: StructuredLinear) -> Call | str:
-    """``x (F1 ⊗ F2 ⊗ …)`` with ``Fk`` the transposed factors, laid out beforehand as its kernels want them."""
+    """pyfastkron's ``x (F1 ⊗ F2 ⊗ …)`` with ``Fk`` a layer's transposed factors, laid out for its kernels."""
     spec = layer.spec
     if set(spec.ranks) != {1}:
         return "takes single Kronecker products only"
@@ -83,7 +91,7 @@ def _pyfastkron(layer: StructuredLinear) -> Call | str:
 
 
 def _import(module: str) -> Any:
-    """Import with as many threads as torch has: pyfastkron brings an OpenMP of its own, which asks only when loaded."""
+    """Import a module with as many OpenMP threads as torch has; pyfastkron's own OpenMP asks only when it is loaded."""
     previous = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     try:
@@ -102,7 +110,7 @@ RIVALS = (
 
 
 def installed() -> tuple[list[Rival], list[str]]:
-    """The rivals that can be imported, and a line about each: its version, or that it is missing."""
+    """Rivals that are installed, and a line about every rival: its version, or that it is missing."""
     found = [rival for rival in RIVALS if not rival.missing]
     lines = [
         f"{rival.name} is not installed: left out" if rival.missing else f"{rival.name} {rival.version}"
@@ -113,7 +121,16 @@ def installed() -> tuple[list[Rival], list[str]]:
 
 @torch.no_grad()
 def competitor(rival: Rival, layer: StructuredLinear, x: Tensor) -> Call | str:
-    """The rival's function of the layer's inputs, once it has given the layer's outputs for ``x``; else why not."""
+    """Build a rival's function for a layer and check that it gives the layer's outputs.
+
+    Args:
+        rival: The library.
+        layer: Folded layer.
+        x: Inputs to check with, shape (tokens, in).
+
+    Returns:
+        The function; or the reason why the rival is left out, as the end of a sentence.
+    """
     if layer.spec.reordered:
         return "has no index orders"
     try:

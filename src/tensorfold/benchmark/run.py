@@ -40,7 +40,7 @@ def bench(
     clock: Clock = time.perf_counter,
     **overrides: Any,
 ) -> BenchReport:
-    """Measure speed and memory of a model, usually a folded one, in turn with what it could be instead.
+    """Measure speed and memory of a model, usually a folded one, in turn with its dense form and rivals.
 
     Every folded layer is timed at several numbers of tokens, those of equal spec once, against the layer of the same
     name in the dense model, or an ``nn.Linear`` of its shape holding its matrix; against the matrix built in every
@@ -49,11 +49,12 @@ def bench(
     in turn, reported as medians and quartiles.
 
     Args:
-        model: A transformers model, or a name that ``MODEL`` can have. It stays as it is.
+        model: A transformers model, or the name of one (hub id, directory, ``.gguf`` file). It is not changed.
         against: The dense model, likewise; the model itself with its matrices multiplied out if None.
-        settings: All of them; ``overrides`` replaces single ones.
-        progress: Show a progress bar on standard error.
+        settings: All settings; the defaults if None.
+        progress: Whether a progress bar is shown on standard error.
         clock: Seconds since any moment.
+        overrides: Single settings that replace those in ``settings``.
 
     Raises:
         InputError: Models or settings cannot be used together, or a model cannot be found.
@@ -123,7 +124,7 @@ def _bench(
         peaks: dict[str, int] | None = None
         if settings.memory:
             bar.update(task, description="peak memory")
-            # What is compared may not fit into memory a second time.
+            # In processes of their own, which load the models a second time: one that does not fit is noted.
             peaks = _peaks(list(models), source, against_source, against is None, prefill, settings, notes, advance)
     own = {key: value for key, value in models.items() if key != "materialised"}
     return BenchReport(
@@ -166,7 +167,18 @@ def _peaks(
     notes: list[str],
     advance: Callable[[], None],
 ) -> dict[str, int] | None:
-    """Peak bytes of a prefill of each form; what cannot be measured is noted."""
+    """Peak bytes of a prefill in every form of the model; forms that cannot be measured are noted instead.
+
+    Args:
+        names: Forms: ``model``, ``dense``, ``materialised``.
+        source: Place of the model on the disk; None for a model in memory.
+        against: Place of the dense model, likewise.
+        own_dense: Whether the dense form is the model itself, multiplied out.
+        prefill: Length of the prompt.
+        settings: Settings of the benchmark.
+        notes: Takes the sentences.
+        advance: Called after every form.
+    """
     peaks = {}
     for name in names:
         path, form = (source, name) if name != "dense" or own_dense else (against, "model")
@@ -189,7 +201,11 @@ def _peaks(
 
 
 def _load(model: PreTrainedModel | str | Path, dtype: str | None) -> tuple[PreTrainedModel, Source | None, str]:
-    """The model, where it was found, and its name."""
+    """Load a model, unless it is one already; return it, its place on the disk if it has one, and its name.
+
+    Raises:
+        InputError: It cannot be found, or is in another dtype than asked for.
+    """
     if isinstance(model, str | Path):
         source = find_runnable(str(model))
         return source.model(dtype), source, source.name
@@ -201,7 +217,11 @@ def _load(model: PreTrainedModel | str | Path, dtype: str | None) -> tuple[PreTr
 
 
 def _check_alike(model: PreTrainedModel, against: PreTrainedModel) -> None:
-    """Raise :class:`InputError` if times of the two would differ by more than what was folded."""
+    """Check that two models have one dtype and device, so that their times differ by folding alone.
+
+    Raises:
+        InputError: They have not.
+    """
     for what, own, other in (
         ("dtype", *(str(each.dtype).removeprefix("torch.") for each in (model, against))),
         ("device", str(model.device), str(against.device)),
@@ -221,6 +241,7 @@ def _dtype(model: PreTrainedModel) -> str:
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
+    """Set the number of torch's threads while the context is open; None leaves it as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

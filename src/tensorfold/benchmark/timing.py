@@ -1,7 +1,7 @@
-"""Timing several ways to do the same work so that their ratios mean something on a machine that does other things too.
+"""Timing of several ways to do one piece of work, with ratios that hold on a machine that does other things too.
 
-One sample of each is taken in turn, and ratios are of samples of the same round: whatever slows a round down slows all
-of them. Reported are medians and quartiles over the rounds.
+One sample of each way is taken in turn, and ratios are of samples of one round: whatever slows a round down slows all
+of them. Medians and quartiles over the rounds are reported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ _SHORTEST = 1e-12
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles of a few samples."""
+    """Median and quartiles of a few samples.
+
+    Attributes:
+        median: Half of the samples are below it.
+        q1: A quarter of the samples is below it.
+        q3: Three quarters of the samples are below it.
+    """
 
     median: float
     q1: float
@@ -33,7 +39,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value; quartiles interpolate between the samples."""
+        """Compute median and quartiles of at least one value; quartiles interpolate between the samples."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
@@ -48,7 +54,7 @@ class Spread:
 
 
 def in_turn(names: Iterable[str], rounds: int) -> Iterator[str]:
-    """Every name once a round; each round begins one further, so that no one always comes after the same other."""
+    """Names in the order of sampling: each once a round, every round beginning one further than the last."""
     order = list(names)
     for number in range(rounds):
         first = number % len(order)
@@ -58,10 +64,16 @@ def in_turn(names: Iterable[str], rounds: int) -> Iterator[str]:
 def interleave(
     calls: Mapping[str, Callable[[], object]], rounds: int, clock: Clock, finish: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Seconds a call, one sample a round for each of ``calls``, taken in turn after each has run twice.
+    """Time several calls in turn, after each has run twice.
 
     Args:
-        finish: Waits for what an accelerator still has to do.
+        calls: Calls by name.
+        rounds: Samples of each.
+        clock: Seconds since any moment.
+        finish: Waits until an accelerator has done all that it was given.
+
+    Returns:
+        Seconds a call, one sample a round, by name.
     """
     repeats = {}
     for name, call in calls.items():
@@ -75,6 +87,7 @@ def interleave(
 
 
 def _sample(call: Callable[[], object], repeats: int, clock: Clock, finish: Callable[[], None]) -> float:
+    """Seconds a call, as the mean over a loop of repeats."""
     finish()
     start = clock()
     for _ in range(repeats):
@@ -84,7 +97,7 @@ def _sample(call: Callable[[], object], repeats: int, clock: Clock, finish: Call
 
 
 def waiting_for(device: torch.device) -> Callable[[], None]:
-    """What waits until ``device`` has done all it was given; nothing to wait for on a CPU."""
+    """Function that waits until a device has done all that it was given; on a CPU it does nothing."""
     if device.type == "cpu":
         return lambda: None
     return lambda: torch.accelerator.synchronize(device)
@@ -92,12 +105,12 @@ def waiting_for(device: torch.device) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class Timing:
-    """One piece of work, done by the model and by all that it is compared with.
+    """Times of one piece of work, done by the model and by all that it is compared with.
 
     Args:
-        tokens: How many tokens the work has.
-        samples: Seconds, one sample a round; ``"model"`` is what is benchmarked, the other keys are its rivals.
-        macs: Multiply–adds a token, where they are known.
+        tokens: Number of tokens of the work.
+        samples: Seconds by name, one sample a round; ``"model"`` is the model benchmarked, other names are its rivals.
+        macs: Multiply–adds a token by name, where they are known.
     """
 
     tokens: int
@@ -116,7 +129,7 @@ class Timing:
 
     @property
     def tokens_per_second(self) -> dict[str, float]:
-        """Of the median sample."""
+        """Tokens a second in the median sample, by name."""
         return {name: self.tokens / Spread.of(values).median for name, values in self.samples.items()}
 
     def to_dict(self) -> dict[str, Any]:

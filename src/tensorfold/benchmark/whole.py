@@ -20,7 +20,7 @@ PREFILL = 512
 
 
 def set_ways(model: nn.Module, way: str | None) -> None:
-    """Set ``way`` of every folded layer that can choose."""
+    """Set the way of computing of every folded layer that can choose; None lets each choose by cost."""
     for module in model.modules():
         if isinstance(module, FoldedModule) and module.ways:
             module.way = way
@@ -28,7 +28,7 @@ def set_ways(model: nn.Module, way: str | None) -> None:
 
 @contextmanager
 def ways_kept(model: nn.Module, way: str | None) -> Iterator[None]:
-    """Inside, every folded layer that can choose has this way, or its own where None; afterwards its own again."""
+    """Set the way of every folded layer that can choose while the context is open; None leaves the layers' own."""
     before = {m: m.way for m in model.modules() if isinstance(m, FoldedModule) and m.ways}
     if way is not None:
         set_ways(model, way)
@@ -40,9 +40,11 @@ def ways_kept(model: nn.Module, way: str | None) -> Iterator[None]:
 
 
 def macs(module: nn.Module, tokens: int) -> float:
-    """Multiply–adds a token of one layer applied to ``tokens`` of them; what is built once a forward is shared.
+    """Multiply–adds a token of one layer, with work done once a forward divided by the number of tokens.
 
-    A layer that is neither folded nor a plain linear layer has none.
+    Args:
+        module: Any module; one that is neither folded nor a plain linear layer has none.
+        tokens: Number of tokens of a forward.
     """
     if isinstance(module, FoldedModule):
         return module.macs(tokens)
@@ -53,32 +55,38 @@ def macs(module: nn.Module, tokens: int) -> float:
 
 
 def model_macs(model: nn.Module, tokens: int) -> float:
-    """Multiply–adds a token of all its linear and folded layers; attention over other tokens is not counted."""
+    """Multiply–adds a token of a model's linear and folded layers; attention over other tokens is not counted."""
     return sum(macs(module, tokens) for module in model.modules())
 
 
 def size(module: nn.Module) -> int:
-    """Bytes of parameters and buffers, shared ones once."""
+    """Bytes of a module's parameters and buffers, shared ones once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def last_only(model: PreTrainedModel) -> dict[str, int]:
-    """What makes a forward compute the logits of the last position alone; nothing where the model cannot."""
+    """Keyword arguments with which a forward computes the logits of the last position alone; none if it cannot."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def is_folded(model: nn.Module) -> bool:
+    """Whether any module of a model is folded."""
     return any(isinstance(module, FoldedModule) for module in model.modules())
 
 
 def prompt(models: Sequence[PreTrainedModel], tokens: int) -> Tensor:
-    """Random token ids that all of the models know, shape (1, tokens), the same at every call."""
+    """Random token ids that all of the models know, shape (1, tokens), equal at every call."""
     known = min(table_rows(model) or model.config.get_text_config().vocab_size for model in models)
     return torch.randint(known, (1, tokens), generator=torch.Generator().manual_seed(0)).to(models[0].device)
 
 
 def prompt_length(models: Sequence[PreTrainedModel], prefill: int | None, decode: int) -> int:
-    """``prefill``, by default 512 or what the models' contexts leave room for.
+    """Length of the prompt: the one asked for, else 512 or what the models' contexts leave room for.
+
+    Args:
+        models: Models that will read it.
+        prefill: Length that is asked for, if any.
+        decode: Number of tokens that will be decoded after it.
 
     Raises:
         InputError: Prompt and decoded tokens are more than a context.
@@ -106,19 +114,23 @@ def bench_models(
     clock: Clock,
     advance: Callable[[], None],
 ) -> tuple[Timing, Timing | None]:
-    """Times of prefill and decode, the models taken in turn.
+    """Time prefill and decode of whole models, taken in turn.
 
     Prefill fills the KV cache and computes the logits of the last position of a prompt, as ``generate`` does (of every
     position where a model cannot leave the others out); decode then feeds one token after the other. Everything has
     batch size 1.
 
     Args:
-        models: What is compared; the first is called ``model``, and one model may have several names.
-        ways: For some of the names, the way that every folded layer takes.
+        models: Models by name; the first is called ``model``, and one model may have several names.
+        ways: Way that every folded layer takes, for some of the names.
+        prefill: Length of the prompt.
+        decode: Number of tokens decoded after it.
+        rounds: Samples of every model.
+        clock: Seconds since any moment.
         advance: Called after every round of one model.
 
     Returns:
-        Timings of the two; the second is None if a model has no KV cache to go on from.
+        Timings of prefill and decode; the second is None if a model has no KV cache to go on from.
     """
     ids = prompt(list(models.values()), prefill + decode)
     finish = waiting_for(ids.device)
@@ -126,6 +138,7 @@ def bench_models(
     asked = {name: last_only(model) for name, model in models.items()}
 
     def once(name: str, count: int) -> tuple[float, float | None]:
+        """Seconds of a prefill and of decoding a number of tokens after it; None without a KV cache."""
         model = models[name]
         with ways_kept(model, ways.get(name)):
             finish()
@@ -143,6 +156,7 @@ def bench_models(
             return between - start, clock() - between
 
     def counted(tokens: int) -> dict[str, float]:
+        """Multiply–adds a token of every model, the head at the last position alone where the model can do that."""
         result = {}
         for name, model in models.items():
             with ways_kept(model, ways.get(name)):

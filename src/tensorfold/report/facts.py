@@ -1,4 +1,4 @@
-"""What a model's directory says about itself. Files that others may have written are read with suspicion."""
+"""Facts about a model, read from its directory. Files that others may have written are checked value by value."""
 
 from __future__ import annotations
 
@@ -29,7 +29,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One recorded evaluation; ``parameters`` are those the model had then, ``held_out`` unless it knew the text."""
+    """One recorded evaluation of a model.
+
+    Attributes:
+        perplexity: On the text, by the protocol.
+        protocol: Name of the protocol, with the prefix of windows if there is one.
+        text: Name of the text.
+        tokens: Number of predicted tokens.
+        parameters: Parameters that the model had when it was evaluated.
+        accuracy: Share of tokens predicted right, 0 to 1, if recorded.
+        where: Dtype and device of the computation.
+        held_out: False if the text was used in calibration, selection or training.
+    """
 
     perplexity: float
     protocol: str
@@ -42,13 +53,21 @@ class Evaluated:
 
     @property
     def judge(self) -> tuple[str, str, int]:
-        """What has to be equal for two perplexities to be compared: protocol, text and number of tokens."""
+        """Protocol, text and number of tokens, which have to be equal for two perplexities to be compared."""
         return self.protocol, self.text, self.tokens
 
 
 @dataclass(frozen=True)
 class Folded:
-    """A folded module: its spec, its spectra by bond, and what the card has of it: its error and its bytes then."""
+    """A folded module.
+
+    Attributes:
+        spec: Its structure.
+        error: Relative error of the fit, by the card, if known.
+        metric: Weighting of the error, by the card: ``weight`` for none, ``activation``, ``loss`` or ``text``.
+        spectra: Singular values at every bond, largest first; empty where the cores are no chain.
+        bytes: Stored bytes when it was folded, by the card, if known.
+    """
 
     spec: Structure
     error: float | None
@@ -59,7 +78,12 @@ class Folded:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a search gave a layer, and its error at other sizes: pairs of parameters and error."""
+    """Size that a search gave a layer, and its error at other sizes.
+
+    Attributes:
+        parameters: The size.
+        curve: Pairs of parameters and error.
+    """
 
     parameters: float
     curve: tuple[tuple[float, float], ...]
@@ -67,7 +91,26 @@ class Chosen:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """All that the page shows of one directory; ``notes`` say what is missing or could not be read."""
+    """Facts about one directory that the page shows.
+
+    Attributes:
+        label: Name on the page.
+        path: The directory.
+        base: Base model, and the quantised file that it was read from, if any.
+        recipe: Recipe that it was folded by.
+        calibration: Calibration text.
+        parameters: Number of parameters, shared ones once.
+        parameters_before: Number before it was folded.
+        weight_bytes: Bytes of its weight files.
+        bytes_before: Bytes of stored parameters and buffers before it was folded.
+        modules: Folded modules by full name, in the model's order.
+        evaluations: Recorded evaluations, the last one by every judge.
+        healed: The card's facts about healing, if it was healed.
+        heal_log: Records of healing, oldest first.
+        bench: Record of ``tensorfold bench``, if there is one.
+        choices: Sizes that a search gave, by layer.
+        notes: Sentences about files that are missing or could not be read.
+    """
 
     label: str
     path: Path
@@ -88,16 +131,17 @@ class ModelFacts:
 
     @property
     def is_folded(self) -> bool:
+        """Whether any module is folded."""
         return bool(self.modules)
 
 
 def read_directory(path: Path, label: str, step: Callable[[str], None] = lambda _: None) -> ModelFacts:
-    """Everything a directory holds but its weights' values, and the spectra of its folded modules.
+    """Read the facts about a model from its directory, and compute the spectra of its folded modules.
 
     Args:
-        path: What ``save_pretrained``, ``tensorfold fold`` or ``tensorfold heal`` wrote.
+        path: Directory that ``save_pretrained``, ``tensorfold fold`` or ``tensorfold heal`` wrote.
         label: Name on the page.
-        step: Called with what is being worked on.
+        step: Called with the name of each thing that is worked on.
 
     Raises:
         InputError: It is not a model's directory, or its configuration or weights cannot be read.
@@ -157,7 +201,11 @@ def read_directory(path: Path, label: str, step: Callable[[str], None] = lambda 
 
 
 def check_directory(path: Path) -> None:
-    """Raise :class:`InputError` unless a path is the directory of a model."""
+    """Check that a path is a model's directory.
+
+    Raises:
+        InputError: It is a file, is not there, or has no config.json.
+    """
     check_path(path)
     if not path.is_dir():
         found = "is a file" if path.exists() else "no such directory"
@@ -167,7 +215,7 @@ def check_directory(path: Path) -> None:
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """The directories' names, or all of the paths where two names are equal.
+    """Labels for directories: their names, or whole paths where two names are equal.
 
     Raises:
         InputError: A directory is given twice.
@@ -181,7 +229,7 @@ def labels(paths: Sequence[Path]) -> list[str]:
 
 
 def place(name: str) -> tuple[int | None, str]:
-    """Block of a module and its name there; (None, the whole name) outside the blocks.
+    """Split a module's full name into the index of its block and its name there; (None, full name) outside blocks.
 
     >>> place("model.layers.3.mlp.up_proj"), place("lm_head")
     ((3, 'mlp.up_proj'), (None, 'lm_head'))
@@ -191,7 +239,7 @@ def place(name: str) -> tuple[int | None, str]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for anything else a file may hold."""
+    """Number from a file's value; None for anything but a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -201,28 +249,30 @@ def number(value: Any) -> float | None:
 
 
 def whole_number(value: Any) -> int | None:
-    """A count, or None for anything else a file may hold."""
+    """Count from a file's value; None for anything but a whole number from 0 to 2^63 − 1."""
     return value if type(value) is int and 0 <= value < 2**63 else None
 
 
 def _base(card: Mapping[str, Any]) -> str | None:
-    """Base model, and what its weights were stored as if that is less than they are now."""
+    """Name of the base model, with the quantised file that its weights were read from, if any."""
     base, source = _text(card.get("base_model")), card.get("source")
     return f"{base}: {source_line(source)}" if base and isinstance(source, Mapping) else base
 
 
 def _text(value: Any) -> str | None:
+    """Text from a file's value, cut at 1,000 characters; None for anything else, or nothing."""
     return value[:1000] if isinstance(value, str) and value else None
 
 
 def _folded(spec: Structure, details: Any, spectra: tuple[Tensor, ...]) -> Folded:
+    """Folded module with the card's details about it, whatever these are."""
     details = details if isinstance(details, Mapping) else {}
     error, size = number(details.get("error")), whole_number(details.get("bytes"))
     return Folded(spec, error, _text(details.get("metric")), spectra, size)
 
 
 def _choices(stored: Any) -> dict[str, Chosen]:
-    """Those of a card that can be drawn; a card may have been edited by hand."""
+    """Choices of a search, by layer, from a card's value; entries that cannot be drawn are left out."""
     found = {}
     for name, choice in stored.items() if isinstance(stored, Mapping) else ():
         points = choice.get("curve") if isinstance(choice, Mapping) else None
@@ -237,7 +287,14 @@ def _choices(stored: Any) -> dict[str, Chosen]:
 def _spectra(
     files: Sequence[Path], specs: Mapping[str, Structure], int8: Container[str], step: Callable[[str], None]
 ) -> dict[str, tuple[Tensor, ...]]:
-    """Spectra of the folded modules that are one chain of cores; ``int8`` names those that hold codes."""
+    """Bond spectra of the folded modules that are one chain of cores, by full name.
+
+    Args:
+        files: Weight files.
+        specs: Structures by full name of the module.
+        int8: Names of modules that are in int8.
+        step: Called with the name of each module.
+    """
     holders = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
@@ -255,7 +312,15 @@ def _spectra(
 
 
 def _values(holders: Mapping[str, Path], module: str, int8: bool, name: str, shape: tuple[int, ...]) -> Tensor:
-    """A parameter of a folded module; where the module is in int8, turned back."""
+    """Parameter of a folded module in float64; int8 codes are multiplied by their scales.
+
+    Args:
+        holders: File of every tensor, by name.
+        module: Full name of the module.
+        int8: Whether the module is in int8.
+        name: Name of the parameter in the module.
+        shape: Shape that it must have.
+    """
     if not int8:
         return _tensor(holders, f"{module}.{name}", shape)
     key = name.replace(".", "_")
@@ -267,7 +332,17 @@ def _values(holders: Mapping[str, Path], module: str, int8: bool, name: str, sha
 
 
 def _tensor(holders: Mapping[str, Path], name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """A stored tensor, in float64; one of any floating-point type if ``dtype`` is None."""
+    """Stored tensor, converted to float64.
+
+    Args:
+        holders: File of every tensor, by name.
+        name: Name of the tensor.
+        shape: Shape that it must have.
+        dtype: Type that it must be stored in; any floating-point type if None.
+
+    Raises:
+        InputError: It is missing, of another shape or type, or not finite.
+    """
     if name not in holders:
         raise InputError(f"the checkpoint lacks the tensor {name}; it is incomplete or not of this model.")
     with safe_open(holders[name], framework="pt") as tensors:
@@ -281,7 +356,13 @@ def _tensor(holders: Mapping[str, Path], name: str, shape: tuple[int, ...], dtyp
 
 
 def _evaluations(path: Path, parameters: int, notes: list[str]) -> tuple[Evaluated, ...]:
-    """The last of the recorded evaluations for every protocol, text and number of tokens."""
+    """Last recorded evaluation for every protocol, text and number of tokens.
+
+    Args:
+        path: The directory.
+        parameters: Parameters that the model has now.
+        notes: Takes sentences about lines that cannot be used.
+    """
     lines, broken = _optional(lambda: read_lines(path / EVALUATIONS), notes) or ([], 0)
     latest: dict[tuple[str, str, int], Evaluated] = {}
     for line in lines:
@@ -301,6 +382,7 @@ def _evaluations(path: Path, parameters: int, notes: list[str]) -> tuple[Evaluat
 
 
 def _evaluated(line: Mapping[str, Any]) -> Evaluated | None:
+    """Evaluation from one line of the record; None if the line is none."""
     perplexity, tokens = number(line.get("perplexity")), whole_number(line.get("tokens"))
     protocol, text = _text(line.get("protocol")), _text(line.get("text"))
     parameters = whole_number(line.get("parameters"))
@@ -315,6 +397,7 @@ def _evaluated(line: Mapping[str, Any]) -> Evaluated | None:
 
 
 def _log(file: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
+    """Records of a log of JSON lines; ``notes`` takes a sentence about lines that cannot be read."""
     lines, broken = _optional(lambda: read_lines(file), notes) or ([], 0)
     if broken:
         notes.append(f"{file.name}: {broken} lines are no JSON objects and were passed over.")
@@ -322,7 +405,7 @@ def _log(file: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
 
 
 def _optional(read: Callable[[], T], notes: list[str]) -> T | None:
-    """What ``read`` gives; a file that cannot be read costs a note, not the report."""
+    """Result of a call that reads a file; None, and a note, where the file cannot be read."""
     try:
         return read()
     except InputError as error:

@@ -1,4 +1,4 @@
-"""The charts, as plotly figures. The page's script gives them the colours of a light or dark reader."""
+"""Charts of the report as plotly figures. The page's script gives them the colours of a light or dark reader."""
 
 from __future__ import annotations
 
@@ -34,7 +34,14 @@ _LONGEST_NAME = 48
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a legend: how its traces are drawn, what they are, and their places among the figure's."""
+    """One line of a legend.
+
+    Attributes:
+        sign: Character like the traces' markers or lines.
+        colour: CSS colour of the traces.
+        name: Their name.
+        traces: Their indices among the figure's traces.
+    """
 
     sign: str
     colour: str
@@ -44,9 +51,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure with the heading, the sentence and the legend that stand around it.
+    """A figure with the heading, the sentence and the legend around it.
 
     The legend is the page's own: plotly's takes its room from the chart, and on a phone all of it.
+
+    Attributes:
+        id: Id of the page's element.
+        title: Heading.
+        note: Sentence that says what is drawn.
+        figure: plotly's JSON form.
+        legend: Lines of the legend.
     """
 
     id: str
@@ -57,17 +71,18 @@ class Chart:
 
     @property
     def height(self) -> int:
+        """Height in pixels."""
         height: int = self.figure["layout"]["height"]
         return height
 
 
 def pareto(judge: tuple[str, str, int], rows: Sequence[tuple[int, ModelFacts, Evaluated]], name: str) -> Chart:
-    """Parameters against perplexity by one judge, with the front of models that no other beats in both.
+    """Chart of perplexity against parameters by one judge, with the Pareto front of the models.
 
     Args:
         judge: Protocol, text and number of tokens.
         rows: Index of the model in the report (for its colour), the model, its evaluation.
-        name: The chart's id.
+        name: Id of the chart.
     """
     protocol, text, tokens = judge
     figure = go.Figure()
@@ -102,10 +117,12 @@ def pareto(judge: tuple[str, str, int], rows: Sequence[tuple[int, ModelFacts, Ev
 
 
 def error_map(model: ModelFacts, highest: float, name: str) -> Chart | None:
-    """Error of folding by block and matrix, None where none is known of a module inside the blocks.
+    """Heat map of folding's relative error by block and matrix; None where no error inside the blocks is known.
 
     Args:
-        highest: End of the colour scale, the same for all models of a page.
+        model: A folded model.
+        highest: End of the colour scale, equal for all models of a page.
+        name: Id of the chart.
     """
     cells = {place(module): folded for module, folded in model.modules.items() if folded.error is not None}
     columns = list(dict.fromkeys(matrix for block, matrix in cells if block is not None))
@@ -131,7 +148,7 @@ def error_map(model: ModelFacts, highest: float, name: str) -> Chart | None:
         )
     )
     figure.update_xaxes(side="top", type="category", tickangle=-45)
-    room = 24 + 5 * min(_LONGEST_NAME, max(len(column) for column in columns))  # of a slanted name, in pixels
+    room = 24 + 5 * min(_LONGEST_NAME, max(len(column) for column in columns))  # pixels that a slanted name needs
     figure.update_yaxes(title_text="block", type="category", autorange="reversed")
     metrics = sorted({folded.metric or "unknown" for (block, _), folded in cells.items() if block is not None})
     note = f"Relative error of each folded matrix ({' and '.join(metrics)} metric)"
@@ -148,7 +165,7 @@ def error_map(model: ModelFacts, highest: float, name: str) -> Chart | None:
 
 
 def spectra(model: ModelFacts, name: str) -> Chart | None:
-    """Singular values at the bonds of every folded module, None where no module has any."""
+    """Chart of the singular values at the bonds of every folded module; None where no module has any."""
     figure = go.Figure()
     kinds: dict[str, int] = {}
     for module, folded in model.modules.items():
@@ -183,7 +200,7 @@ def spectra(model: ModelFacts, name: str) -> Chart | None:
 
 
 def choices(model: ModelFacts, name: str) -> Chart | None:
-    """Error against size of every layer that shared a budget, and what it was given; None where there is none."""
+    """Chart of error against size of every layer that shared a budget, with the size given; None without any."""
     figure = go.Figure()
     kinds: dict[str, int] = {}
     for module, chosen in model.choices.items():
@@ -221,7 +238,12 @@ def choices(model: ModelFacts, name: str) -> Chart | None:
 
 
 def losses(models: Sequence[tuple[int, ModelFacts]], name: str) -> Chart | None:
-    """Training and validation loss of end-to-end healing by step, None where no log has any."""
+    """Chart of training and validation loss of end-to-end healing by step; None where no log has any.
+
+    Args:
+        models: Index of the model in the report (for its colour), and the model.
+        name: Id of the chart.
+    """
     figure = go.Figure()
     smoothed = 1
     for index, model in models:
@@ -256,7 +278,7 @@ def losses(models: Sequence[tuple[int, ModelFacts]], name: str) -> Chart | None:
 
 
 def block_losses(model: ModelFacts, name: str) -> Chart | None:
-    """Training loss of block-by-block healing, a line a block; None where the log has none."""
+    """Chart of the training loss of block-by-block healing, a line a block; None where the log has none."""
     by_block: dict[int, list[dict[str, Any]]] = {}
     for record in model.heal_log:
         block = whole_number(record.get("block"))
@@ -287,6 +309,7 @@ def block_losses(model: ModelFacts, name: str) -> Chart | None:
 
 
 def _chart(name: str, title: str, note: str, figure: Any, height: int) -> Chart:
+    """Chart from a plotly figure, in the layout that all of them have."""
     figure.update_layout(
         template=None,
         height=height,
@@ -300,7 +323,7 @@ def _chart(name: str, title: str, note: str, figure: Any, height: int) -> Chart:
 
 
 def _legend(figure: Any) -> Iterator[Entry]:
-    """An entry for every name that the figure's traces have."""
+    """Entries of a legend, one for every name that a figure's traces have."""
     traces: dict[str, list[int]] = {}
     for index, trace in enumerate(figure.data):
         if trace.name:
@@ -313,18 +336,19 @@ def _legend(figure: Any) -> Iterator[Entry]:
 
 
 def _colour(index: int) -> str:
+    """Colour number ``index`` of the palette, which begins again at its end."""
     return PALETTE[index % len(PALETTE)]
 
 
 def _plain(text: str) -> str:
-    """Text that plotly, which reads some HTML in its labels, shows as it is; long names are cut in the middle."""
+    """Escape a text for plotly, which reads some HTML in labels; long names are cut in the middle."""
     if len(text) > _LONGEST_NAME:
         text = f"{text[: _LONGEST_NAME // 2]}…{text[-_LONGEST_NAME // 2 :]}"
     return html.escape(text)
 
 
 def _front(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The points that no other one is at most as large and better than, from small to large."""
+    """Pareto front of points (parameters, perplexity), from small to large: no other point is smaller and better."""
     front: list[tuple[int, float]] = []
     for parameters, perplexity in sorted(set(points)):
         if not front or perplexity < front[-1][1]:
@@ -333,19 +357,20 @@ def _front(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """Some of ``range(count)``: the first ones, where a spectrum bends, and ``most`` spread evenly over all."""
+    """Indices below ``count`` to draw: the first ones, where a spectrum bends, and ``most`` spread evenly over all."""
     if count <= most:
         return list(range(count))
     return sorted({*range(most // 4), *(round(k * (count - 1) / (most - 1)) for k in range(most))})
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """Pairs of step and value from the records of a log that have both."""
     found = ((whole_number(record.get("step")), number(record.get(key))) for record in records)
     return [(step, value) for step, value in found if step is not None and value is not None]
 
 
 def _means(points: list[tuple[int, float]]) -> tuple[list[tuple[int, float]], int]:
-    """Means of equal runs of points, few enough to draw, each at its run's last step; and the length of a run."""
+    """Means over equal runs of points, few enough to draw, each at its run's last step; and the length of a run."""
     run = max(1, math.ceil(len(points) / _CURVE_POINTS))
     parts = [points[k : k + run] for k in range(0, len(points), run)]
     return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts], run

@@ -1,4 +1,4 @@
-"""The page itself: reads the directories, draws what they hold, and writes one file that needs nothing else."""
+"""The report's HTML page: reads model directories, draws their facts, and writes one file that needs nothing else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ SAMPLE_TOKENS = 48
 
 
 def check_packages() -> None:
-    """Raise :class:`InputError` unless what draws the page is installed."""
+    """Check that the packages that draw the page are installed.
+
+    Raises:
+        InputError: One is missing; the message has the command that installs it.
+    """
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise InputError(
@@ -49,12 +53,12 @@ def write_report(
     """Write one HTML page, without anything from a network, about one or several model directories.
 
     Args:
-        directories: Folded, healed or dense models; the only dense one that was judged
-            by a text is what the others' perplexities on it are compared with.
-        out: The file, written whole or not at all; one that is there is replaced.
-        prompt: What every model goes on from, greedily, side by side; None leaves the samples out.
+        directories: Folded, healed or dense models. Perplexities on a text are compared with the dense model's, where
+            just one dense model was evaluated on it.
+        out: File to write, whole or not at all; one that is there is replaced.
+        prompt: Text that every model continues greedily, side by side; None leaves the samples out.
         tokens: New tokens in a sample, at most.
-        progress: Show a progress bar on standard error.
+        progress: Whether a progress bar is shown on standard error.
 
     Raises:
         InputError: A directory is not a readable model's, ``out`` cannot be written, or a package is missing.
@@ -92,7 +96,13 @@ def write_report(
 
 
 def render(models: Sequence[ModelFacts], prompt: str | None, samples: Sequence[Sample]) -> str:
-    """The page's HTML. Everything that comes from files is escaped, and only this package's scripts may run in it."""
+    """HTML of the page: everything from files is escaped, and only this package's scripts may run in it.
+
+    Args:
+        models: Facts about the models.
+        prompt: Prompt of the samples; None without samples.
+        samples: Continuations of the prompt.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
@@ -123,7 +133,7 @@ def render(models: Sequence[ModelFacts], prompt: str | None, samples: Sequence[S
 
 
 def _charts(models: Sequence[ModelFacts]) -> dict[str, list[Chart]]:
-    """The charts by section; a section without any says on the page how to get them."""
+    """Charts by section of the page; a section without charts says there how to get them."""
     from tensorfold.report import figures
 
     indexed = list(enumerate(models))
@@ -152,15 +162,17 @@ def _charts(models: Sequence[ModelFacts]) -> dict[str, list[Chart]]:
 
 
 def _inert(data: str) -> Any:
-    """JSON that cannot end the script element it stands in, marked as safe for the template."""
+    """Escape JSON so that it cannot end the script element around it, and mark it as safe for the template."""
     from markupsafe import Markup
 
     return Markup(data.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
 def _hash(script: str) -> str:
+    """Hash of a script as the page's content security policy names it."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def _resource(name: str) -> str:
+    """Text of a file among the package's templates."""
     return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What every model makes of the same prompt."""
+"""Continuations of one prompt by every model of a report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from tensorfold.report.facts import ModelFacts
 
 @dataclass(frozen=True)
 class Sample:
-    """Greedy text after the prompt; without it, ``problem`` says why."""
+    """A model's greedy continuation of the prompt.
+
+    Attributes:
+        label: The model's name on the page.
+        text: Text after the prompt.
+        tokens: Number of new tokens.
+        problem: Reason why there is no text, if there is none.
+    """
 
     label: str
     text: str = ""
@@ -22,7 +29,13 @@ class Sample:
 
 
 def sample_all(models: Sequence[ModelFacts], prompt: str, tokens: int) -> Iterator[Sample]:
-    """One sample a model, one model in memory at a time. A model that cannot give one costs a line, not the report."""
+    """Samples of all models, one model in memory at a time; a model that cannot give one has a problem instead.
+
+    Args:
+        models: Facts about the models; each is loaded from its path.
+        prompt: Text that is continued.
+        tokens: New tokens in a sample, at most.
+    """
     for model in models:
         try:
             yield _sample(model, prompt, tokens)
@@ -31,6 +44,7 @@ def sample_all(models: Sequence[ModelFacts], prompt: str, tokens: int) -> Iterat
 
 
 def _sample(model: ModelFacts, prompt: str, tokens: int) -> Sample:
+    """Sample of one model, of at most as many tokens as its context has room for."""
     source = find_model(str(model.path))
     tokenizer, loaded = source.tokenizer(), source.model()
     ids = prompt_ids(tokenizer, prompt, loaded)

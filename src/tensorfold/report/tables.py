@@ -1,4 +1,4 @@
-"""The page's tables, as rows of text that the template escapes."""
+"""Tables of the report, as rows of text that the template escapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one protocol says, on one text and number of tokens, of the models it was recorded for."""
+    """Table of recorded perplexities by one protocol, on one text and number of tokens.
+
+    Attributes:
+        protocol: Name of the protocol.
+        text: Name of the text.
+        tokens: Number of predicted tokens, as text.
+        rows: One row a model.
+    """
 
     protocol: str
     text: str
@@ -25,7 +32,7 @@ class Judgement:
 
 
 def size_rows(models: Sequence[ModelFacts]) -> list[Row]:
-    """Parameters and bytes before and after, the latter those on the disk."""
+    """Rows of parameters and stored bytes of every model before folding and now."""
     return [
         {
             "model": model.label,
@@ -43,7 +50,10 @@ def size_rows(models: Sequence[ModelFacts]) -> list[Row]:
 
 
 def judgements(models: Sequence[ModelFacts]) -> list[Judgement]:
-    """Recorded perplexities by protocol, text and tokens; against the dense model where just one has been measured."""
+    """Tables of recorded perplexities, one for every protocol, text and number of tokens.
+
+    Where just one dense model was evaluated, a column divides by its perplexity.
+    """
     judges = dict.fromkeys(each.judge for model in models for each in model.evaluations)
     found = []
     for judge in judges:
@@ -57,6 +67,7 @@ def judgements(models: Sequence[ModelFacts]) -> list[Judgement]:
 
 
 def _judged(model: ModelFacts, each: Evaluated, reference: float | None) -> Row:
+    """Row of one evaluation; ``reference`` is the dense model's perplexity, if there is one."""
     where = each.where or "unknown"
     return {
         "model": model.label,
@@ -69,7 +80,7 @@ def _judged(model: ModelFacts, each: Evaluated, reference: float | None) -> Row:
 
 
 def bond_rows(model: ModelFacts) -> list[Row]:
-    """Spec and bonds of every folded module; equal ones of different blocks share a row."""
+    """Rows of structure and bonds of a model's folded modules; equal modules of different blocks share a row."""
     groups: dict[tuple[str, Structure], list[tuple[int | None, Folded]]] = {}
     for name, folded in model.modules.items():
         block, matrix = place(name)
@@ -95,7 +106,7 @@ def bond_rows(model: ModelFacts) -> list[Row]:
 
 
 def healing_rows(models: Sequence[ModelFacts]) -> list[Row]:
-    """What healing did, as the card says."""
+    """Rows of steps, tokens and validation losses of the models that were healed, by their cards."""
     rows = []
     for model in models:
         if model.healed is None:
@@ -119,7 +130,7 @@ def healing_rows(models: Sequence[ModelFacts]) -> list[Row]:
 
 
 def bench_rows(bench: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Numbers and words of a timing record by their paths, ratios first; the last row counts what is left out."""
+    """Rows of path and value from a benchmark's JSON record, ratios first; the last row counts rows left out."""
     found = list(_leaves(bench, ""))
     found.sort(key=lambda row: not any(word in row[0] for word in ("speedup", "ratio")))
     more = len(found) - _MOST_BENCH_ROWS
@@ -127,6 +138,7 @@ def bench_rows(bench: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Paths and texts of all numbers and words inside a JSON value, at most nine levels deep."""
     if path.count("›") > 8:
         return
     if isinstance(value, Mapping):
@@ -142,7 +154,8 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _ranges(blocks: Sequence[int]) -> str:
-    """
+    """Text of whole numbers with their runs drawn together.
+
     >>> _ranges([0, 1, 2, 5])
     '0–2, 5'
     """
@@ -160,4 +173,5 @@ def _count(value: int | None) -> str:
 
 
 def _significant(value: float) -> str:
+    """Text of a number with two decimals, or three significant digits if it is very small or large."""
     return f"{value:.2f}" if 0.1 <= abs(value) < 1e5 else f"{value:.3g}"
