@@ -52,7 +52,7 @@ class Layer:
         kind: Their class.
         spec: Their structure.
         bias: Whether they have a bias.
-        dense: Class of the dense layer that the timed one was compared with.
+        dense: Kind of the dense layer that the timed one was compared with, in words.
         bytes: Bytes of the parameters and buffers of one layer, by ``model`` and ``dense``.
         points: Measurements, by number of tokens in the order asked for.
     """

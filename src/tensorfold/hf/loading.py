@@ -140,7 +140,7 @@ def _check_complete(path: str | Path, info: Mapping[str, Any]) -> None:
 
     Args:
         path: The checkpoint, for messages.
-        info: What ``from_pretrained`` returned with ``output_loading_info``.
+        info: Loading information that ``from_pretrained`` returned.
 
     Raises:
         InputError: It did; the message names up to five tensors.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Cores(nn.ParameterList):
-    """The cores of a folded module; ``cores(compute, *inputs)`` is ``compute(*inputs)`` while they are in place."""
+    """Cores of a folded module; ``cores(compute, *inputs)`` is ``compute(*inputs)`` while they are in place."""
 
     __call__ = nn.Module.__call__  # a ParameterList refuses
 
@@ -24,7 +24,7 @@ class Cores(nn.ParameterList):
         return list(self._parameters.values()) or [getattr(self, str(k)) for k in range(len(self))]  # type: ignore[arg-type]
 
     def forward(self, compute: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """What ``compute`` makes of the inputs."""
+        """Result of ``compute`` for the inputs."""
         return compute(*inputs)
 
 
@@ -34,5 +34,5 @@ class Codes(nn.ParameterDict):
     __call__ = nn.Module.__call__  # a ParameterDict refuses
 
     def forward(self, compute: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """What ``compute`` makes of the inputs."""
+        """Result of ``compute`` for the inputs."""
         return compute(*inputs)

@@ -34,7 +34,6 @@ class Evaluated:
     Attributes:
         perplexity: On the text, by the protocol.
         protocol: Name of the protocol, with the prefix of windows if there is one.
-        text: Name of the text.
         tokens: Number of predicted tokens.
         parameters: Parameters that the model had when it was evaluated.
         accuracy: Share of tokens predicted right, 0 to 1, if recorded.
@@ -95,18 +94,12 @@ class ModelFacts:
 
     Attributes:
         label: Name on the page.
-        path: The directory.
         base: Base model, and the quantised file that it was read from, if any.
-        recipe: Recipe that it was folded by.
-        calibration: Calibration text.
-        parameters: Number of parameters, shared ones once.
-        parameters_before: Number before it was folded.
-        weight_bytes: Bytes of its weight files.
-        bytes_before: Bytes of stored parameters and buffers before it was folded.
+        parameters: Number of parameters, shared ones once; ``parameters_before``, before it was folded.
+        weight_bytes: Bytes of its weight files; ``bytes_before``, of all that was stored before it was folded.
         modules: Folded modules by full name, in the model's order.
         evaluations: Recorded evaluations, the last one by every judge.
-        healed: The card's facts about healing, if it was healed.
-        heal_log: Records of healing, oldest first.
+        healed: The card's facts about healing, if it was healed; ``heal_log``, its records, oldest first.
         bench: Record of ``tensorfold bench``, if there is one.
         choices: Sizes that a search gave, by layer.
         notes: Sentences about files that are missing or could not be read.
@@ -287,14 +280,7 @@ def _choices(stored: Any) -> dict[str, Chosen]:
 def _spectra(
     files: Sequence[Path], specs: Mapping[str, Structure], int8: Container[str], step: Callable[[str], None]
 ) -> dict[str, tuple[Tensor, ...]]:
-    """Bond spectra of the folded modules that are one chain of cores, by full name.
-
-    Args:
-        files: Weight files.
-        specs: Structures by full name of the module.
-        int8: Names of modules that are in int8.
-        step: Called with the name of each module.
-    """
+    """Bond spectra of the folded modules that are one chain of cores, by full name; ``int8`` names those in int8."""
     holders = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
@@ -312,15 +298,7 @@ def _spectra(
 
 
 def _values(holders: Mapping[str, Path], module: str, int8: bool, name: str, shape: tuple[int, ...]) -> Tensor:
-    """Parameter of a folded module in float64; int8 codes are multiplied by their scales.
-
-    Args:
-        holders: File of every tensor, by name.
-        module: Full name of the module.
-        int8: Whether the module is in int8.
-        name: Name of the parameter in the module.
-        shape: Shape that it must have.
-    """
+    """Parameter of a folded module in float64; int8 codes are multiplied by their scales."""
     if not int8:
         return _tensor(holders, f"{module}.{name}", shape)
     key = name.replace(".", "_")

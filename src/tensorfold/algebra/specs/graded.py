@@ -148,7 +148,7 @@ class GradedSpec(Structure):
 
     @property
     def factor(self) -> float:
-        """How many times fewer numbers are stored than in the dense table."""
+        """Numbers of the dense table over numbers stored."""
         return self.dense_parameters / self.parameters
 
     @property

@@ -144,7 +144,7 @@ class TokenMPSSpec(Structure):
 
     @property
     def factor(self) -> float:
-        """How many times fewer numbers are stored than in the dense table."""
+        """Numbers of the dense table over numbers stored."""
         return self.width / self.parameters_per_token
 
     @cached_property
