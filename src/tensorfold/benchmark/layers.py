@@ -39,7 +39,7 @@ class Point:
     peak_bytes: dict[str, int] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
+        """JSON form."""
         return {"way": self.way, **self.timing.to_dict(), "peak_bytes": self.peak_bytes}
 
 
@@ -66,7 +66,7 @@ class Layer:
     points: list[Point]
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
+        """JSON form."""
         return {
             "names": self.names,
             "count": len(self.names),

@@ -50,7 +50,7 @@ class BenchReport:
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form; seconds, bytes, and multiply–adds a token."""
+        """JSON form; seconds, bytes, and multiply–adds a token."""
         return {
             "model": self.model,
             "against": self.against,

@@ -46,7 +46,7 @@ class Spread:
         return cls(median, q1, q3)
 
     def to_dict(self) -> dict[str, float]:
-        """The JSON form."""
+        """JSON form."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -133,7 +133,7 @@ class Timing:
         return {name: self.tokens / Spread.of(values).median for name, values in self.samples.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
+        """JSON form."""
         return {
             "tokens": self.tokens,
             "seconds": {name: Spread.of(values).to_dict() for name, values in self.samples.items()},

@@ -74,7 +74,7 @@ class GGUFHeader:
         return any(kind not in _UNQUANTISED for kind in self.numbers)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, without metadata and single tensors."""
+        """JSON form, without metadata and single tensors."""
         return {"file": self.file, "bytes": self.bytes, "numbers": self.numbers, "quantised": self.quantised}
 
 

@@ -35,7 +35,7 @@ class Int8Report:
     modules: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
+        """JSON form."""
         return asdict(self)
 
     def __str__(self) -> str:

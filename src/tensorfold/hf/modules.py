@@ -69,7 +69,13 @@ def scale_of(matrix: Matrix) -> float:
 
 
 def swap(model: PreTrainedModel, matrix: Matrix, module: Folded) -> None:
-    """Replace a matrix's module by a folded one, in place; a tied output head becomes a head over its very cores."""
+    """Replace a matrix's module by a folded one, in place; a tied output head becomes a head over its very cores.
+
+    Args:
+        model: Model that is changed.
+        matrix: Matrix whose module is replaced.
+        module: Folded module.
+    """
     set_module(model, matrix.name, module)
     if matrix.tied_head is None:
         return

@@ -64,7 +64,17 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -
 
 
 def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x Wᵀ + b`` for W as codes (out, in) and scales (out,): ``(..., in)`` → ``(..., out)``."""
+    """Product ``x Wᵀ + b`` with an int8 weight, in the dtype of ``x``.
+
+    Args:
+        x: Shape (..., in).
+        codes: int8, shape (out, in).
+        scale: Shape (out,).
+        bias: Shape (out,), or None.
+
+    Returns:
+        Shape (..., out).
+    """
     # The weights are scaled, not the outputs: sums over bare codes are 127 / max |w| times as large as the outputs.
     weight = codes.to(x.dtype).mul_(scale.to(x.dtype)[:, None])
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))

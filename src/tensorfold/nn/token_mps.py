@@ -183,7 +183,7 @@ class _ChunkedLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, head: TokenMPSHead, x: Tensor, bias: Tensor | None, *cores: Tensor) -> Tensor:
-        """Shape (tokens, width) → (tokens, vocabulary)."""
+        """Logits, shape (tokens, width) → (tokens, vocabulary)."""
         ctx.head = head  # type: ignore[attr-defined]
         ctx.save_for_backward(x, *cores)
         logits = x.new_empty(x.shape[0], cores[0].shape[0])

@@ -59,7 +59,7 @@ class Fit:
 
     @property
     def error(self) -> float:
-        """The relative error that the search ended with."""
+        """Relative error that the search ended with."""
         return self.errors[-1]
 
 

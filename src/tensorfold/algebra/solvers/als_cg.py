@@ -28,7 +28,15 @@ _ITERATIONS = 20
 
 
 def project(matrix: Tensor, left: Tensor, right: Tensor, m: int, n: int) -> Tensor:
-    """``Eᵀ(matrix)``: a matrix (a·m·b, x·n·y) contracted with the merged cores around a site, shape (r, m, n, s)."""
+    """Contract a matrix with the merged cores around a site, ``Eᵀ(matrix)``: (a·m·b, x·n·y) → (r, m, n, s).
+
+    Args:
+        matrix: Shape (a·m·b, x·n·y).
+        left: Merged cores left of the site, (a, x, r).
+        right: Merged cores right of it, (s, b, y).
+        m: Out mode of the site.
+        n: In mode of the site.
+    """
     (a, x, r), (s, b, y) = left.shape, right.shape
     t = matrix.reshape(a, m, b, x, n, y)
     if r * b * y <= s * a * x:  # the side that shrinks it more goes first
@@ -37,7 +45,13 @@ def project(matrix: Tensor, left: Tensor, right: Tensor, m: int, n: int) -> Tens
 
 
 def expand(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``E(core)``: matrix (a·m·b, x·n·y) of a core (r, m, n, s) between its merged neighbours."""
+    """Matrix of a core between its merged neighbours, ``E(core)``: (r, m, n, s) → (a·m·b, x·n·y).
+
+    Args:
+        core: Shape (r, m, n, s).
+        left: Merged cores left of it, (a, x, r).
+        right: Merged cores right of it, (s, b, y).
+    """
     (a, x, _), (_, b, y), (_, m, n, _) = left.shape, right.shape, core.shape
     if a * x <= b * y:
         out = torch.einsum("amxns,sby->ambxny", torch.einsum("axr,rmns->amxns", left, core), right)
@@ -47,7 +61,13 @@ def expand(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def weigh(matrix: Tensor, input_moment: Tensor | None, gradient_moment: Tensor | None) -> Tensor:
-    """``G M C`` for M of shape (out, in); C (in, in), G (out, out) or (out,) if diagonal; None is the identity."""
+    """Product ``G M C``, shape (out, in).
+
+    Args:
+        matrix: M, (out, in).
+        input_moment: C, (in, in); the identity if None.
+        gradient_moment: G, (out, out), or (out,) for a diagonal one; the identity if None.
+    """
     if input_moment is not None:
         matrix = matrix @ input_moment
     if gradient_moment is None:
@@ -102,6 +122,7 @@ def _marginal_inverses(
 
 
 def _inverse(gram: Tensor) -> Tensor:
+    """Inverse of a semidefinite matrix (n, n), or of a diagonal one (n,), up to its scale; regularised if singular."""
     # A preconditioner may have any scale; each marginal is brought to mean 1, since a product of four may leave fp32.
     gram = gram / (gram if gram.dim() == 1 else gram.diagonal()).mean().clamp_min(torch.finfo(gram.dtype).tiny)
     if gram.dim() == 1:
@@ -110,6 +131,7 @@ def _inverse(gram: Tensor) -> Tensor:
 
 
 def _precondition(core: Tensor, inverses: tuple[Tensor, ...]) -> Tensor:
+    """Product of a core (r, m, n, s) with one matrix, or vector, on each of its four axes."""
     for axis, inverse in enumerate(inverses):
         core = _on_axis(core, inverse, axis)
     return core

@@ -146,6 +146,7 @@ def _regressed(weight: Tensor, kept: Tensor, moment: Tensor | None) -> Tensor:
 
 
 def _sandwich(root: Tensor | None, matrix: Tensor) -> Tensor:
+    """Product ``R M R`` of square matrices (n, n); M itself where the root R is the identity, None."""
     return matrix if root is None else root @ matrix @ root
 
 

@@ -181,6 +181,7 @@ def norm_ratio(
 
 
 def _squared_norm(matrix: Tensor, input_moment: Tensor | None, gradient_moment: Tensor | None) -> float:
+    """Weighted norm ``‖G^½ M C^½‖²`` of a matrix M (out, in)."""
     weighted = weigh(
         matrix,
         None if input_moment is None else input_moment.to(matrix),

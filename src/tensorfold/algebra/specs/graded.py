@@ -163,7 +163,7 @@ class GradedSpec(Structure):
 
     @property
     def largest_ranks(self) -> tuple[int, ...]:
-        """The width, at which a class holds its rows as they are."""
+        """Largest rank that a class can have: the width, at which it holds its rows as they are."""
         return (self.width,)
 
     @property
@@ -188,7 +188,7 @@ class GradedSpec(Structure):
         return (*own, 1.0) if self.basis else tuple(own)
 
     def by_class(self, cores: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, bool]]:
-        """Each class's first place in the order, its core (tokens, rank), and whether that holds exact rows."""
+        """First place of each class in the order, its core (tokens, rank), and whether that holds exact rows."""
         for start, rank, core in zip(self.starts, self.ranks, cores, strict=False):
             yield start, core, rank == self.width
 

@@ -220,7 +220,14 @@ class Spec(ChainStructure):
 
     @classmethod
     def partial(cls, out_features: int, in_features: int, rows: int = 0, columns: int = 0) -> Spec:
-        """Dense matrix of which only a number of rows and columns may differ from zero; 0 is all."""
+        """Dense matrix of which only some rows and columns may differ from zero.
+
+        Args:
+            out_features: Rows of the matrix.
+            in_features: Columns of the matrix.
+            rows: How many rows may differ from zero; 0 is all.
+            columns: How many columns may, likewise.
+        """
         kept = _kept(out_features, in_features, rows, columns)
         sides = tuple(s for s, k, f in zip(("out", "in"), kept, (out_features, in_features), strict=True) if k < f)
         return cls((kept[0],), (kept[1],), (), out_features, in_features, reordered=sides)

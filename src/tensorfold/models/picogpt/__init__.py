@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tensorfold.models.picogpt.configuration import PicoGPTConfig
     from tensorfold.models.picogpt.modeling import PicoGPTForCausalLM
 
-# Public name -> its module. On first use, because transformers imports the configuration while it is being imported.
+# Modules by public name; imported on first use, since transformers imports the configuration during its own import.
 _HOME = {"PicoGPTConfig": "configuration", "PicoGPTForCausalLM": "modeling", "character_tokenizer": "characters"}
 
 __all__ = ["PicoGPTConfig", "PicoGPTForCausalLM", "character_tokenizer"]

@@ -9,13 +9,16 @@ from tensorfold.errors import InputError
 
 
 def character_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """The characters of ``text`` in the order of their code points, numbered from 0: 65 for Tiny Shakespeare.
+    """Make a tokenizer whose tokens are the characters of a text, by code point: 65 for Tiny Shakespeare.
 
     There is no special token and none for what is unknown, so the vocabulary is the characters' and nothing else; a
     character that ``text`` lacks makes the tokenizer raise ("WordLevel error: Missing [UNK] token"), never drop it.
     Saved, it is a plain ``tokenizer.json`` that ``AutoTokenizer`` reads without this package.
 
     Healing ends documents with a blank line where a tokenizer has no end-of-sequence token: ``text`` needs a newline.
+
+    Args:
+        text: Text with every character that will occur.
 
     Raises:
         InputError: ``text`` is empty.

@@ -1,4 +1,4 @@
-"""The sizes of a PicoGPT."""
+"""Configuration of PicoGPT: its sizes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from tensorfold.errors import InputError
 
 
 class PicoGPTConfig(PreTrainedConfig):
-    """Defaults are those of the public code (y-javanmard/mpo-picogpt): 808,448 parameters.
+    """Sizes of a PicoGPT; the defaults are those of the public code (y-javanmard/mpo-picogpt): 808,448 parameters.
 
     Args:
-        vocab_size: Characters.
+        vocab_size: Number of characters.
         hidden_size: Width; even, and a multiple of the heads.
-        num_hidden_layers: Blocks.
-        num_attention_heads: Heads in a block.
-        intermediate_size: Hidden units of a block's MLP.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Number of heads in a block.
+        intermediate_size: Number of hidden units of a block's MLP.
         max_position_embeddings: Longest context, in characters. Positions are computed, so none is a parameter.
         initializer_range: Standard deviation of new linear weights; biases start at 0, norms as the identity.
         embedding_std: Standard deviation of new token rows.
-        layer_norm_eps: Added to the variance in layer norms.
+        layer_norm_eps: Number added to the variance in layer norms.
+        use_cache: Whether a forward gives a KV cache by default.
+        tie_word_embeddings: Whether output head and token table share a weight.
 
     Raises:
         InputError: The width cannot be divided among the heads, or is odd.

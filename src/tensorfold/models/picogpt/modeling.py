@@ -27,9 +27,10 @@ from tensorfold.models.picogpt.configuration import PicoGPTConfig
 
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:
-    """``P[p, 2k] = sin(p / 10000^(2k/width))``, ``P[p, 2k+1] = cos(…)`` (Vaswani et al., arXiv 1706.03762).
+    """Sinusoidal positions ``P[p, 2k] = sin(p / 10000^(2k/width))``, ``P[p, 2k+1] = cos(…)``, in fp32.
 
-    Shape ``(...)`` → ``(..., width)`` in fp32. Computed where needed: a table in a buffer would not survive loading.
+    Shape (...) → (..., width). Source: Vaswani et al., arXiv 1706.03762. They are computed where needed: a table in a
+    buffer would not survive loading.
     """
     even = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device)
     angles = positions[..., None].float() * (1.0 / 10000 ** (even / width))
@@ -37,11 +38,13 @@ def sinusoids(positions: Tensor, width: int) -> Tensor:
 
 
 def attention_mask_for(past: int, length: int, padding: Tensor | None, device: torch.device) -> Tensor:
-    """Which keys each query sees, True where it does, shape (length, keys), or (batch, 1, length, keys) with padding.
+    """Causal mask, True where a query sees a key: shape (length, keys), or (batch, 1, length, keys) with padding.
 
     Args:
-        past: Keys already in the cache; the queries are the last ``length`` of all keys.
-        padding: Shape (batch, keys), 0 for padding.
+        past: Number of keys already in the cache.
+        length: Number of queries, which are the last of all keys.
+        padding: Shape (batch, keys), 0 for padding; None for none.
+        device: Device of the mask.
     """
     keys = torch.arange(past + length, device=device)
     queries = keys[past:, None]
@@ -55,9 +58,17 @@ def attention_mask_for(past: int, length: int, padding: Tensor | None, device: t
 def eager_attention(
     _: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **__: Any
 ) -> tuple[Tensor, Tensor]:
-    """Attention that shows its probabilities.
+    """Attention ``softmax(scaling · Q Kᵀ) V`` with its probabilities.
 
-    Shapes (batch, heads, length or keys, head_dim) → (batch, length, heads, head_dim) and (batch, heads, length, keys).
+    Args:
+        query: Shape (batch, heads, length, head_dim).
+        key: Shape (batch, heads, keys, head_dim).
+        value: Shape (batch, heads, keys, head_dim).
+        mask: True where a query sees a key, shape (length, keys) or (batch, 1, length, keys).
+        scaling: Factor on inner products.
+
+    Returns:
+        Output, (batch, length, heads, head_dim), and probabilities, (batch, heads, length, keys).
     """
     scores = (query @ key.transpose(-2, -1) * scaling).masked_fill(~mask, -torch.inf)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
@@ -66,7 +77,7 @@ def eager_attention(
 
 @contextmanager
 def _attention_precision(query: Tensor) -> Iterator[torch.dtype]:
-    """The type attention computes in: fp32 where autocast would choose bf16 on a CPU, else the states' own.
+    """Dtype that attention computes in: fp32 where autocast would choose bf16 on a CPU, else the states' own.
 
     The CPU's fused attention is slower backwards in bf16 than in fp32 at 32 numbers a head (torch 2.13).
     """
@@ -91,9 +102,12 @@ class PicoGPTAttention(nn.Module):
         self.o_proj = nn.Linear(width, width)
 
     def forward(self, hidden: Tensor, mask: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor | None]:
-        """Shape (batch, length, width) → the same, and the probabilities (batch, heads, length, keys) if eager.
+        """Output, (batch, length, width), and the probabilities, (batch, heads, length, keys), if eager; else None.
 
-        Without a mask attention is causal over the given positions alone.
+        Args:
+            hidden: Shape (batch, length, width).
+            mask: True where a query sees a key; None for causal attention over the given positions alone.
+            cache: Keys and values so far, which grows; None for none.
         """
         batch, length, width = hidden.shape
         heads = (batch, length, -1, self.head_dim)
@@ -110,7 +124,7 @@ class PicoGPTAttention(nn.Module):
 
 
 class PicoGPTMLP(nn.Module):
-    """``W2 ReLU(W1 x + b1) + b2``."""
+    """MLP of a block, ``W2 ReLU(W1 x + b1) + b2``."""
 
     def __init__(self, config: PicoGPTConfig) -> None:
         super().__init__()
@@ -118,7 +132,7 @@ class PicoGPTMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Shape ``(..., width)`` → the same."""
+        """Shape ``(..., width)`` → ``(..., width)``."""
         return self.down_proj(F.relu(self.up_proj(hidden)))
 
 
@@ -135,14 +149,14 @@ class PicoGPTLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden: Tensor, mask: Tensor | None = None, past_key_values: Cache | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Shape (batch, length, width) → the same, and the attention's probabilities if eager."""
+        """Output, shape (batch, length, width), and the attention's probabilities if eager; else None."""
         mixed, weights = self.attention(self.attention_norm(hidden), mask, past_key_values)
         hidden = hidden + mixed
         return hidden + self.mlp(self.mlp_norm(hidden)), weights
 
 
 class PicoGPTForCausalLM(PreTrainedModel, GenerationMixin):
-    """The whole model, 808,448 parameters by default: 25 matrices, 3,072 biases, 65 token rows and 9 norms."""
+    """PicoGPT with its head, 808,448 parameters by default: 25 matrices, 3,072 biases, 65 token rows and 9 norms."""
 
     config_class = PicoGPTConfig
     supports_gradient_checkpointing = True
@@ -182,11 +196,17 @@ class PicoGPTForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits of the next character, shape (batch, length, vocabulary).
 
         Args:
-            input_ids: Shape (batch, length); or ``inputs_embeds``, token rows without positions.
-            attention_mask: Shape (batch, past + length), 0 for padding.
+            input_ids: Tokens, shape (batch, length).
+            attention_mask: 0 for padding, shape (batch, past + length).
             position_ids: Shape (batch, length) or (1, length); counted from the first that is no padding if None.
-            labels: Shape (batch, length), -100 to leave out; shifted here.
-            logits_to_keep: Only the last so many positions, or those of these indices.
+            past_key_values: KV cache of the positions so far.
+            inputs_embeds: Token rows without positions, (batch, length, width), instead of ``input_ids``.
+            labels: Tokens, shape (batch, length), -100 to leave out; shifted here.
+            use_cache: Whether a KV cache is given back; by default the configuration says.
+            output_attentions: Whether probabilities of attention are given back, likewise.
+            output_hidden_states: Whether the hidden states between blocks are given back, likewise.
+            logits_to_keep: Number of last positions with logits, 0 for all; or indices of positions.
+            options: Passed to the loss.
 
         Raises:
             InputError: A context too long, neither or both kinds of input, or attention probabilities without
