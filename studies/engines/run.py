@@ -1,0 +1,134 @@
+"""Dense against folded in the same engine and precision: sizes, prompts and steps, the two taken in turn.
+
+    python studies/engines/run.py --work WORK --export          # writes the graphs that are not there; minutes each
+    python studies/engines/run.py --work WORK [--rounds 9] [--threads 2]
+
+SmolLM2-135M, dense and with all linear layers of its blocks at half their parameters by plain low rank, without text,
+since only shapes matter to speed; engines ONNX Runtime and OpenVINO in 32, 8 and 4 bits. A round reads a prompt of 512
+tokens into an empty cache and then feeds 32 tokens one by one, with each of the two; ratios are of the same round,
+medians and quartiles are reported. Appends to ``run.jsonl``; what is there for the same engine, bits and threads is not
+measured again. Times mean something on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from os import cpu_count
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import tensorfold
+from tensorfold import LowRank, Recipe, Rule
+from tensorfold.benchmark.report import processor
+from tensorfold.benchmark.timing import Spread
+from tensorfold.export.engine_model import is_exported, open_exported
+from tensorfold.export.graphs import export_onnx, export_openvino
+from tensorfold.hf.sources import find_model
+
+LOG = Path(__file__).with_suffix(".jsonl")
+ENGINES = {"onnx": export_onnx, "openvino": export_openvino}
+BITS = (32, 8, 4)
+FOLD = Recipe((Rule(["all-linear"], LowRank(keep=0.5, pivots=False)),))
+TINY = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def dense(quick: bool) -> PreTrainedModel:
+    """The dense model in float32."""
+    if not quick:
+        return find_model("smollm2-135m").model("float32").eval()
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=True)).eval()
+
+
+def export(work: Path, quick: bool) -> None:
+    """Write the graphs that are not there."""
+    for form in ("dense", "folded"):
+        model = dense(quick)
+        if form == "folded":
+            tensorfold.fold(model, FOLD)
+        for engine, write in ENGINES.items():
+            for bits in BITS:
+                out = work / f"{engine}-{bits}-{form}"
+                if not is_exported(out):
+                    shutil.rmtree(out, ignore_errors=True)
+                    print(out.name, write(model, out, bits=bits), flush=True)
+
+
+@torch.inference_mode()
+def measure(paths: dict[str, Path], rounds: int, prompt: int, steps: int) -> dict[str, Any]:
+    """Seconds of a prompt and of a step with each form, and times as fast as dense, from rounds in turn."""
+    models = {form: open_exported(path) for form, path in paths.items()}
+    ids = torch.randint(300, (1, prompt + steps), generator=torch.Generator().manual_seed(0))
+    samples: dict[str, dict[str, list[float]]] = {form: {"prompt": [], "step": []} for form in models}
+    for number in range(rounds + 1):
+        for form, model in models.items():
+            start = time.perf_counter()
+            cache = model(ids[:, :prompt], logits_to_keep=1).past_key_values
+            between = time.perf_counter()
+            for place in range(prompt, prompt + steps):
+                model(ids[:, place : place + 1], past_key_values=cache)
+            end = time.perf_counter()
+            if number:  # the first round warms up
+                samples[form]["prompt"].append(between - start)
+                samples[form]["step"].append((end - between) / steps)
+    ratios = {
+        what: [a / b for a, b in zip(samples["dense"][what], samples["folded"][what], strict=True)]
+        for what in ("prompt", "step")
+    }
+    return {
+        "seconds": {
+            form: {what: Spread.of(values).to_dict() for what, values in found.items()}
+            for form, found in samples.items()
+        },
+        "times_as_fast": {what: str(Spread.of(values)) for what, values in ratios.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="where the graphs are, some three gigabytes")
+    parser.add_argument("--export", action="store_true", help="write the graphs, and time nothing")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--log", type=Path, default=LOG)
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few tokens, to see that it runs")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    if given.export:
+        export(given.work, given.quick)
+        return
+    torch.set_num_threads(given.threads)
+    done = (
+        [json.loads(line) for line in given.log.read_text(encoding="utf-8").splitlines()] if given.log.exists() else []
+    )
+    known = {(entry["engine"], entry["bits"], entry["threads"]) for entry in done}
+    for engine in ENGINES:
+        for bits in BITS:
+            paths = {form: given.work / f"{engine}-{bits}-{form}" for form in ("dense", "folded")}
+            if (engine, bits, given.threads) in known or not all(map(is_exported, paths.values())):
+                continue
+            manifests = {form: json.loads((path / "engine.json").read_text()) for form, path in paths.items()}
+            sizes = {form: open_exported(path).stored_bytes for form, path in paths.items()}
+            entry = {
+                "engine": engine,
+                "bits": bits,
+                "threads": given.threads,
+                "rounds": given.rounds,
+                "machine": f"{processor()}, {cpu_count()} cores",
+                "bytes": sizes,
+                "stored": {form: manifest["stored"] for form, manifest in manifests.items()},
+                **measure(paths, given.rounds, *((8, 4) if given.quick else (512, 32))),
+            }
+            with given.log.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(entry) + "\n")
+            print(engine, bits, entry["times_as_fast"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
