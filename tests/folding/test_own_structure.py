@@ -96,3 +96,10 @@ def test_it_is_quantised(folded, tokenizer, tmp_path):
     save(model, tokenizer, tmp_path / "int8", {"base_model": "dense", **report.to_dict()})
     assert torch.equal(logits(tensorfold.load(tmp_path / "int8")), logits(model))
     assert float((logits(model) - wanted).norm() / wanted.norm()) < 0.1
+
+
+def test_one_without_a_kind_is_refused_before_anything_is_solved(tiny, monkeypatch):
+    monkeypatch.setattr(own_structure.BlockDiagonal, "kind", "")
+    monkeypatch.setattr("tensorfold.folding.in_memory.solve_matrix", None)
+    with pytest.raises(tensorfold.InputError, match=r"BlockDiagonal has no kind.*give the class one"):
+        tensorfold.fold(tiny("llama"), METHOD)

@@ -74,6 +74,8 @@ def test_a_budget_is_met_saved_and_loaded(tiny, tokenizer, prose, tmp_path, arch
     assert left >= 0
     for matrix in dense:  # nobody could have had one rank more
         choice = report.choices[matrix.name]
+        if choice.rows or choice.columns:  # of fewer hidden units, which come many at a time
+            continue
         costs = pivoted_costs(matrix.out_features, matrix.in_features)
         assert choice.dense or effort == "high" or costs[choice.rank + 1] - costs[choice.rank] > left
     assert set(report.metrics.values()) == {"loss"}
@@ -81,7 +83,7 @@ def test_a_budget_is_met_saved_and_loaded(tiny, tokenizer, prose, tmp_path, arch
         parameters, errors = zip(*choice.curve, strict=True)
         assert list(parameters) == sorted(parameters)
         assert list(errors) == sorted(errors, reverse=True)
-        assert errors[-1] == 0
+        assert errors[-1] == 0 or choice.columns
         assert choice.dense == (name not in report.modules)
     ids = torch.arange(12)[None]
     model.save_pretrained(tmp_path / "folded")

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 import tensorfold
 from tensorfold import Auto
-from tensorfold.algebra.allocation import Curve, least
+from tensorfold.algebra.allocation import Curve, joint_curve, least
 from tensorfold.algebra.solvers.low_rank import error_curve
-from tensorfold.algebra.solvers.smaller_heads import HeadBasis, Known, joint_curve, shrunken_heads
+from tensorfold.algebra.solvers.smaller_heads import HeadBasis, Known, shrunken_heads
 from tensorfold.calibration.block_stream import BlockStream
 from tensorfold.export.checkpoints import export_dense, export_onnx
 from tensorfold.export.tracing import PACKAGES
@@ -108,7 +108,7 @@ def test_the_joint_curve_has_what_every_price_asks_for(seed):
     joint, points = joint_curve(by_size)
     assert (joint.costs.diff() > 0).all()
     assert (joint.losses.diff() < 0).all()
-    for (size, i, j), cost, loss in zip(points, joint.costs, joint.losses, strict=True):
+    for (size, (i, j)), cost, loss in zip(points, joint.costs, joint.losses, strict=True):
         values, outputs = by_size[size]
         assert cost == values.costs[i] + outputs.costs[j]
         assert loss == values.losses[i] + outputs.losses[j]
@@ -130,7 +130,7 @@ def test_the_joint_curve_keeps_above_both_floors_and_begins_at_them(seed, floors
         for size in (8, 6, 4)
     }
     joint, points = joint_curve(by_size)
-    for size, *indices in points:
+    for size, indices in points:
         for each, index in zip(by_size[size], indices, strict=True):
             assert each.costs[index] >= min(each.floor, each.costs[-1])
     values, outputs = by_size[8]
@@ -240,7 +240,8 @@ def test_heads_shrink_where_they_are_not_used(tiny, tokenizer, prose, architectu
     ids = torch.tensor(tokenizer(prose)["input_ids"][:512]).reshape(4, 128)
     targets, distances = ["v_proj", "o_proj"], []
     recipe = tensorfold.Recipe(fold=(tensorfold.Rule(targets, Auto(keep=0.4)),))
-    for effort in (auto.EFFORTS["medium"], auto.Effort(8192, staged=True, feedback=True)):
+    medium = replace(auto.EFFORTS["medium"], shrink=0.0)  # so that what is not used is not asked for
+    for effort in (medium, replace(medium, heads=False)):
         monkeypatch.setitem(auto.EFFORTS, "medium", effort)
         model = copy.deepcopy(dense)
         report = tensorfold.fold(model, recipe, tokenizer, [prose], calibration_tokens=2048)

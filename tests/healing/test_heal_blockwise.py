@@ -10,10 +10,10 @@ import torch
 
 import tensorfold
 from tensorfold import InputError, Kronecker, LowRank, Recipe, Rule, TensorfoldError
+from tensorfold.calibration.block_loss import relative_loss
 from tensorfold.calibration.block_stream import BlockStream
 from tensorfold.healing import blockwise
 from tensorfold.healing.blockwise import heal_blocks
-from tensorfold.healing.losses import relative_loss
 from tensorfold.models.anatomy import blocks
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.nn import FoldedModule

@@ -13,13 +13,13 @@ import tensorfold
 from tensorfold import InputError, LowRank, Recipe, Rule
 from tensorfold.data.encode import tokenizer_fingerprint
 from tensorfold.data.token_cache import TokenCache
-from tensorfold.folding.inputs import identity, key_of
+from tensorfold.folding.inputs import identity
 from tensorfold.folding.text import Text
 from tensorfold.healing import checkpoints
 from tensorfold.healing.blockwise import heal_blocks
 from tensorfold.healing.heal import heal
 from tensorfold.recipes.settings import HealSettings
-from tensorfold.utils.fingerprints import hash_model, hash_tensor, hash_tensors, saved_tensors
+from tensorfold.utils.fingerprints import hash_json, hash_model, hash_tensor, hash_tensors, saved_tensors
 
 RECIPE = Recipe((Rule("mlp", LowRank(keep=0.5)),))
 
@@ -33,7 +33,7 @@ def flip(tensor):
 
 IDENTITIES = {
     "healing": checkpoints.fingerprint,
-    "folding": lambda model: key_of(identity(model, RECIPE, Text())),
+    "folding": lambda model: hash_json(identity(model, RECIPE, Text())),
     "model": hash_model,
 }
 

@@ -13,8 +13,9 @@ in the estimate.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,3 +120,75 @@ def pivoted_costs(out_features: int, in_features: int) -> Tensor:
     """
     ranks = torch.arange(min(out_features, in_features) + 1, dtype=torch.float64)
     return ranks * (out_features + in_features - ranks)
+
+
+class Division(NamedTuple):
+    """What matrices of one joint curve are given: the size of the dimension that they share, and an index on the curve
+    of each."""
+
+    size: int
+    indices: tuple[int, ...]
+
+
+def joint_curve(by_size: Mapping[int, tuple[Curve, ...]]) -> tuple[Curve, list[Division]]:
+    """What several matrices lose together at every cost, in the best division and size of a dimension they share.
+
+    For one size the divisions that a price for parameters reaches are sums of points on the lower convex hulls of all;
+    the steps between them are those of one of the curves.
+
+    Args:
+        by_size: Curves of the matrices, in the same order for each size. None gets less than its floor, or than all
+            that it can have at that size.
+
+    Returns:
+        The curve, losses falling and costs rising; and the division at each of its points.
+    """
+    points = []
+    for size, curves in by_size.items():
+        for indices in _divisions(curves):
+            chosen = list(zip(curves, indices, strict=True))
+            cost = sum(float(curve.costs[k]) for curve, k in chosen)
+            loss = sum(float(curve.losses[k]) for curve, k in chosen)
+            points.append((cost, loss, Division(size, indices)))
+    points.sort()
+    kept = points[:1]
+    for point in points[1:]:
+        if point[1] < kept[-1][1] and point[0] > kept[-1][0]:
+            kept.append(point)
+    costs, losses = (torch.tensor([point[k] for point in kept], dtype=torch.float64) for k in (0, 1))
+    return Curve(losses, costs), [point[2] for point in kept]
+
+
+def _divisions(curves: Sequence[Curve]) -> Iterator[tuple[int, ...]]:
+    """Indices from all floors on, each a step further on the curve whose hull gains most for its cost there."""
+    hulls = [_hull(curve, from_floor(curve)) for curve in curves]
+    reached, at = [hull[0] for hull in hulls], [0] * len(hulls)
+    yield tuple(reached)
+    while True:
+        best, gain = None, -1.0
+        for k, curve in enumerate(curves):
+            if at[k] + 1 < len(hulls[k]):
+                here, there = hulls[k][at[k]], hulls[k][at[k] + 1]
+                slope = float((curve.losses[here] - curve.losses[there]) / (curve.costs[there] - curve.costs[here]))
+                if slope > gain:
+                    best, gain = k, slope
+        if best is None:
+            return
+        at[best] += 1
+        for index in range(reached[best] + 1, hulls[best][at[best]] + 1):
+            reached[best] = index
+            yield tuple(reached)
+
+
+def _hull(curve: Curve, first: int) -> list[int]:
+    """Indices on the lower convex hull of losses over costs, from ``first`` to the last one."""
+    costs, losses = curve.costs.tolist(), curve.losses.tolist()
+    kept = [first]
+    for k in range(first + 1, len(costs)):
+        while len(kept) > 1:
+            a, b = kept[-2], kept[-1]
+            if (losses[a] - losses[b]) * (costs[k] - costs[a]) > (losses[a] - losses[k]) * (costs[b] - costs[a]):
+                break
+            kept.pop()
+        kept.append(k)
+    return kept

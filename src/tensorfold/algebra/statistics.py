@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # Chosen for graded tables on a held-out part of a calibration text; see studies/tensorgpt.
@@ -37,6 +38,21 @@ class Metrics(NamedTuple):
             g = g[rows.to(g.device)]
             g = g if g.dim() == 1 else g[:, rows.to(g.device)]
         return Metrics(c, g)
+
+
+def shrunk(moment: Tensor, amount: float) -> Tensor:
+    """``(1 − a) C + a · mean(diag C) · I``: a second moment shrunk towards a multiple of the identity.
+
+    What a text of finite length says of rare directions is mostly noise, and another text uses others: shrunk, the
+    metric asks a little of all of them (Ledoit & Wolf 2004).
+
+    Args:
+        moment: C, shape (n, n).
+        amount: a, from 0 (as it is) to 1.
+    """
+    if not amount:
+        return moment
+    return (1 - amount) * moment + (amount * moment.diagonal().mean()) * torch.eye(len(moment)).to(moment)
 
 
 class Means(NamedTuple):

@@ -16,7 +16,7 @@ this correction column by column.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -48,6 +48,13 @@ class Reference:
 
     def __init__(self, model: PreTrainedModel, windows: Tensor, chosen: Mapping[str, Matrix]) -> None:
         self.model, self.chosen = model, chosen
+        # Norms and biases of modules that stay, which a refinement changes in place.
+        own = tuple(f"{name}." for name in chosen)
+        self.vectors = {
+            name: parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+            if parameter.dim() == 1 and not name.startswith(own)
+        }
         self.stream = BlockStream(model, windows)
 
     @contextmanager
@@ -60,9 +67,16 @@ class Reference:
                 folded[name] = module
         for name in folded:
             self.model.set_submodule(name, self.chosen[name].module)
+        refined = {}
+        for name, values in self.vectors.items():
+            if name.startswith(prefix):
+                parameter = self.model.get_parameter(name)
+                refined[parameter], parameter.data = parameter.data, values
         try:
             yield
         finally:
+            for parameter, values in refined.items():
+                parameter.data = values
             for name, module in folded.items():
                 self.model.set_submodule(name, module)
 
@@ -89,6 +103,7 @@ class Reference:
         stage: Mapping[str, Matrix],
         last: bool,
         towards: Mapping[str, Tensor] = MappingProxyType({}),
+        partial_inputs: Container[str] = (),
     ) -> dict[str, Statistics]:
         """Moments of the layers of one stage, and the matrix W̄ to fold in the place of each.
 
@@ -100,6 +115,8 @@ class Reference:
             stage: Layers that are given the same inputs and are not folded yet, by name.
             last: Whether this is the block's last stage: the dense hidden states then go on to the next block.
             towards: By name, W in the basis of the folded model's inputs, where that is not the dense model's.
+            partial_inputs: Names of layers some of whose inputs the folded model does not make any more: their
+                ``towards`` is W without those columns.
 
         Raises:
             InputError: A layer was not called on the text, or its inputs hold NaN or infinity.
@@ -119,7 +136,7 @@ class Reference:
         if last:
             self.stream.position = index + 1
             self._release(index)
-        return {name: each.statistics(name, towards.get(name)) for name, each in sums.items()}
+        return {name: each.statistics(name, towards.get(name), name in partial_inputs) for name, each in sums.items()}
 
 
 class _Call(NamedTuple):
@@ -139,6 +156,7 @@ class _Sums:
         input_moment: Sum for C, fp32, shape (n, n).
         cross_moment: Sum for A, fp32, shape (n, n).
         lack_moment: Sum for D, fp32, shape (m, n).
+        met: Whether the dense model called the layer at all.
         paired: Whether both models gave the layer the same tokens so far; without that A and D mean nothing.
     """
 
@@ -148,7 +166,7 @@ class _Sums:
         zeros = lambda *shape: torch.zeros(shape, device=like.device)  # noqa: E731
         self.input_moment, self.cross_moment, self.lack_moment = zeros(n, n), zeros(n, n), zeros(m, n)
         self.folded, self.dense, self.lack = (_Mean(size, like.device) for size in (n, n, m))  # means of x̃, x, d
-        self.tokens, self.paired = 0, True
+        self.tokens, self.paired, self.met = 0, True, False
 
     def add(self, dense: list[_Call], folded: list[_Call], lack: Tensor | None, length: int) -> None:
         """Add the calls in one window, in the order in which they were made.
@@ -160,6 +178,7 @@ class _Sums:
             length: Tokens of the window.
         """
         self.paired = self.paired and len(dense) == len(folded)
+        self.met = self.met or bool(dense)
         for call, other in zip(dense, folded, strict=False):
             self.paired = self.paired and _same_tokens(call.input, other.input, length)
         if not folded:
@@ -177,16 +196,19 @@ class _Sums:
             flat = _flat(lack)  # d, (tokens, m)
             self.lack_moment.addmm_((self.lack.centre(flat) if centred else flat).T, inputs)
 
-    def statistics(self, name: str, towards: Tensor | None = None) -> Statistics:
+    def statistics(self, name: str, towards: Tensor | None = None, regress: bool = False) -> Statistics:
         """The input moment, and where both models gave the layer the same tokens, W̄ and the means for its bias.
 
         Args:
             name: The layer's, for messages.
             towards: Matrix that the ridge pulls towards, shape (m, n); W by default.
+            regress: Whether inputs that ``towards`` leaves out are first put on those that it keeps, by regression.
 
         Raises:
             InputError: The layer was not called, or its inputs hold NaN or infinity.
         """
+        if not self.tokens and self.met:  # an expert that the folded model's router sends no token to any more
+            return Statistics()
         if not self.tokens:
             raise InputError(f"{name}: not called on the calibration text, so it has no statistics; exclude it.")
         sums = self.input_moment, self.cross_moment, self.lack_moment
@@ -208,7 +230,10 @@ class _Sums:
             means = Means(folded, weight @ dense + lack)
         ridge = RIDGE * c.diagonal().clamp_min(0) + torch.finfo(torch.float32).eps * c.diagonal().mean()
         ridge = ridge.clamp_min(torch.finfo(torch.float32).tiny)  # where no feature varies
-        pull = (weight if towards is None else towards.double()) * ridge  # (m, n)
+        prior = weight if towards is None else towards.double()  # (m, n)
+        if regress:
+            prior = prior + torch.linalg.solve(c + ridge.diag(), ((weight - prior) @ a).T).T
+        pull = prior * ridge  # (m, n)
         target = torch.linalg.solve(c + ridge.diag(), (weight @ a + d + pull).T).T
         return Statistics(input_moment=c.float(), target=target.float(), means=means)
 

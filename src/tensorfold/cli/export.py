@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from tensorfold.cli.options import Json, Model
+from tensorfold.cli.output import emit
 
 
 class Target(StrEnum):
@@ -29,9 +31,7 @@ class Bits(StrEnum):
 
 
 def export(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hub id, local directory, .gguf file, or smollm2-135m.")
-    ],
+    model: Model,
     to: Annotated[
         Target,
         typer.Option(
@@ -46,9 +46,7 @@ def export(
         Bits | None,
         typer.Option("--bits", help="Of a stored weight of a graph (onnx, openvino): 32 [default], 16, 8 or 4."),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a model for other tools, and check that it computes the same.
 
@@ -78,4 +76,4 @@ def export(
         report = (export_dense if to is Target.dense else export_int8)(loaded, out, tokenizer, name=source.name)
     if absent is not None:
         typer.echo(f"written without a tokenizer: {absent}", err=True)
-    typer.echo(json.dumps(report.to_dict()) if as_json else str(report))
+    emit(as_json, report.to_dict(), lambda: str(report))

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tensorfold.algebra.solvers.fewer_units import KeptUnits
 from tensorfold.algebra.statistics import Statistics
 from tensorfold.calibration.block_stream import BlockStream, inputs_of
 from tensorfold.calibration.error_feedback import Reference
 from tensorfold.calibration.gradients import gradient_moments
 from tensorfold.folding.found import Found
 from tensorfold.folding.plan import Plan
+from tensorfold.folding.refine import Refinement, refine_block
 from tensorfold.folding.text import Text
 from tensorfold.hf.modules import scale_of
 from tensorfold.hf.surgery import hidden_units
@@ -34,6 +36,10 @@ class Batch:
     def measure(self) -> dict[str, Statistics]:
         """What the text says of each, through the model as it is now; matrices of which it says nothing are absent."""
         return {}
+
+    def refine(self) -> Refinement | None:
+        """Improve what the matrices are part of, once all are folded; None where there is nothing to improve."""
+        return None
 
 
 def batches(
@@ -121,6 +127,15 @@ class Stage(Batch):
             known |= self._corrected(self.reference)
         return {name: self.found.completed(self._matrix(name), each) for name, each in known.items()}
 
+    def refine(self) -> Refinement | None:
+        """Step the block towards the dense model's output, where an effort asks for it and all of it is folded."""
+        steps = max(
+            (self.found.efforts[m.name].refine for m in self.matrices if m.name in self.found.efforts), default=0
+        )
+        if not (steps and self.last and self.reference is not None):
+            return None
+        return refine_block(self.stream, self.index, self.reference, steps)
+
     def _matrix(self, name: str) -> Matrix:
         return next(matrix for matrix in self.matrices if matrix.name == name)
 
@@ -138,7 +153,8 @@ class Stage(Batch):
         layers = {matrix.name: matrix for matrix in self.matrices if matrix.name in self.found.efforts}
         turned = {name: turn for name, turn in self.found.turns.items() if name in layers and not turn.of_values}
         towards = {name: turn.weight(layers[name]) for name, turn in turned.items()}
-        return reference.statistics(self.stream, self.index, layers, self.last, towards)
+        fewer = [name for name, turn in turned.items() if isinstance(turn.basis, KeptUnits)]
+        return reference.statistics(self.stream, self.index, layers, self.last, towards, fewer)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tensorfold.algebra.allocation import Curve, allocate, least, pivoted_costs
+from tensorfold.algebra.allocation import Curve, allocate, joint_curve, least, pivoted_costs
 from tensorfold.algebra.orders.stored_orders import order_bytes
-from tensorfold.algebra.solvers.smaller_heads import HeadBasis, PairCurves, joint_curve
+from tensorfold.algebra.solvers.fewer_units import KeptUnits
+from tensorfold.algebra.solvers.smaller_heads import HeadBasis
 from tensorfold.algebra.specs.spec import Spec
 from tensorfold.algebra.specs.structure import Structure
 from tensorfold.errors import InputError, SpecError
 from tensorfold.folding.plan import Budget, Plan
-from tensorfold.folding.value_heads import ValueHeads
 from tensorfold.models.anatomy import Matrix, blocks
 
 _POINTS = 12  # of a curve, in reports
 _RAISES = 50  # of a budget that is too small, until it is enough
+
+Change = HeadBasis | KeptUnits
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,9 @@ class Choice:
     Attributes:
         rank: Its rank, or bond; the smaller side of the matrix where it stays dense.
         groups: Of columns, or of rows where there are more, that share a basis; 1 is low rank with pivots.
-        rivals: Errors of other shapes at this size, by spec: groups that were fitted, and other sizes of heads.
-        rows, columns: How many may differ from zero, of values and outputs whose heads have shrunk; 0 is all.
+        rivals: Errors of other shapes at this size, by spec: groups that were fitted, other sizes of heads, other
+            numbers of hidden units.
+        rows, columns: How many may differ from zero, of layers whose heads or hidden units have become fewer; 0 is all.
         curve: Pairs of parameters and relative error ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖``, over all ranks; with heads of
             the size that was chosen.
     """
@@ -97,7 +101,39 @@ def _given_and_needed(budget: Budget, planned: Plan, total: int, size: int) -> t
     return budget.total(total), math.ceil(least(curves))
 
 
-Heads = tuple[ValueHeads, list[PairCurves]]
+class Family(Protocol):
+    """Matrices with one dimension in common that may shrink in all of them at once: value heads, hidden units."""
+
+    @property
+    def members(self) -> tuple[Matrix, ...]:
+        """The matrices; the name of the last is that of the family."""
+
+    @property
+    def whole(self) -> int:
+        """The size of the dimension as it is."""
+
+    def kept(self, matrix: Matrix, size: int) -> tuple[int, int]:
+        """Rows and columns of one of them that are left at a size; 0 is all."""
+
+    def smaller(self, moments: Mapping[str, Tensor], gradients: Callable[[str], Tensor]) -> list[Smaller]:
+        """The family at smaller sizes, from second moments of inputs and gradients by name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Smaller:
+    """A family at a smaller size.
+
+    Attributes:
+        size: Of the dimension.
+        curves: Squared errors at every rank of each member, in their order, with what the size itself loses.
+        change: What happens to the members.
+        full_only: Whether only the full rank of each is to be had, the error of lower ones being unknown.
+    """
+
+    size: int
+    curves: tuple[Tensor, ...]
+    change: Change
+    full_only: bool = False
 
 
 def divide(
@@ -105,13 +141,13 @@ def divide(
     planned: Plan,
     matrices: Mapping[str, Matrix],
     losses: Mapping[str, Tensor],
-    heads: Sequence[Heads] = (),
-) -> tuple[dict[str, Choice], dict[str, HeadBasis]]:
-    """What every layer of the budget is given, and the bases of the value heads that shrink, by both their layers.
+    families: Sequence[tuple[Family, list[Smaller]]] = (),
+) -> tuple[dict[str, Choice], dict[str, Change]]:
+    """What every layer of the budget is given, and what happens to the members of families that shrink.
 
     Args:
-        losses: Of each, squared errors of the best matrix of every rank r = 0 … min(out, in).
-        heads: Values and outputs that may have smaller heads; the two are given one share.
+        losses: Squared errors of the best matrix of every rank r = 0 … min(out, in), of each layer.
+        families: Layers that may shrink together; those of a family are given one share.
 
     Raises:
         SpecError: As :func:`check_budgets`.
@@ -120,33 +156,73 @@ def divide(
     for name in budget.names:
         curves[name] = _curve(budget, planned.modules[name], matrices[name].parameter.element_size(), losses[name])
     total = budget.total(sum(matrices[name].parameter.numel() for name in budget.names))
-    pairs = {}
-    for pair, shrunken in heads:
-        names = (pair.values.name, pair.outputs.name)
+    shrinking = {}
+    for family, smaller in families:
+        names = [member.name for member in family.members]
         if not set(names) <= curves.keys():
             continue
-        values, outputs = (curves.pop(name) for name in names)
-        by_size = {pair.whole: (values, outputs)} | {
-            each.basis.size: _of_size(pair, each, values.floor, outputs.floor) for each in shrunken
-        }
-        curves[pair.outputs.name], points = joint_curve(by_size)
-        pairs[pair.outputs.name] = pair, shrunken, points
+        whole = tuple(curves.pop(name) for name in names)
+        by_size = {each.size: _of_size(family, each, [curve.floor for curve in whole]) for each in smaller}
+        curves[names[-1]], points = joint_curve({family.whole: whole} | by_size)
+        shrinking[names[-1]] = family, smaller, points
     choices: dict[str, Choice] = {}
-    bases: dict[str, HeadBasis] = {}
+    changes: dict[str, Change] = {}
     for name, index in allocate(curves, total).items():
-        if name not in pairs:
+        if name not in shrinking:
             choices[name] = _choice(matrices[name], index + 1, losses[name])
             continue
-        pair, shrunken, points = pairs[name]
+        family, smaller, points = shrinking[name]
         given = points[index]
-        of_values = {pair.whole: losses[pair.values.name]} | {each.basis.size: each.values for each in shrunken}
-        of_outputs = {pair.whole: losses[pair.outputs.name]} | {each.basis.size: each.outputs for each in shrunken}
-        choices[pair.values.name] = _of_heads(pair, pair.values, given.size, given.values + 1, of_values)
-        choices[pair.outputs.name] = _of_heads(pair, pair.outputs, given.size, given.outputs + 1, of_outputs)
-        if given.size < pair.whole:
-            basis = next(each.basis for each in shrunken if each.basis.size == given.size)
-            bases |= {pair.values.name: basis, pair.outputs.name: basis}
-    return {name: choices[name] for name in budget.names}, bases
+        for k, (member, rank) in enumerate(zip(family.members, given.indices, strict=True)):
+            of_size = {family.whole: losses[member.name]} | {each.size: each.curves[k] for each in smaller}
+            choices[member.name] = _of_family(family, member, given.size, rank + 1, of_size)
+        if given.size < family.whole:
+            change = next(each.change for each in smaller if each.size == given.size)
+            changes |= {member.name: change for member in family.members}
+    return {name: choices[name] for name in budget.names}, changes
+
+
+def divide_plainly(
+    budget: Budget,
+    matrices: Mapping[str, Matrix],
+    losses: Mapping[str, Tensor],
+    layers: Sequence[tuple[Family, Smaller]],
+) -> tuple[dict[str, Choice], dict[str, Change]]:
+    """Every hidden layer at its smaller size, with full ranks, and every other matrix as it is.
+
+    Args:
+        losses: Squared errors of the best matrix of every rank, of each layer of the budget.
+        layers: The hidden layers with the one size that is asked for.
+    """
+    choices = {name: _choice(matrices[name], len(losses[name]) - 1, losses[name]) for name in budget.names}
+    changes: dict[str, Change] = {}
+    for family, smaller in layers:
+        for member, curve in zip(family.members, smaller.curves, strict=True):
+            of_size = {family.whole: losses[member.name], smaller.size: curve}
+            choices[member.name] = _of_family(family, member, smaller.size, len(curve) - 1, of_size)
+            changes[member.name] = smaller.change
+    return choices, changes
+
+
+def units_left(budget: Budget, matrices: Mapping[str, Matrix]) -> int:
+    """How many hidden units every MLP may keep where nothing else of a budget becomes smaller.
+
+    Raises:
+        SpecError: MLPs of different widths, or the other matrices alone take more than the budget.
+    """
+    inside = [matrices[name] for name in budget.names if matrices[name].group == "mlp"]
+    widths = {max(matrix.out_features, matrix.in_features) for matrix in inside}
+    if len(widths) != 1:
+        raise SpecError(f"auto: plain with MLPs of widths {sorted(widths)}; needed one width for all; leave out plain.")
+    dense = sum(matrices[name].parameter.numel() for name in budget.names)
+    own = sum(matrix.parameter.numel() for matrix in inside)
+    left = (budget.total(dense) - (dense - own)) * widths.pop() // own
+    if left < 1:
+        raise SpecError(
+            f"auto: plain with keep={budget.method.keep} leaves the MLPs nothing, since all other targets stay as they "
+            f"are; keep more than {(dense - own) / dense:.3f}, or target the MLP alone."
+        )
+    return left
 
 
 def low_rank_spec(matrix: Matrix, rank: int, rows: int = 0, columns: int = 0) -> Spec:
@@ -157,15 +233,15 @@ def low_rank_spec(matrix: Matrix, rank: int, rows: int = 0, columns: int = 0) ->
     return Spec.low_rank(*shape, rank, pivoted=True, rows=rows, columns=columns)
 
 
-def _of_size(pair: ValueHeads, shrunken: PairCurves, *floors: float) -> tuple[Curve, Curve]:
-    """Curves of values and outputs from rank 1 on."""
+def _of_size(family: Family, smaller: Smaller, floors: Sequence[float]) -> tuple[Curve, ...]:
+    """Curves of the members from rank 1 on."""
     found = []
-    both = ((pair.values, shrunken.values), (pair.outputs, shrunken.outputs))
-    for (matrix, losses), floor in zip(both, floors, strict=True):
-        rows, columns = pair.kept(matrix, shrunken.basis.size)
+    for matrix, losses, floor in zip(family.members, smaller.curves, floors, strict=True):
+        rows, columns = family.kept(matrix, smaller.size)
         costs = pivoted_costs(rows or matrix.out_features, columns or matrix.in_features)[1:]
-        found.append(Curve(losses[1 : len(costs) + 1], costs, floor))
-    return found[0], found[1]
+        least = float(costs[-1]) if smaller.full_only else floor
+        found.append(Curve(losses[1 : len(costs) + 1], costs, least))
+    return tuple(found)
 
 
 def _curve(budget: Budget, spec: Structure, size: int, losses: Tensor | None = None) -> Curve:
@@ -180,16 +256,16 @@ def _curve(budget: Budget, spec: Structure, size: int, losses: Tensor | None = N
     return Curve(torch.zeros_like(costs) if losses is None else losses[1:], costs, budget.least(spec))
 
 
-def _of_heads(pair: ValueHeads, matrix: Matrix, size: int, rank: int, losses: Mapping[int, Tensor]) -> Choice:
-    """What one of the two is given, from its squared errors at every rank with heads of every size."""
-    kept = {size: pair.kept(matrix, size) for size in losses}
-    whole = losses[pair.whole][0]
+def _of_family(family: Family, matrix: Matrix, size: int, rank: int, losses: Mapping[int, Tensor]) -> Choice:
+    """What one member is given, from its squared errors at every rank at every size of the family."""
+    kept = {size: family.kept(matrix, size) for size in losses}
+    whole = losses[family.whole][0]
     choice = _choice(matrix, rank, losses[size], whole, *kept[size])
     rivals = {}
     for other, (rows, columns) in kept.items():
         costs = pivoted_costs(rows or matrix.out_features, columns or matrix.in_features)
         at = int((costs <= choice.parameters).sum()) - 1
-        if other != size and at > 0:
+        if other != size and at > 0 and math.isfinite(losses[other][at]):
             rivals[str(low_rank_spec(matrix, at, rows, columns))] = float(_relative(losses[other], whole)[at])
     return replace(choice, rivals=rivals)
 
@@ -201,7 +277,7 @@ def _choice(
     costs = pivoted_costs(rows or matrix.out_features, columns or matrix.in_features)
     full, errors = len(costs) - 1, _relative(losses, losses[0] if whole is None else whole)
     points = sorted({rank, *(max(1, round(full * k / _POINTS)) for k in range(1, _POINTS + 1))})
-    curve = tuple((int(costs[r]), round(float(errors[r]), 6)) for r in points)
+    curve = tuple((int(costs[r]), round(float(errors[r]), 6)) for r in points if math.isfinite(errors[r]))
     dense = rank == full and not (rows or columns)
     return Choice(rank, int(costs[rank]), dense, curve, rows=rows, columns=columns)
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from tensorfold.algebra.solvers.fewer_units import KeptUnits
 from tensorfold.algebra.solvers.smaller_heads import HeadBasis
-from tensorfold.algebra.statistics import Statistics
+from tensorfold.algebra.statistics import Statistics, shrunk
 from tensorfold.calibration.packed_symmetric import Packed
-from tensorfold.folding.budgets import Choice
+from tensorfold.folding.budgets import Change, Choice
 from tensorfold.folding.value_heads import Turn
 from tensorfold.methods.auto import Effort
 from tensorfold.models.anatomy import Matrix
@@ -27,7 +28,7 @@ class Found:
         efforts: The effort of every such layer.
         choices: What each was given, of those that the text of the search met.
         starts: Cores that were fitted to the dense model, of layers with other shapes than low rank.
-        turns: The basis in which values and outputs shrink, of those whose heads do.
+        turns: How layers shrink whose value heads or hidden units become fewer.
         folder: Holds the files of ``gradients``, and is removed with this object.
     """
 
@@ -46,6 +47,9 @@ class Found:
         packed = self.gradients.pop(matrix.name, None)
         moment = None if packed is None else packed.full()
         known = replace(known, gradient_moment=moment, start=self.starts.pop(matrix.name, None))
+        effort = self.efforts.get(matrix.name)
+        if effort is not None and known.input_moment is not None:
+            known = replace(known, input_moment=shrunk(known.input_moment, effort.shrink))
         turn = self.turns.get(matrix.name)
         return known if turn is None else turn.statistics(matrix, known)
 
@@ -53,7 +57,7 @@ class Found:
         """Tensors and JSON that :meth:`restored` makes it from again; the gradients are in files of their own."""
         tensors = {f"{name}.{k}": core for name, cores in self.starts.items() for k, core in enumerate(cores)}
         for name, turn in self.turns.items():
-            tensors |= {f"{name}.into": turn.basis.into.clone(), f"{name}.back": turn.basis.back.clone()}
+            tensors |= {f"{name}.{key}": tensor for key, tensor in turn.basis.tensors().items()}
         return tensors, {name: asdict(choice) for name, choice in self.choices.items()}
 
     @classmethod
@@ -73,12 +77,13 @@ class Found:
         """
         made = {name: Choice(**choice) for name, choice in choices.items()}
         starts = {name: [tensors[f"{name}.{k}"] for k in range(2)] for name in made if f"{name}.0" in tensors}
-        bases = {
-            name: HeadBasis(tensors[f"{name}.into"], tensors[f"{name}.back"])
-            for name in made
-            if f"{name}.into" in tensors
-        }
-        return cls(still_needed(gradients, made), efforts, made, starts, turns(bases, made, members))
+        changes: dict[str, Change] = {}
+        for name in made:
+            if f"{name}.into" in tensors:
+                changes[name] = HeadBasis(tensors[f"{name}.into"], tensors[f"{name}.back"])
+            elif f"{name}.stays" in tensors:
+                changes[name] = KeptUnits(tensors[f"{name}.stays"])
+        return cls(still_needed(gradients, made), efforts, made, starts, turns(changes, made, members))
 
 
 def still_needed(gradients: Mapping[str, Packed], choices: Mapping[str, Choice]) -> dict[str, Packed]:
@@ -87,12 +92,10 @@ def still_needed(gradients: Mapping[str, Packed], choices: Mapping[str, Choice])
 
 
 def turns(
-    bases: Mapping[str, HeadBasis], choices: Mapping[str, Choice], members: Mapping[str, Matrix]
+    changes: Mapping[str, Change], choices: Mapping[str, Choice], members: Mapping[str, Matrix]
 ) -> dict[str, Turn]:
-    """The bases of value heads as each of their layers meets them, on the devices of the layers."""
-    found = {}
-    for name, basis in bases.items():
-        device = members[name].parameter.device
-        moved = HeadBasis(basis.into.to(device), basis.back.to(device))
-        found[name] = Turn(moved, of_values=choices[name].rows > 0)
-    return found
+    """The changes as each of their layers meets them, on the devices of the layers."""
+    return {
+        name: Turn(change.to(members[name].parameter.device), of_values=choices[name].rows > 0)
+        for name, change in changes.items()
+    }

@@ -1,9 +1,10 @@
-"""Folding: plan, measure, solve, replace, one block after another, in place."""
+"""Folding in memory: plan, divide budgets on the dense model, then block after block measure, solve and replace."""
 
 from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,18 +14,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tensorfold.algebra.solvers.fewer_units import KeptUnits
 from tensorfold.errors import InputError
 from tensorfold.folding.batches import Batch, batches
+from tensorfold.folding.found import Found
 from tensorfold.folding.hidden_order import align_hidden_units
-from tensorfold.folding.inputs import check_same, checked_plan, identity, key_of
+from tensorfold.folding.inputs import check_same, checked_plan, identity
 from tensorfold.folding.plan import Plan, carry_out
 from tensorfold.folding.rank_search import search_ranks
+from tensorfold.folding.refine import Refinement
 from tensorfold.folding.result import FoldReport
 from tensorfold.folding.solve import Solved, cost_of, solve_matrix, solve_rows
 from tensorfold.folding.text import Text, read_text
 from tensorfold.hf import ties
 from tensorfold.hf.described import check_described
 from tensorfold.hf.modules import swap
+from tensorfold.hf.narrow import Side, narrow
 from tensorfold.hf.quantizer import mark_folded
 from tensorfold.methods import Method
 from tensorfold.methods.base import NOTHING
@@ -33,6 +38,7 @@ from tensorfold.models.modes import evaluation_mode
 from tensorfold.recipes.recipe import Recipe
 from tensorfold.utils.block_checkpoints import BlockCheckpoints
 from tensorfold.utils.distributed import Ranks
+from tensorfold.utils.fingerprints import hash_json
 from tensorfold.utils.memory import release_file_pages, release_heap
 from tensorfold.utils.terminal import progress_bar
 from tensorfold.utils.torch_modes import in_usual_modes
@@ -40,7 +46,8 @@ from tensorfold.utils.validation import check_types
 
 log = logging.getLogger(__name__)
 
-_LAYOUT = 3  # of checkpoints: what their blocks hold
+_LAYOUT = 4  # of checkpoints: what their blocks hold
+_REFINED = "refined: "  # before the names of refined parameters in a checkpoint
 _FIRST_BATCH = 2  # of a checkpoint; its blocks 0 and 1 hold the search
 
 
@@ -103,7 +110,9 @@ def fold(
             run = _Run(model, planned, ranks, store, bar)
             for index, batch in enumerate(batches(model, chosen, planned, text, found), start=_FIRST_BATCH):
                 run.fold(index, batch)
-        if chosen:
+        if _left_plain(model, planned, chosen, found):
+            planned = planned.of_plain(model)
+        elif chosen:
             tied = {matrix.name: matrix.tied_head for matrix in chosen.values() if matrix.tied_head is not None}
             mark_folded(model, planned.modules, tied, planned.split)
     text.note_in(model)
@@ -116,6 +125,7 @@ def fold(
         choices=found.choices,
         calibration_window=text.window,
         calibration_prefix=text.prefix,
+        refined={name: (each.before, each.after) for name, each in run.refinements.items()},
     )
 
 
@@ -128,8 +138,28 @@ def _agree(
     if ranks.count > 1:
         check_same(ranks, identity(model, recipe, text))
     elif checkpoint is not None:
-        return BlockCheckpoints(Path(checkpoint), key_of({**identity(model, recipe, text), "layout": _LAYOUT}), "fold")
+        key = hash_json({**identity(model, recipe, text), "layout": _LAYOUT})
+        return BlockCheckpoints(Path(checkpoint), key, "fold")
     return None
+
+
+def _left_plain(model: PreTrainedModel, planned: Plan, chosen: Mapping[str, Matrix], found: Found) -> bool:
+    """Turn a fold that was to leave a plain model into one, in place; False where it was not, or is none.
+
+    Warns where the configuration cannot say how many hidden units are left.
+    """
+    if not (planned.budgets and all(budget.method.plain for budget in planned.budgets)):
+        return False
+    turned = {name: turn for name, turn in found.turns.items() if isinstance(turn.basis, KeptUnits)}
+    sides = {name: Side(turn.basis.stays, turn.of_values) for name, turn in turned.items()}  # type: ignore[union-attr]
+    if narrow(model, chosen, sides):
+        return True
+    warnings.warn(
+        f"{type(model).__name__}: its configuration has no setting for the number of hidden units alone, so the model "
+        "stays folded and needs tensorfold to load.",
+        stacklevel=3,
+    )
+    return False
 
 
 def _metric(matrix: Matrix, planned: Plan, text: Text, searched: bool) -> str:
@@ -171,7 +201,7 @@ class _Progress:
 
 @dataclass(frozen=True)
 class _Run:
-    """The folding of one batch after another; ``errors`` grows by their matrices."""
+    """The folding of one batch after another; ``errors`` grows by their matrices, ``refinements`` by their block."""
 
     model: PreTrainedModel
     planned: Plan
@@ -179,6 +209,7 @@ class _Run:
     store: BlockCheckpoints | None
     bar: _Progress
     errors: dict[str, float] = field(default_factory=dict)
+    refinements: dict[str, Refinement] = field(default_factory=dict)
 
     def fold(self, index: int, batch: Batch) -> None:
         """Solve and replace every matrix of a batch, or take its solutions from block ``index`` of the checkpoint."""
@@ -193,9 +224,23 @@ class _Run:
             swap(self.model, matrix, solved.module(matrix, self.planned.modules[matrix.name]))
             release_file_pages(dense_weight(matrix.module))
             self.bar.advance()
+        refined = _restored(self.model, saved) if saved is not None else self._refined(batch)
+        if refined is not None:
+            self.refinements[refined.block] = refined
+            there = {tensor.data_ptr() for tensor in kept.values()}  # solved just now, and refined in place
+            refined_tensors = {name: p.detach() for name, p in refined.parameters.items() if p.data_ptr() not in there}
+            kept |= {f"{_REFINED}{name}": tensor for name, tensor in refined_tensors.items()}
         if store and saved is None:
-            store.save(index, kept, {})
+            outcome = {} if refined is None else {"block": refined.block, "errors": [refined.before, refined.after]}
+            store.save(index, kept, outcome)
         release_heap()
+
+    def _refined(self, batch: Batch) -> Refinement | None:
+        """Refine the batch on every rank, and take what the first one found."""
+        refined = batch.refine()
+        if refined is not None:
+            self.ranks.broadcast(refined.parameters.values(), owner=0)
+        return refined
 
     def _solved(self, batch: Batch) -> Iterator[tuple[Matrix, Solved]]:
         """Every matrix of the batch with its solution, each solved by one rank or, row by row, by all of them."""
@@ -220,3 +265,15 @@ def _from(tensors: Mapping[str, Tensor], batch: Batch) -> Iterator[tuple[Matrix,
     """Every matrix of the batch with its solution in a checkpoint."""
     for matrix in batch.matrices:
         yield matrix, Solved.from_named(matrix.name, tensors, matrix.parameter.device)
+
+
+def _restored(model: PreTrainedModel, saved: tuple[Mapping[str, Tensor], Mapping[str, Any]]) -> Refinement | None:
+    """The refinement that a checkpoint holds, put back into the model."""
+    tensors, outcome = saved
+    if not outcome:
+        return None
+    names = [key.removeprefix(_REFINED) for key in tensors if key.startswith(_REFINED)]
+    parameters = {name: model.get_parameter(name) for name in names}
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[_REFINED + name])
+    return Refinement(outcome["block"], parameters, *outcome["errors"])

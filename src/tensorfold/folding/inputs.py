@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 
 import torch
@@ -87,6 +85,12 @@ def check_text_used(model: PreTrainedModel, recipe: Recipe, planned: Plan) -> No
 
 def check_method(method: Method, name: str, planned: Plan, calibrated: bool) -> None:
     """Raise :class:`InputError`, naming the matrix, if its method cannot fill the spec that is planned for it."""
+    spec = planned.modules[name]
+    if not spec.kind:
+        raise InputError(
+            f"{name}: {type(spec).__name__} has no kind, by which a saved model finds its structure again; give the "
+            'class one: kind = "…".'
+        )
     try:
         method.check(planned.modules[name], calibrated)
     except InputError as error:
@@ -106,11 +110,6 @@ def identity(model: PreTrainedModel, recipe: Recipe, text: Text) -> dict[str, ob
         "configuration": describe_configuration(model.config),
     }
     return {**given, **{name: hash_tensor(tensor) for name, tensor in saved_tensors(model)}}
-
-
-def key_of(given: dict[str, object]) -> str:
-    """A hash of an identity."""
-    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 
 
 def check_same(ranks: Ranks, given: dict[str, object], what: str = "model, recipe and text") -> None:

@@ -38,7 +38,7 @@ from tensorfold.utils.torch_modes import in_usual_modes
 class Budget:
     """Linear layers that share what an :class:`Auto` may keep; the plan gives them equal fractions.
 
-    What ``keep`` means for them is decided here, and nowhere else.
+    How many numbers ``keep`` leaves them is decided here; what counts against these, ``folding.budgets`` says.
     """
 
     method: Auto
@@ -95,6 +95,11 @@ class Plan:
         before = sum(self.modules[name].parameters for name in specs)
         after = dense + sum(spec.parameters for spec in specs.values() if spec is not None)
         return replace(self, modules=modules, dense=dense, parameters_after=self.parameters_after + after - before)
+
+    def of_plain(self, model: PreTrainedModel) -> Plan:
+        """The plan with the sizes of the plain model that came of it: biases are smaller, and no order is stored."""
+        rest = stored_bytes(model) - sum(self.bytes_of(name) for name in self.targeted_bytes)
+        return replace(self, parameters_after=count_parameters(model), other_bytes=rest)
 
     @property
     def kept(self) -> float:

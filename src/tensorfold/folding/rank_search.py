@@ -1,4 +1,4 @@
-"""How a budget is divided among the linear layers that share it, from what each costs the loss at every rank.
+"""The search on the dense model that decides the ranks of layers which share a budget.
 
 Steps, in this order: gradient moments of the dense model; error curves of every layer, and of smaller value heads;
 allocation of the budgets; other shapes of the same size.
@@ -15,16 +15,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensorfold.algebra.solvers.low_rank import error_curve
-from tensorfold.algebra.solvers.smaller_heads import HeadBasis
+from tensorfold.algebra.statistics import shrunk
 from tensorfold.calibration.block_stream import BlockStream, input_moments
 from tensorfold.calibration.packed_symmetric import Packed
-from tensorfold.folding.budgets import Choice, Heads, divide, searched
+from tensorfold.errors import InputError
+from tensorfold.folding.budgets import (
+    Change,
+    Choice,
+    Family,
+    Smaller,
+    divide,
+    divide_plainly,
+    searched,
+    units_left,
+)
 from tensorfold.folding.found import Found, still_needed, turns
 from tensorfold.folding.grouped import can_be_grouped, cores_of_first_rank, nearest_shape, spec_of
+from tensorfold.folding.hidden_layers import HiddenLayer, hidden_layers
 from tensorfold.folding.plan import Budget, Plan
 from tensorfold.folding.stored_gradients import take_gradients
 from tensorfold.folding.text import Text
-from tensorfold.folding.value_heads import free, value_heads
+from tensorfold.folding.value_heads import ValueHeads, free, value_heads
 from tensorfold.methods.auto import EFFORTS, Effort
 from tensorfold.models.anatomy import Matrix, by_block, dense_weight
 from tensorfold.utils.block_checkpoints import BlockCheckpoints
@@ -76,7 +87,7 @@ class RankSearch:
         gradients: Gradient moments of the members on the sample.
         curves: Squared errors of the best matrix of every rank, of the members that the sample meets. They are exact:
             eigenvalues give the error of the best matrix of every rank, so no rank is tried.
-        heads: Values and outputs of attention with their curves at smaller sizes of the heads.
+        families: Value heads of attention and hidden layers of MLPs, with their curves at smaller sizes.
     """
 
     model: PreTrainedModel
@@ -89,7 +100,7 @@ class RankSearch:
     works_on: Callable[[str], None]
     gradients: Mapping[str, Packed] = field(default_factory=dict)
     curves: dict[str, Tensor] = field(default_factory=dict)
-    heads: list[Heads] = field(default_factory=list)
+    families: list[tuple[Family, list[Smaller]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.efforts: dict[str, Effort] = {
@@ -98,6 +109,8 @@ class RankSearch:
         self.members = {name: self.chosen[name] for name in self.chosen if name in self.efforts}
         tokens = max((effort.gradient_tokens or self.windows.numel()) for effort in self.efforts.values())
         self.sample = self.windows[: -(-tokens // self.windows.shape[1])]
+        plain = [budget for budget in self.budgets if budget.method.plain]
+        self.exact = {name: units_left(budget, self.members) for budget in plain for name in budget.names}
 
     def run(self, store: BlockCheckpoints | None) -> Found:
         """All steps, or what a checkpoint holds of them."""
@@ -119,38 +132,44 @@ class RankSearch:
 
     def measure_curves(self) -> None:
         """Error curves of the members, and of value heads where their size may change the number of parameters."""
-        shrinking = {
-            name
-            for budget in self.budgets
-            if budget.method.budget != "bytes"
-            for name in budget.names
-            if self.efforts[name].heads
-        }
+        # Orders of heads and units are stored, so that a budget of bytes would have to count them.
+        counted = {name for budget in self.budgets if budget.method.budget != "bytes" for name in budget.names}
         stream = BlockStream(self.model, self.sample)
         for index, batch in _at_entrances(stream, self.members):
             self.works_on(f"curves of {stream.name}.{index}")
             modules = {name: matrix.module for name, matrix in batch.items()}
-            pair = value_heads(stream, index, {name: matrix for name, matrix in batch.items() if name in shrinking})
-            moments = input_moments(partial(stream.advance, index), modules, all_called=False)
+            able = {name: matrix for name, matrix in batch.items() if name in counted}
+            pair = value_heads(stream, index, {n: m for n, m in able.items() if self.efforts[n].heads})
+            layers = hidden_layers(
+                stream, index, {n: m for n, m in able.items() if self.efforts[n].units or n in self.exact}
+            )
+            layers = [replace(layer, exact=self.exact.get(layer.down.name)) for layer in layers]
+            moments = self._shrunk(input_moments(partial(stream.advance, index), modules, all_called=False))
             for name, matrix in batch.items():
                 if name in moments and name in self.gradients:
                     weight = dense_weight(matrix.module).detach()
                     self.curves[name] = error_curve(weight, moments[name], self.gradients[name].full())
-            if pair is not None and {pair.values.name, pair.outputs.name} <= self.curves.keys():
-                self.heads.append((pair, pair.shrunken(moments, lambda name: self.gradients[name].full())))
-        own = free(self.model, self.sample[:1, :_FEW], [pair for pair, _ in self.heads])
-        self.heads = [(pair, shrunken) for pair, shrunken in self.heads if pair in own]
+            families: list[Family] = [*([pair] if pair is not None else []), *layers]
+            for family in families:
+                if {member.name for member in family.members} <= self.curves.keys():
+                    self.families.append((family, family.smaller(moments, lambda name: self.gradients[name].full())))
+        pairs = [family for family, _ in self.families if isinstance(family, ValueHeads)]
+        bound = [pair for pair in pairs if pair not in free(self.model, self.sample[:1, :_FEW], pairs)]
+        self.families = [(family, smaller) for family, smaller in self.families if family not in bound]
 
-    def divide(self) -> tuple[dict[str, Choice], dict[str, HeadBasis]]:
+    def divide(self) -> tuple[dict[str, Choice], dict[str, Change]]:
         """What every layer is given, on every rank what the first one found; and the bases of smaller value heads."""
         choices: dict[str, Choice] = {}
-        bases: dict[str, HeadBasis] = {}
+        changes: dict[str, Change] = {}
         for budget in self._met():
-            divided, turned = divide(budget, self.planned, self.members, self.curves, self.heads)
+            if budget.method.plain:
+                divided, turned = divide_plainly(budget, self.members, self.curves, self._plain_layers(budget))
+            else:
+                divided, turned = divide(budget, self.planned, self.members, self.curves, self.families)
             choices |= divided
-            bases |= turned
-        self.heads.clear()
-        return self.ranks.gather((choices, bases) if self.ranks.is_first else None)[0]  # type: ignore[no-any-return]
+            changes |= turned
+        self.families.clear()
+        return self.ranks.gather((choices, changes) if self.ranks.is_first else None)[0]  # type: ignore[no-any-return]
 
     def try_shapes(self, choices: dict[str, Choice]) -> tuple[dict[str, Choice], dict[str, list[Tensor]]]:
         """The choices with another shape of the same size where that is nearer, and the cores of those.
@@ -167,10 +186,8 @@ class RankSearch:
         fitted: dict[str, list[Tensor]] = {}
         stream = BlockStream(self.model, self.sample) if tried else None
         for index, batch in _at_entrances(stream, tried) if stream is not None else ():
-            moments = input_moments(
-                partial(stream.advance, index),  # type: ignore[union-attr]
-                {name: matrix.module for name, matrix in batch.items()},
-            )
+            modules = {name: matrix.module for name, matrix in batch.items()}
+            moments = self._shrunk(input_moments(partial(stream.advance, index), modules))  # type: ignore[union-attr]
             for name, matrix in batch.items():
                 self.works_on(f"shapes of {name}")
                 curve, gradient = self.curves[name], self.gradients[name].full()
@@ -179,6 +196,25 @@ class RankSearch:
         starts = cores_of_first_rank(fitted, choices, self.members, self.ranks.is_first)
         self.ranks.broadcast((core for cores in starts.values() for core in cores), owner=0)
         return choices, starts
+
+    def _plain_layers(self, budget: Budget) -> list[tuple[Family, Smaller]]:
+        """The hidden layers of a budget that is to leave a plain model.
+
+        Raises:
+            InputError: An MLP of it cannot lose units.
+        """
+        found = [(family, smaller[0]) for family, smaller in self.families if family.members[-1].name in budget.names]
+        found = [(family, smaller) for family, smaller in found if isinstance(family, HiddenLayer)]
+        met = {member.name for family, _ in found for member in family.members}
+        left = [name for name in budget.names if self.members[name].group == "mlp" and name not in met]
+        if left:
+            raise InputError(
+                f"auto: plain, and the hidden units of {left[0]} do not work by themselves; leave out plain."
+            )
+        return found
+
+    def _shrunk(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: shrunk(moment, self.efforts[name].shrink) for name, moment in moments.items()}
 
     def _met(self) -> list[Budget]:
         """Budgets without layers that no token of the sample reached, such as experts that none was sent to.

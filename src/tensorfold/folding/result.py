@@ -17,11 +17,13 @@ class FoldReport:
     ``errors``: ``‖(W − Ŵ) C^½‖ / ‖W C^½‖`` with C the second moment of the module's inputs where it was calibrated
     (``metrics[name] == "activation"``), the identity where not (``"weight"``). Of a layer that shares a budget,
     ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖`` with G the second moment of the loss's gradient at its outputs, and W what it
-    was fitted to (``"loss"``, see ``feedback``). Of a table that was fitted to text, in the metrics of that fit
-    (``"text"``, see ``Statistics.metrics``).
+    was fitted to (``"loss"``, see ``calibration.error_feedback``). Of a table that was fitted to text, in the metrics
+    of that fit (``"text"``, see ``Statistics.metrics``).
 
     ``calibration_window``: tokens in each calibration window, the ``calibration_prefix`` that the tokenizer puts before
     a document included; 0 and none where the fold was data-free.
+
+    ``refined``: by block, the relative error of its output on windows that were not stepped on, before and after.
 
     ``choices``: what a search gave each layer that shared a budget, and its error at other sizes.
     """
@@ -34,6 +36,7 @@ class FoldReport:
     choices: dict[str, Choice] = field(default_factory=dict)
     calibration_window: int = 0
     calibration_prefix: tuple[int, ...] = ()
+    refined: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def parameters_before(self) -> int:
@@ -62,6 +65,8 @@ class FoldReport:
             module.update(error=self.errors[name], metric=self.metrics[name])
         if self.choices:
             out["choices"] = {name: asdict(choice) for name, choice in self.choices.items()}
+        if self.refined:
+            out["refined"] = {name: list(errors) for name, errors in self.refined.items()}
         text = {
             "calibration_tokens": self.calibration_tokens,
             "calibration_window": self.calibration_window,

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tensorfold.algebra.solvers.smaller_heads import HeadBasis, Known, PairCurves, shrunken_heads
+from tensorfold.algebra.solvers.smaller_heads import Known, shrunken_heads
 from tensorfold.algebra.statistics import Means, Statistics
 from tensorfold.calibration.block_calls import input_of
 from tensorfold.calibration.block_stream import BlockStream
+from tensorfold.folding.budgets import Change, Smaller
 from tensorfold.models.anatomy import Matrix, dense_weight
 
 _EXACT, _ROUNDED = 1e-3, 0.05  # of what the change of one side alone does, in fp32 and in less
@@ -28,6 +29,11 @@ class ValueHeads:
     values: Matrix
     outputs: Matrix
     heads: int
+
+    @property
+    def members(self) -> tuple[Matrix, ...]:
+        """Values, then outputs."""
+        return self.values, self.outputs
 
     @property
     def whole(self) -> int:
@@ -45,20 +51,26 @@ class ValueHeads:
             return 0, 0
         return (self.groups * size, 0) if matrix is self.values else (0, self.heads * size)
 
-    def shrunken(self, moments: Mapping[str, Tensor], gradients: Callable[[str], Tensor]) -> list[PairCurves]:
+    def smaller(self, moments: Mapping[str, Tensor], gradients: Callable[[str], Tensor]) -> list[Smaller]:
         """Their curves with smaller heads, from second moments of inputs and gradients by name."""
         values, outputs = (
             Known(dense_weight(matrix.module).detach(), moments[matrix.name], gradients(matrix.name))
             for matrix in (self.values, self.outputs)
         )
-        return list(shrunken_heads(values, outputs, self.heads))
+        found = shrunken_heads(values, outputs, self.heads)
+        return [Smaller(each.basis.size, (each.values, each.outputs), each.basis) for each in found]
 
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """A change of basis of value heads, as one of their two matrices meets it."""
+    """A change of a dimension that several matrices share, as one of them meets it.
 
-    basis: HeadBasis
+    Attributes:
+        basis: New basis of value heads, or the hidden units that stay.
+        of_values: Whether the dimension is the matrix's outputs, as of values and expanding matrices, or its inputs.
+    """
+
+    basis: Change
     of_values: bool
 
     def weight(self, matrix: Matrix) -> Tensor:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tensorfold.calibration.block_loss import least_size, relative_loss
 from tensorfold.calibration.block_stream import BlockStream
 from tensorfold.errors import InputError
-from tensorfold.healing.losses import relative_loss
 from tensorfold.models.anatomy import blocks
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.nn import FoldedModule
@@ -48,7 +48,6 @@ _SETTINGS = (
 
 _HELD_OUT = 16  # one window in so many is not trained on
 _WARMUP = 10  # steps
-_FLOOR = 0.01  # of the median ‖y‖², the least size by which a token's error is divided
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,8 @@ class BlockOutcome:
 
     Attributes:
         index: The block's index.
-        before: The loss on the held-out windows before training, see :func:`tensorfold.healing.losses.relative_loss`.
+        before: The loss on the held-out windows before training, see
+            :func:`tensorfold.calibration.block_loss.relative_loss`.
         after: That loss after training; equal to ``before`` where the block was left as it came.
         healed: Whether training lowered the loss; otherwise the cores are as they came.
         resumed: Whether the block was read from a checkpoint.
@@ -109,8 +109,9 @@ def heal_blocks(
 
     Each block is given the hidden states of the healed student and is trained towards those behind the teacher's block,
     so it also makes up for the errors of the blocks before it. The loss is
-    :func:`tensorfold.healing.losses.relative_loss`. The optimiser is AdamW with ``betas`` and ``weight_decay``; its
-    learning rate rises to ``blockwise_lr`` over ten steps and falls to 0 by a cosine over ``blockwise_epochs`` passes.
+    :func:`tensorfold.calibration.block_loss.relative_loss`. The optimiser is AdamW with ``betas`` and ``weight_decay``;
+    its learning rate rises to ``blockwise_lr`` over ten steps and falls to 0 by a cosine over ``blockwise_epochs``
+    passes.
     A step takes ``blockwise_batch`` windows, in an order that depends on ``seed`` and the block alone. The last
     sixteenth of the windows, at least one, is not trained on: a block whose loss did not fall there keeps the cores it
     came with.
@@ -181,7 +182,7 @@ class _Pair:
     Attributes:
         student: The student's stream.
         teacher: The teacher's stream.
-        floor: Least squared norm in the loss, see :func:`tensorfold.healing.losses.relative_loss`.
+        floor: Least squared norm in the loss, see :func:`tensorfold.calibration.block_loss.relative_loss`.
     """
 
     def __init__(
@@ -202,9 +203,7 @@ class _Pair:
         """Carry both streams on to block ``index``."""
         self.student.advance_to(index)
         self.teacher.advance_to(index + 1)
-        # Without a floor, tokens with almost no activation, such as padding, would have almost infinite weight.
-        sizes = torch.cat([hidden.float().square().sum(-1).flatten() for hidden in self.teacher.hidden.split(1)])
-        self.floor = _FLOOR * sizes.median().item()
+        self.floor = least_size(self.teacher.hidden)
 
     def loss(self, chosen: Tensor) -> Tensor:
         """The block's loss on the windows with the indices ``chosen``."""

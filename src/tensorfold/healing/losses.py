@@ -59,25 +59,6 @@ def attention_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return per_row.mean()
 
 
-def relative_loss(output: Tensor, target: Tensor, floor: float = 0.0) -> Tensor:
-    """The mean over tokens of ``‖ŷ − y‖² / max(‖y‖², floor)``, with y the wanted hidden states and ŷ the given ones.
-
-    Each token counts by its relative error, as it does for the RMSNorm that reads the hidden states next, so a token
-    with giant activations counts as one token. In SmolLM2-135M the first position has a norm of 25,000 from block 11 on
-    where the median is 135, and makes up 60 % of the squared error of a folded model (512 tokens a window). In blocks 2
-    to 8 tokens at other positions (5, 8, 18, …) have five to ten times the median norm and five of 1536 make up 34 % of
-    the squared error after block 2, so leaving out the first position would not do.
-
-    Args:
-        output: ŷ, shape (..., width).
-        target: y, with that shape.
-        floor: Least squared norm by which a token's squared error is divided.
-    """
-    error = (output.float() - target.float()).square().sum(-1)
-    size = target.float().square().sum(-1)
-    return (error / size.clamp_min(max(floor, torch.finfo(torch.float32).tiny))).mean()
-
-
 def feed_forward_names(model: PreTrainedModel) -> list[str]:
     """Path of the module in each block whose output is the MLP's.
 

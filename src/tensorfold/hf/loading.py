@@ -25,6 +25,7 @@ from tensorfold.hf.modules import install
 from tensorfold.models.anatomy import check_not_quantised, count_parameters, empty_model
 from tensorfold.nn import FoldedModule
 from tensorfold.utils.atomic_files import atomic_directory
+from tensorfold.utils.records import CARD
 from tensorfold.utils.torch_modes import in_usual_modes
 from tensorfold.utils.validation import check_types
 
@@ -265,4 +266,4 @@ def save_beside(directory: Path, config: PreTrainedConfig, tokenizer: Any, card:
         tokenizer.save_pretrained(directory)
     carry_over(config, directory)
     (directory / "README.md").write_text(model_card(card), encoding="utf-8")
-    (directory / "tensorfold.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    (directory / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")

@@ -9,8 +9,8 @@ from annotated_types import Ge, Le
 
 from tensorfold.algebra.specs.spec import Spec
 from tensorfold.methods import Graded, LowRank
-from tensorfold.methods.base import LINEAR, TEXT, Keep, Method
-from tensorfold.utils.effects import Needs
+from tensorfold.methods.base import LINEAR, TEXT, Keep, Method, check_settings
+from tensorfold.utils.effects import Need, Needs
 from tensorfold.utils.validation import strict
 
 
@@ -24,8 +24,13 @@ class Effort:
         staged: Whether the matrices of a block are folded in the order in which they are applied, each measured behind
             those before it, instead of all at once.
         feedback: Whether each matrix is fitted to the dense model's outputs, given the folded model's inputs.
+        shrink: How far input moments are shrunk towards a multiple of the identity, 0 … 1. Chosen on text of another
+            kind than that of the calibration: see ``studies/smollm2``.
         heads: Whether value heads of attention may become smaller, in the basis that keeps most; needs ``staged`` and
             ``feedback``. Not under a budget of bytes.
+        units: Whether MLPs may lose hidden units, one by one, each time the one whose loss costs least with the others
+            making up for it (``algebra.solvers.fewer_units``). Likewise.
+        refine: Steps on the output of every block, once its matrices are folded; needs ``feedback``. 0 is none.
         shapes: Whether matrices may share one basis, with pivots, among groups of their columns, or of their rows if
             they have more of those, ``Σ_k A_k ⊗ b_kᵀ`` with A_k of shape (out, groups), where that is nearer. Only
             under a budget of parameters: groups take more multiply–adds than they have parameters.
@@ -34,15 +39,24 @@ class Effort:
     gradient_tokens: int | None
     staged: bool
     feedback: bool
+    shrink: float = 0.3
     heads: bool = False
+    units: bool = False
+    refine: int = 0
     shapes: bool = False
 
 
 EFFORTS = {
     "low": Effort(2048, staged=False, feedback=False),
-    "medium": Effort(8192, staged=True, feedback=True, heads=True),
+    "medium": Effort(None, staged=True, feedback=True, heads=True),
     "high": Effort(None, staged=True, feedback=True, heads=True, shapes=True),
 }
+
+
+UNITS = Need(
+    "effort: medium or high, and budget: parameters or multiply-adds",
+    lambda auto: EFFORTS[auto.effort].feedback and auto.budget != "bytes",
+)
 
 
 @strict
@@ -63,15 +77,22 @@ class Auto(Method):
         budget: Unit of ``keep`` where there is text: ``parameters``; ``multiply-adds``, of which these structures make
             one for every parameter, as the dense matrix does; or ``bytes``, which count the stored order of rows as
             well.
+        plain: Whether the result stays a model that transformers alone can load: every MLP loses the same number of
+            hidden units, the configuration says how many are left, and all other matrices stay dense. Needs text.
     """
 
     name: ClassVar[str] = "auto"
-    needs_of_use: ClassVar[Needs] = dict.fromkeys(("effort", "floor", "budget"), (TEXT, LINEAR))
+    needs: ClassVar[Needs] = {"plain": (UNITS,)}
+    needs_of_use: ClassVar[Needs] = dict.fromkeys(("effort", "floor", "budget", "plain"), (TEXT, LINEAR))
 
     keep: Keep
     effort: Literal["low", "medium", "high"] = "medium"
     floor: Annotated[float, Ge(0), Le(1)] = 0.5
     budget: Literal["parameters", "multiply-adds", "bytes"] = "parameters"
+    plain: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def concrete(self, group: str) -> Method:
         if group == "embedding":

@@ -19,7 +19,7 @@ and the heads of a group have equal M. For this E the O' of all heads together a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorfold.algebra.allocation import Curve, from_floor
 from tensorfold.algebra.solvers.low_rank import error_curve, roots
 
 _RIDGE = 1e-6  # added to a second moment that is inverted, as a part of its mean diagonal
@@ -64,6 +63,14 @@ class HeadBasis:
     def size(self) -> int:
         """Dimensions that a head keeps."""
         return self.into.shape[1]
+
+    def to(self, device: torch.device) -> HeadBasis:
+        """The same on a device."""
+        return HeadBasis(self.into.to(device), self.back.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it."""
+        return {"into": self.into.clone(), "back": self.back.clone()}
 
     def rows(self, matrix: Tensor) -> Tensor:
         """``E W`` in every group of rows of W (groups · whole, …), padded with zero rows to the shape of W."""
@@ -172,80 +179,3 @@ def _curves(values: Known, outputs: Known, basis: HeadBasis, heads: int) -> tupl
     reduced = basis.gradient_moment(values.gradient_moment.double()).reshape(groups, whole, groups, whole)
     reduced = reduced[:, :size, :, :size].reshape(groups * size, groups * size)
     return error_curve(kept, values.input_moment, reduced), error_curve(best, inner, g) + lost.cpu()
-
-
-class Sizes(NamedTuple):
-    """One choice for a block's value and output projection.
-
-    Attributes:
-        size: Dimensions of a head.
-        values: Index on the value projection's curve for that size.
-        outputs: Index on the output projection's curve for that size.
-    """
-
-    size: int
-    values: int
-    outputs: int
-
-
-def joint_curve(by_size: Mapping[int, tuple[Curve, Curve]]) -> tuple[Curve, list[Sizes]]:
-    """Loss of a value and output projection together at every cost, with the best division and size of heads.
-
-    The divisions of one size that some price for parameters reaches are sums of points on the two lower convex hulls;
-    between two of them, only one of the curves advances.
-
-    Args:
-        by_size: Curves of the value and of the output projection, by size of the heads. Neither gets less than its
-            floor, or than all that it can have with heads of that size.
-
-    Returns:
-        The joint curve, and the choice behind each of its points.
-    """
-    points = []
-    for size, (values, outputs) in by_size.items():
-        for i, j in _divisions(values, outputs):
-            cost, loss = values.costs[i] + outputs.costs[j], values.losses[i] + outputs.losses[j]
-            points.append((float(cost), float(loss), Sizes(size, i, j)))
-    points.sort()
-    kept = points[:1]
-    for point in points[1:]:
-        if point[1] < kept[-1][1] and point[0] > kept[-1][0]:
-            kept.append(point)
-    costs, losses = (torch.tensor([point[k] for point in kept], dtype=torch.float64) for k in (0, 1))
-    return Curve(losses, costs), [point[2] for point in kept]
-
-
-def _divisions(one: Curve, other: Curve) -> Iterator[tuple[int, int]]:
-    """Pairs of indices on two curves, from both floors on; each step advances the curve whose hull falls faster."""
-    curves = (one, other)
-    hulls = [_hull(curve, from_floor(curve)) for curve in curves]
-    reached, at = [hull[0] for hull in hulls], [0, 0]
-    yield reached[0], reached[1]
-    while True:
-        best, gain = None, -1.0
-        for k, curve in enumerate(curves):
-            if at[k] + 1 < len(hulls[k]):
-                here, there = hulls[k][at[k]], hulls[k][at[k] + 1]
-                slope = float((curve.losses[here] - curve.losses[there]) / (curve.costs[there] - curve.costs[here]))
-                if slope > gain:
-                    best, gain = k, slope
-        if best is None:
-            return
-        at[best] += 1
-        for index in range(reached[best] + 1, hulls[best][at[best]] + 1):
-            reached[best] = index
-            yield reached[0], reached[1]
-
-
-def _hull(curve: Curve, first: int) -> list[int]:
-    """Indices on the lower convex hull of losses over costs, from ``first`` to the last one."""
-    costs, losses = curve.costs.tolist(), curve.losses.tolist()
-    kept = [first]
-    for k in range(first + 1, len(costs)):
-        while len(kept) > 1:
-            a, b = kept[-2], kept[-1]
-            if (losses[a] - losses[b]) * (costs[k] - costs[a]) > (losses[a] - losses[k]) * (costs[b] - costs[a]):
-                break
-            kept.pop()
-        kept.append(k)
-    return kept

@@ -29,14 +29,14 @@ STRUCTURES: dict[str, type[Structure]] = {}
 
 
 class Structure(ABC):
-    """Shape of a structured matrix; a subclass with a ``kind`` is found again when a model folded with it is loaded.
+    """Shape of a structured matrix.
 
-    A subclass is a frozen dataclass with ``out_features`` and ``in_features`` among its fields or properties; its
-    fields must hold JSON values. It has to say what shapes its cores have and how they are applied to vectors;
+    A subclass is a frozen dataclass with a ``kind``, and with ``out_features`` and ``in_features`` among its fields or
+    properties; its fields must hold JSON values. It has to say what shapes its cores have and how they are applied to vectors;
     everything else follows from these, and is overridden where there is a faster way.
 
     Attributes:
-        kind: Name in saved configurations.
+        kind: Name in saved configurations, by which what was folded finds its structure again; needed to fold.
         tables_only: Whether the structure is for embedding tables (and heads tied to them) alone, not linear layers.
         shared_axes: Number of leading axes of a core; in int8, all numbers behind them share a scale.
         reordered: Sides, ``"out"`` and ``"in"``, whose index order is stored beside the cores. :meth:`apply`,

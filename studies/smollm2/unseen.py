@@ -1,0 +1,182 @@
+"""What parts of a fold are worth on text that nobody calibrated on: SmolLM2-135M, no training.
+
+    OMP_NUM_THREADS=1 python studies/smollm2/unseen.py [--only PATTERN …] [--list]      # needs TENSORFOLD_DATA
+    python studies/smollm2/unseen.py --table
+
+Each run folds the dense model anew and appends a line to ``unseen.jsonl``; what is there is skipped. Choices were made
+by the *selection* texts alone, which are neither what was calibrated on nor what is reported: a later part of
+``wikitext-2-valid``, ``train/abc.txt`` and ``train/state_union.txt``. The *test* texts are read in the same run and
+were not looked at for them. Unseen ratio: geometric mean of perplexity over dense on the unseen test texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from transformers import PreTrainedModel
+
+import tensorfold
+from tensorfold import Auto, Recipe, Rule
+from tensorfold.data.texts import load_text
+from tensorfold.hf.sources import find_model
+from tensorfold.methods.auto import EFFORTS
+
+LOG = Path(__file__).with_suffix(".jsonl")
+DATA = Path(os.environ.get("TENSORFOLD_DATA", "."))
+TOKENS = 24_000
+JUDGED = 8192  # tokens of each text
+SELECTION = {
+    "wikitext-2-valid, later": "wikitext-2-valid.txt",
+    "abc": "train/abc.txt",
+    "union": "train/state_union.txt",
+}
+UNSEEN = {"tinyshakespeare": "tinyshakespeare.txt", "lambada": "lambada-test.jsonl", "brown": "train/brown.txt"}
+OLD = dataclasses.replace(EFFORTS["medium"], gradient_tokens=8192, shrink=0.0)
+EFFORT = {
+    "auto-0.1.0": OLD,
+    "gradients": dataclasses.replace(OLD, gradient_tokens=None),
+    "shrink-0.1": dataclasses.replace(OLD, gradient_tokens=None, shrink=0.1),
+    "medium": EFFORTS["medium"],
+    "units": dataclasses.replace(EFFORTS["medium"], units=True),
+    "units-refined": dataclasses.replace(EFFORTS["medium"], units=True, refine=48),
+    "plain": EFFORTS["medium"],
+    "plain-refined": dataclasses.replace(EFFORTS["medium"], refine=48),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One fold and its judgement."""
+
+    targets: str
+    keep: float
+    effort: str
+    text: str = "wikitext-2-valid"
+
+    @property
+    def name(self) -> str:
+        return f"{self.targets}-{self.keep}-{self.effort}-{self.text}"
+
+
+def planned() -> Iterator[Run]:
+    """What decides first."""
+    yield Run("none", 1.0, "dense")
+    for effort in ("medium", "units", "units-refined"):
+        yield Run("mlp", 0.8, effort)
+        yield Run("mlp", 0.5, effort)
+        yield Run("all-linear", 0.8, effort)
+    for effort in ("plain", "plain-refined"):
+        yield Run("mlp", 0.8, effort)
+        yield Run("mlp", 0.5, effort)
+    yield Run("mlp", 0.8, "medium", "mixture")
+    yield Run("all-linear", 0.8, "medium", "mixture")
+    yield Run("mlp", 0.5, "medium", "mixture")
+    yield Run("all-linear", 0.5, "medium")
+    for effort in ("shrink-0.1", "gradients", "auto-0.1.0"):
+        yield Run("mlp", 0.8, effort)
+
+
+def documents(name: str) -> list[str]:
+    """A text of the data directory; the calibration text's later part where it says so."""
+    file = {**SELECTION, **UNSEEN}.get(name)
+    if file is None:
+        return load_text(str(DATA / name) if (DATA / name).exists() else name)
+    found = load_text(str(DATA / file))
+    return ["\n\n".join(found)[600_000:]] if name in SELECTION and "later" in name else found
+
+
+def judge(model: PreTrainedModel, tokenizer: Any, names: list[str]) -> dict[str, float]:
+    """Perplexity by ``hf-1024`` on the first tokens of each text."""
+    return {
+        name: round(tensorfold.evaluate(model, tokenizer, documents(name), "hf-1024", max_tokens=JUDGED).perplexity, 3)
+        for name in names
+    }
+
+
+def measure(run: Run) -> dict[str, Any]:
+    source = find_model("smollm2-135m")
+    model, tokenizer = source.model(), source.tokenizer()
+    wall, processor = time.monotonic(), time.process_time()
+    parameters = {"parameters": model.num_parameters()}
+    if run.effort != "dense":
+        text = documents("mixture") if run.text == "mixture" else load_text("wikitext-2", split="validation")
+        recipe = Recipe(fold=(Rule(run.targets, Auto(keep=run.keep, plain=run.effort.startswith("plain"))),))
+        with patch.dict(EFFORTS, medium=EFFORT[run.effort]):
+            report = tensorfold.fold(model, recipe, tokenizer, text, calibration_tokens=TOKENS)
+        parameters = {
+            "parameters": report.parameters_after,
+            "bytes": report.bytes_after,
+            "units": {n: c.columns for n, c in report.choices.items() if c.columns and n.endswith("down_proj")},
+            "refined": {name: list(errors) for name, errors in report.refined.items()},
+        }
+    spent = {"wall": round(time.monotonic() - wall), "cpu": round(time.process_time() - processor)}
+    return {
+        "run": run.name,
+        **dataclasses.asdict(run),
+        **parameters,
+        "fold_seconds": spent,
+        "threads": torch.get_num_threads(),
+        "selection": judge(model, tokenizer, list(SELECTION)),
+        "test": judge(model, tokenizer, ["wikitext-2-test.txt", *UNSEEN, "python-docs"]),
+    }
+
+
+def entries() -> dict[str, dict[str, Any]]:
+    lines = LOG.read_text(encoding="utf-8").splitlines() if LOG.exists() else []
+    return {entry["run"]: entry for entry in map(json.loads, lines)}
+
+
+def table() -> str:
+    """Markdown: the runs that are done, in the order planned."""
+    done = entries()
+    dense = done[Run("none", 1.0, "dense").name]["test"]
+    rows = ["| targets | kept | effort | text | parameters | wikitext-2-test | unseen ratio | processor minutes |"]
+    rows += ["|---|---:|---|---|---:|---:|---:|---:|"]
+    for run in planned():
+        entry = done.get(run.name)
+        if entry is None:
+            continue
+        unseen = [name for name in entry["test"] if name != "wikitext-2-test.txt"]
+        ratio = math.exp(sum(math.log(entry["test"][name] / dense[name]) for name in unseen) / len(unseen))
+        rows.append(
+            f"| {run.targets} | {run.keep} | {run.effort} | {run.text} | {entry['parameters']:,} | "
+            f"{entry['test']['wikitext-2-test.txt']:.2f} | {ratio:.3f} | {entry['fold_seconds']['cpu'] / 60:.1f} |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="Runs whose names match.")
+    parser.add_argument("--list", action="store_true", help="Name the runs and whether they are done.")
+    parser.add_argument("--table", action="store_true", help="Print the table of what is done.")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table())
+        return
+    for run in planned():
+        if not any(fnmatch.fnmatch(run.name, pattern) for pattern in arguments.only):
+            continue
+        done = run.name in entries()
+        if arguments.list:
+            print(f"{'done' if done else 'to do':6}{run.name}")
+        elif not done:
+            entry = measure(run)
+            print(run.name, entry["selection"], entry["fold_seconds"], flush=True)
+            with LOG.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+if __name__ == "__main__":
+    main()
