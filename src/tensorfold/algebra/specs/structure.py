@@ -32,8 +32,8 @@ class Structure(ABC):
     """Shape of a structured matrix.
 
     A subclass is a frozen dataclass with a ``kind``, and with ``out_features`` and ``in_features`` among its fields or
-    properties; its fields must hold JSON values. It has to say what shapes its cores have and how they are applied to vectors;
-    everything else follows from these, and is overridden where there is a faster way.
+    properties; its fields must hold JSON values. It has to say what shapes its cores have and how they are applied to
+    vectors; everything else follows from these, and is overridden where there is a faster way.
 
     Attributes:
         kind: Name in saved configurations, by which what was folded finds its structure again; needed to fold.
