@@ -87,3 +87,19 @@ def test_an_interrupted_fold_goes_on_to_the_same_bytes(tiny, tokenizer, prose, t
     assert len(refined) == 1  # block 0 was in the checkpoint
     assert again.refined == report.refined
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+def test_ranks_that_disagree_whether_steps_helped_send_the_same_tensors(tiny, tokenizer, prose, monkeypatch):
+    sent = {}
+
+    def broadcast(_, tensors, owner):
+        sent[rate].append([tuple(tensor.shape) for tensor in tensors])
+
+    monkeypatch.setattr("tensorfold.utils.distributed.Ranks.broadcast", broadcast)
+    for rate in (2e-3, 10.0):  # steps that are kept, and steps that are taken back
+        sent[rate] = []
+        monkeypatch.setattr(refine, "_RATE", rate)
+        _, report = fold(tiny, tokenizer, prose)
+        assert all((after < before) == (rate < 1) for before, after in report.refined.values())
+    assert sent[2e-3][-1]
+    assert sent[2e-3] == sent[10.0]

@@ -32,7 +32,8 @@ class Refinement:
 
     Attributes:
         block: The block's name in the model.
-        parameters: What was stepped, by name in the model.
+        parameters: What was stepped, by name in the model, also where the steps were taken back: on unequal machines
+            the last digit may decide that, and ranks have to send each other the same tensors.
         before, after: The relative error of the block's output on windows that no step was taken on, see
             :func:`~.block_loss.relative_loss`; equal where the block was left as it came.
     """
@@ -77,7 +78,7 @@ def refine_block(stream: BlockStream, index: int, reference: Reference, steps: i
         return Refinement(name, parameters, before, after)
     for parameter, value in zip(parameters.values(), start, strict=True):
         parameter.copy_(value)
-    return Refinement(name, {}, before, before)
+    return Refinement(name, parameters, before, before)
 
 
 def _step(parameters: list[nn.Parameter], windows: list[int], loss: Callable[[int], Tensor]) -> None:
