@@ -118,6 +118,25 @@ def test_experts_have_pairs_where_they_are_sent_the_same_tokens():
     assert found.statistics("layer").target is not None
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("called", [True, False])
+def test_experts_make_up_for_inputs_that_are_gone(bias, called):
+    """From the dense model's tokens, where the folded one's router sends the expert others, or none at all."""
+    matrix, states = layer(bias), normal(60, 4, seed=1)
+    states[:, 3] = states[:, 0] - 2 * states[:, 2]
+    states = states.float()
+    gone = torch.tensor([False, True, False, True])
+    weight = matrix.module.weight.detach()
+    folded = states[20:].masked_fill(gone, 0.0)
+    found = _Sums(matrix, partial=True)
+    found.add([_Call(states[:40], states[:40])], [_Call(folded, folded)] if called else [], None, len(states))
+    target = found.statistics("layer", weight.masked_fill(gone, 0.0)).target
+    kept = states[:40][:, ~gone]
+    best = torch.linalg.lstsq(kept, states[:40] @ weight.T).solution.T
+    torch.testing.assert_close(target[:, ~gone], best, rtol=1e-4, atol=1e-4)
+    assert not target[:, gone].any()
+
+
 class Twice(nn.Module):
     """An MLP whose first layer is applied again to what it gave, beside one that sees only the first input."""
 

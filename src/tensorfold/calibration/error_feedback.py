@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tensorfold.algebra.solvers.fewer_units import compensated
 from tensorfold.algebra.statistics import Means, Statistics
 from tensorfold.calibration.block_calls import input_of
 from tensorfold.calibration.block_stream import BlockStream, not_finite_inputs
@@ -107,7 +108,8 @@ class Reference:
     ) -> dict[str, Statistics]:
         """Moments of the layers of one stage, and the matrix W̄ to fold in the place of each.
 
-        A layer that the two models do not give the same tokens, such as an expert, gets its input moment only.
+        A layer that the two models do not give the same tokens, such as an expert, gets its input moment only; where
+        some inputs are gone, also the matrix with what the others make up for on the dense model's tokens.
 
         Args:
             stream: The folded model's hidden states, at the entrance of block ``index``.
@@ -122,7 +124,7 @@ class Reference:
             InputError: A layer was not called on the text, or its inputs hold NaN or infinity.
         """
         self.advance_to(index)
-        sums = {name: _Sums(matrix) for name, matrix in stage.items()}
+        sums = {name: _Sums(matrix, name in partial_inputs) for name, matrix in stage.items()}
         direct = {name: _adds_to_output(stream, index, matrix.module) for name, matrix in stage.items()}
         for k in range(len(stream.windows)):
             with self._dense(index):
@@ -136,7 +138,7 @@ class Reference:
         if last:
             self.stream.position = index + 1
             self._release(index)
-        return {name: each.statistics(name, towards.get(name), name in partial_inputs) for name, each in sums.items()}
+        return {name: each.statistics(name, towards.get(name)) for name, each in sums.items()}
 
 
 class _Call(NamedTuple):
@@ -158,13 +160,16 @@ class _Sums:
         lack_moment: Sum for D, fp32, shape (m, n).
         met: Whether the dense model called the layer at all.
         paired: Whether both models gave the layer the same tokens so far; without that A and D mean nothing.
+        partial: Whether the folded model does not make some of the inputs any more.
+        whole_moment: Sum of x xᵀ, fp32, shape (n, n), over windows of which a partial layer gets some tokens only.
     """
 
-    def __init__(self, matrix: Matrix) -> None:
-        self.matrix = matrix
+    def __init__(self, matrix: Matrix, partial: bool = False) -> None:
+        self.matrix, self.partial = matrix, partial
         n, m, like = matrix.in_features, matrix.out_features, matrix.parameter
         zeros = lambda *shape: torch.zeros(shape, device=like.device)  # noqa: E731
         self.input_moment, self.cross_moment, self.lack_moment = zeros(n, n), zeros(n, n), zeros(m, n)
+        self.whole_moment = zeros(n, n) if partial else None
         self.folded, self.dense, self.lack = (_Mean(size, like.device) for size in (n, n, m))  # means of x̃, x, d
         self.tokens, self.paired, self.met = 0, True, False
 
@@ -181,6 +186,9 @@ class _Sums:
         self.met = self.met or bool(dense)
         for call, other in zip(dense, folded, strict=False):
             self.paired = self.paired and _same_tokens(call.input, other.input, length)
+        if self.whole_moment is not None and not (self.paired and all(_tokens(call) == length for call in dense)):
+            for call in dense:
+                self.whole_moment.addmm_(_flat(call.input).T, _flat(call.input))
         if not folded:
             return
         centred = self.matrix.bias is not None
@@ -196,19 +204,19 @@ class _Sums:
             flat = _flat(lack)  # d, (tokens, m)
             self.lack_moment.addmm_((self.lack.centre(flat) if centred else flat).T, inputs)
 
-    def statistics(self, name: str, towards: Tensor | None = None, regress: bool = False) -> Statistics:
+    def statistics(self, name: str, towards: Tensor | None = None) -> Statistics:
         """The input moment, and where both models gave the layer the same tokens, W̄ and the means for its bias.
 
         Args:
             name: The layer's, for messages.
-            towards: Matrix that the ridge pulls towards, shape (m, n); W by default.
-            regress: Whether inputs that ``towards`` leaves out are first put on those that it keeps, by regression.
+            towards: Matrix that the ridge pulls towards, shape (m, n); W by default. Inputs that the one of a partial
+                layer leaves out are first put on those that it keeps, by regression.
 
         Raises:
             InputError: The layer was not called, or its inputs hold NaN or infinity.
         """
         if not self.tokens and self.met:  # an expert that the folded model's router sends no token to any more
-            return Statistics()
+            return Statistics(target=self._compensated(towards))
         if not self.tokens:
             raise InputError(f"{name}: not called on the calibration text, so it has no statistics; exclude it.")
         sums = self.input_moment, self.cross_moment, self.lack_moment
@@ -219,7 +227,7 @@ class _Sums:
         if not self.paired:
             origin = self.folded.origin
             raw = c + origin.outer(folded) + folded.outer(origin) + origin.outer(origin)
-            return Statistics(input_moment=raw.float())
+            return Statistics(input_moment=raw.float(), target=self._compensated(towards))
         weight, means = dense_weight(self.matrix.module).detach().double(), None
         if self.matrix.bias is not None:
             c, a, d = c - folded.outer(folded), a - dense.outer(folded), d - lack.outer(folded)
@@ -231,11 +239,20 @@ class _Sums:
         ridge = RIDGE * c.diagonal().clamp_min(0) + torch.finfo(torch.float32).eps * c.diagonal().mean()
         ridge = ridge.clamp_min(torch.finfo(torch.float32).tiny)  # where no feature varies
         prior = weight if towards is None else towards.double()  # (m, n)
-        if regress:
+        if self.partial:
             prior = prior + torch.linalg.solve(c + ridge.diag(), ((weight - prior) @ a).T).T
         pull = prior * ridge  # (m, n)
         target = torch.linalg.solve(c + ridge.diag(), (weight @ a + d + pull).T).T
         return Statistics(input_moment=c.float(), target=target.float(), means=means)
+
+    def _compensated(self, towards: Tensor | None) -> Tensor | None:
+        """W of a partial layer with what its other inputs make up for in the dense model, shape (m, n); else None."""
+        if self.whole_moment is None or towards is None or not self.whole_moment.any():
+            return None
+        kept = towards.any(0).nonzero().squeeze(1)
+        target = torch.zeros_like(towards)
+        target[:, kept] = compensated(dense_weight(self.matrix.module).detach(), self.whole_moment, kept).to(target)
+        return target
 
 
 class _Mean:
@@ -326,6 +343,10 @@ def _adds_to_output(stream: BlockStream, index: int, module: nn.Module) -> bool:
         return False
     change = after.float() - before.float()
     return bool((change - noise[0].float()).norm() < _DIRECT * noise[0].float().norm())
+
+
+def _tokens(call: _Call) -> int:
+    return call.input[..., 0].numel()
 
 
 def _flat(tensor: Tensor) -> Tensor:
