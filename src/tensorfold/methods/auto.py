@@ -49,7 +49,7 @@ class Effort:
 EFFORTS = {
     "low": Effort(2048, staged=False, feedback=False),
     "medium": Effort(None, staged=True, feedback=True, heads=True),
-    "high": Effort(None, staged=True, feedback=True, heads=True, shapes=True),
+    "high": Effort(None, staged=True, feedback=True, heads=True, units=True, refine=48, shapes=True),
 }
 
 
