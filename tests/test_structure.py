@@ -113,6 +113,25 @@ def test_transformers_internals_are_known_in_one_folder():
     assert not touched
 
 
+# Kinds of structures, and the modules of one kind: outside the algebra all are asked through one protocol.
+KINDS = {
+    "Spec", "GradedSpec", "TokenMPSSpec", "MPOLinear", "MPOEmbedding", "GradedEmbedding", "GradedHead",
+    "TokenMPSEmbedding", "TokenMPSHead",
+}  # fmt: skip
+
+
+def test_structures_are_not_told_apart_outside_the_algebra():
+    told = [
+        f"{name}: {ast.unparse(node)}"
+        for name, path in modules()
+        if not name.startswith("algebra.")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance"
+        if KINDS & {each.id for each in ast.walk(node.args[1]) if isinstance(each, ast.Name)}
+    ]
+    assert not told
+
+
 def test_tests_mirror_the_folders():
     tests = Path(__file__).parent
     folders = {path.name for path in tests.iterdir() if path.is_dir() and any(path.glob("test_*.py"))}

@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from tensorfold.data.tokens import table_rows
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
-from tensorfold.nn import MPOLinear
+from tensorfold.nn import FoldedModule
 
 PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -217,7 +217,8 @@ def _whole_attention(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _chained(model: PreTrainedModel) -> Iterator[None]:
     """Folded layers go through their cores: a matrix that is multiplied out would be a constant of the graph."""
-    before = {module: module.way for module in model.modules() if isinstance(module, MPOLinear)}
+    folded = [module for module in model.modules() if isinstance(module, FoldedModule) and "chain" in module.ways]
+    before = {module: module.way for module in folded}
     for module in before:
         module.way = "chain"
     try:
