@@ -43,14 +43,14 @@ SELECTION = {
     "union": "train/state_union.txt",
 }
 UNSEEN = {"tinyshakespeare": "tinyshakespeare.txt", "lambada": "lambada-test.jsonl", "brown": "train/brown.txt"}
-OLD = dataclasses.replace(EFFORTS["medium"], gradient_tokens=8192, shrink=0.0)
+OLD = dataclasses.replace(EFFORTS["medium"], gradient_tokens=8192, shrink=0.0, units=False)
 EFFORT = {
     "auto-0.1.0": OLD,
     "gradients": dataclasses.replace(OLD, gradient_tokens=None),
     "shrink-0.1": dataclasses.replace(OLD, gradient_tokens=None, shrink=0.1),
     "medium": EFFORTS["medium"],
-    "units": dataclasses.replace(EFFORTS["medium"], units=True),
-    "units-refined": dataclasses.replace(EFFORTS["medium"], units=True, refine=48),
+    "ranks": dataclasses.replace(EFFORTS["medium"], units=False),
+    "refined": dataclasses.replace(EFFORTS["medium"], refine=48),
     "plain": EFFORTS["medium"],
     "plain-refined": dataclasses.replace(EFFORTS["medium"], refine=48),
 }
@@ -73,7 +73,7 @@ class Run:
 def planned() -> Iterator[Run]:
     """What decides first."""
     yield Run("none", 1.0, "dense")
-    for effort in ("medium", "units", "units-refined"):
+    for effort in ("medium", "ranks", "refined"):
         yield Run("mlp", 0.8, effort)
         yield Run("mlp", 0.5, effort)
         yield Run("all-linear", 0.8, effort)

@@ -48,7 +48,7 @@ class Effort:
 
 EFFORTS = {
     "low": Effort(2048, staged=False, feedback=False),
-    "medium": Effort(None, staged=True, feedback=True, heads=True),
+    "medium": Effort(None, staged=True, feedback=True, heads=True, units=True),
     "high": Effort(None, staged=True, feedback=True, heads=True, units=True, refine=48, shapes=True),
 }
 
