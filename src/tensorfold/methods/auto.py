@@ -67,8 +67,8 @@ class Auto(Method):
     comes near; embedding tables :class:`Graded`. With calibration text, ranks follow from what each matrix costs the
     model's loss, a matrix that would gain nothing stays dense, and all are fitted with weights from their inputs and
     the loss's gradients (``‖G^½ (W − Ŵ) C^½‖``); value heads of attention lose dimensions, in the basis in which they
-    are needed least (``algebra.solvers.smaller_heads``), where that costs less than rank. Without text, all have the
-    same ``keep``.
+    are needed least (``algebra.solvers.smaller_heads``), and MLPs hidden units, those that others can stand in for
+    (``algebra.solvers.fewer_units``), where that costs less than rank. Without text, all have the same ``keep``.
 
     Args:
         keep: Fraction of the parameters of all matrices together that stays.
