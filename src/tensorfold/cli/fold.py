@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tensorfold.cli.given import recipe_of, source_of
-from tensorfold.cli.options import TEXT_HELP, Dtype, Json, Keep, ModelOrRecipe, RecipeName, TargetNames, Untie
+from tensorfold.cli.options import OWN_TEXT_HELP, Dtype, Json, Keep, ModelOrRecipe, RecipeName, TargetNames, Untie
 from tensorfold.cli.output import emit
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def fold(
         ),
     ] = None,
     calibrate: Annotated[
-        str | None, typer.Option("--calibrate", help=f"{TEXT_HELP} Default: the recipe's; 'none' folds data-free.")
+        str | None, typer.Option("--calibrate", help=f"{OWN_TEXT_HELP} Default: the recipe's; 'none': data-free."),
+   
     ] = None,
     tokens: Annotated[
         int | None,
@@ -53,11 +54,12 @@ def fold(
 
     A calibrated fold by one process keeps finished blocks in OUT.fold until OUT is there; the same command resumes.
     """
-    from tensorfold.data.texts import describe, load_text
+    from tensorfold.calibration.own_text import check_text, documents_of, label_of
     from tensorfold.folding.from_disk import fold_stream, model_facts
     from tensorfold.folding.in_memory import fold as fold_model
     from tensorfold.folding.result import FoldReport
     from tensorfold.hf.loading import save
+    from tensorfold.recipes.settings import CalibrateSettings
     from tensorfold.utils.atomic_files import check_target, claimed
     from tensorfold.utils.distributed import Ranks
 
@@ -68,15 +70,19 @@ def fold(
     text = calibrate or (chosen.calibrate.text if chosen.calibrate else None)
     ranks = Ranks.find(cpu=True)
     with ranks.together():
-        documents = load_text(text, split="validation") if text else None
+        check_text(text, "validation")
         source = source_of(model, chosen)
         tokenizer, absent = (source.tokenizer(), None) if text else source.tokenizer_beside()
         stream = None if text or dtype else _stream(source, chosen)
         loaded = source.model(None if dtype is None else dtype.value) if stream is None else None
         bar = sys.stderr.isatty()
+        documents = None
+        if text is not None and loaded is not None:
+            wanted = tokens or (chosen.calibrate or CalibrateSettings()).tokens
+            documents = documents_of(text, loaded, tokenizer, wanted, split="validation", progress=bar)
 
         def card(report: FoldReport) -> dict[str, Any]:
-            label = f"{report.calibration_tokens} tokens of {describe(text, 'validation')}" if text else None
+            label = f"{report.calibration_tokens} tokens of {label_of(text, 'validation')}" if text else None
             return model_facts(source, _label(recipe, keep, targets, untie, effort), report, label)
 
         if stream is not None:

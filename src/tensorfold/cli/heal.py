@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from tensorfold.cli.options import DtypeChoice, Json
+from tensorfold.cli.options import OWN_TEXT_HELP, DtypeChoice, Json
 from tensorfold.cli.output import emit
 from tensorfold.errors import InputError
 
@@ -22,7 +22,7 @@ def heal(
     model: Annotated[str, typer.Argument(metavar="DIR", help="The folded model.")],
     train: Annotated[
         list[str] | None,
-        typer.Option("--train", help="Text to train on; give it again for more. Default: the recipe's."),
+        typer.Option("--train", help=f"Text to train on; give it again for more. {OWN_TEXT_HELP} Default: the recipe's."),
     ] = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="The dense model, to distil from.")] = None,
     out: Annotated[
@@ -85,7 +85,7 @@ def heal(
         stage = target if number == len(stages) else Path(f"{target}.stage-{number}")
         report = heal_model(
             source.model(kind) if started_from is None else load(started_from),
-            [Path(name) for name in train or [named or settings.text]],
+            _sources(train or [named or settings.text]),
             teacher if kind is None or teacher is None else find_model(teacher).model(kind),
             tokenizer=source.tokenizer(),
             settings=settings,
@@ -99,6 +99,13 @@ def heal(
         emit(as_json, report.to_dict(), report.__str__)
         if recipe is not None and Recipe.load(recipe).eval is not None:
             typer.echo(f"to evaluate it as the recipe does: tensorfold eval {target} --recipe {recipe}", err=True)
+
+
+def _sources(names: list[str]) -> Any:
+    """Texts to train on as :func:`tensorfold.healing.heal.heal` takes them; ``self`` stays a word, others are paths."""
+    from tensorfold.calibration.own_text import SELF
+
+    return SELF if set(names) == {SELF} else [name if name == SELF else Path(name) for name in names]
 
 
 def _chosen(pairs: list[str], given: dict[str, Any]) -> dict[str, Any]:

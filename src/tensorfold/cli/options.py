@@ -10,6 +10,9 @@ import typer
 MODEL_HELP = "Hub id, local directory, .gguf file, or smollm2-135m."
 TEXT_HELP = "File, .jsonl, directory, or a named text such as wikitext-2 or python-docs."
 
+# Where the model may write its own: calibration and training.
+OWN_TEXT_HELP = f"{TEXT_HELP} 'self': text that the dense model writes."
+
 
 class DtypeChoice(StrEnum):
     """Dtypes that weights can be converted to."""

@@ -150,26 +150,24 @@ class Memory:
 
 
 Text: TypeAlias = Files | Hub | Memory
-Source: TypeAlias = str | os.PathLike[str] | Memory | Sequence[str | os.PathLike[str]]
+Source: TypeAlias = str | os.PathLike[str] | Memory | Sequence[str | os.PathLike[str] | Memory]
 
 
 def find_texts(source: Source, split: str) -> list[Text]:
     """The texts that a source names, in its order.
 
     Args:
-        source: A file, a directory or a name as :func:`tensorfold.data.texts.load_text` takes it, a list of those, or a
-            text in memory.
+        source: A file, a directory or a name as :func:`tensorfold.data.texts.load_text` takes it, a text in memory, or a
+            list of those.
         split: Split of a named text.
 
     Raises:
         InputError: The list is empty, or an entry names no text.
     """
-    if isinstance(source, Memory):
-        return [source]
-    sources = [source] if isinstance(source, str | os.PathLike) else list(source)
+    sources = [source] if isinstance(source, str | os.PathLike | Memory) else list(source)
     if not sources:
         raise InputError("got an empty list of texts; give at least one file, directory or data set")
-    return [_find_text(os.fspath(each), split) for each in sources]
+    return [each if isinstance(each, Memory) else _find_text(os.fspath(each), split) for each in sources]
 
 
 def iter_documents(source: Source, split: str = "train") -> Iterator[str]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensorfold.calibration.block_stream import calibration_windows, token_counts
+from tensorfold.calibration.own_text import documents_of
 from tensorfold.data.seen_text import CALIBRATION, Seen, note
-from tensorfold.data.texts import load_text
 from tensorfold.data.tokens import check_ids, prefix_of
 from tensorfold.errors import InputError
 from tensorfold.folding.plan import Plan
@@ -86,7 +86,7 @@ def read_text(
     Raises:
         InputError: The text, the tokenizer or the number of tokens cannot be used.
     """
-    documents = _documents(recipe, tokenizer, calibration)
+    documents = _documents(model, recipe, tokenizer, calibration, tokens)
     if documents is None:
         if tokens is not None:
             raise InputError(
@@ -102,7 +102,9 @@ def read_text(
     return Text(windows, prefix_of(tokenizer), None, tuple(documents), named)
 
 
-def _documents(recipe: Recipe, tokenizer: Any, calibration: Iterable[str] | None) -> list[str] | None:
+def _documents(
+    model: PreTrainedModel, recipe: Recipe, tokenizer: Any, calibration: Iterable[str] | None, tokens: int | None
+) -> list[str] | None:
     if calibration is None and recipe.calibrate is not None:
         if tokenizer is None:
             warnings.warn(
@@ -111,7 +113,8 @@ def _documents(recipe: Recipe, tokenizer: Any, calibration: Iterable[str] | None
                 stacklevel=4,
             )
         else:
-            calibration = load_text(recipe.calibrate.text, split="validation")
+            settings = recipe.calibrate
+            calibration = documents_of(settings.text, model, tokenizer, tokens or settings.tokens, split="validation")
     if calibration is None:
         return None
     if tokenizer is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
+from tensorfold.calibration.own_text import LABEL, SELF, own_text
 from tensorfold.data import texts
 from tensorfold.data.documents import Memory, Source
 from tensorfold.data.token_cache import TokenCache
@@ -22,6 +24,8 @@ from tensorfold.recipes.settings import HEAL_NEEDS, HealSettings
 from tensorfold.utils.effects import changed, check_effects
 from tensorfold.utils.torch_modes import check_takes_gradients
 from tensorfold.utils.validation import check_keys, check_types
+
+_MOST_OWN = 1 << 18  # tokens that a model writes for its own training
 
 
 def check_reporters(report_to: str | list[str]) -> None:
@@ -77,11 +81,34 @@ def source_of(text: Any) -> Source:
     if isinstance(text, str | os.PathLike):
         return text
     items = list(text) if isinstance(text, Sequence) else []
-    if items and all(isinstance(item, os.PathLike) for item in items):
+    named = [isinstance(item, os.PathLike) or item == SELF for item in items]
+    if any(isinstance(item, os.PathLike) for item in items) and all(named):
         return items
     if not items or not all(isinstance(item, str) for item in items):
         raise InputError(f"heal: text={text!r:.80}; needed a TEXT, a list of paths to texts, or a list of documents.")
     return Memory(f"{len(items)} documents", tuple(items))
+
+
+def with_own_text(
+    source: Source, model: PreTrainedModel, tokenizer: Any, settings: HealSettings, progress: bool
+) -> Source:
+    """The training text, the word ``self`` in it replaced by text that the model writes.
+
+    That is as many tokens as the run takes, but no more than a quarter of a million: writing is slower than training.
+
+    Args:
+        source: As :func:`source_of` gives it.
+        model: The dense model, or the student where there is no teacher.
+        tokenizer: The student's tokenizer.
+        settings: Settings of the run.
+        progress: Whether a progress bar is shown.
+    """
+    if isinstance(source, Memory) or not (source == SELF or (isinstance(source, list) and SELF in source)):
+        return source
+    used = settings.steps * settings.batch * settings.block + settings.blockwise_tokens
+    tokens = min(_MOST_OWN, math.ceil(used / (1 - settings.validation_fraction)) + 2 * settings.block)
+    own = Memory(LABEL, tuple(own_text(model, tokenizer, tokens, progress=progress)))
+    return own if source == SELF else [own if each == SELF else each for each in source]  # type: ignore[union-attr]
 
 
 def tokens_of(
@@ -106,8 +133,8 @@ def tokens_of(
     limit = context_length(models[0].config)
     if limit is not None and settings.block > limit:
         raise InputError(f"heal: block={settings.block}; needed at most the {limit} positions of the model.")
-    names = [source] if isinstance(source, str | os.PathLike) else [] if isinstance(source, Memory) else source
-    hub = [texts.locate(os.fspath(name), "train").dataset for name in names]
+    names = [source] if isinstance(source, str | os.PathLike | Memory) else source
+    hub = [texts.locate(os.fspath(name), "train").dataset for name in names if not isinstance(name, Memory)]
     most = None
     if any(dataset is not None and dataset.first is not None for dataset in hub):
         # A data set of the hub may have billions of tokens: no more are stored than the run can use, rounded up to a

@@ -18,7 +18,7 @@ import tensorfold
 from tensorfold.data.tokens import check_tokenizer
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.healing.checkpoints import begin, clear, digest, fingerprint, holds_work
-from tensorfold.healing.given import check_reporters, check_student, checked_settings, source_of, tokens_of
+from tensorfold.healing.given import check_reporters, check_student, checked_settings, source_of, tokens_of, with_own_text
 from tensorfold.healing.report import HealReport, card_of, finished, write
 from tensorfold.healing.run import Run
 from tensorfold.healing.seen import selected_on
@@ -56,7 +56,8 @@ def heal(
 
     Args:
         model: A causal language model of transformers. Under FSDP it stays sharded, and the result is in ``out`` alone.
-        text: A ``str`` or path names a text: a file, a directory or a named text. A list of ``pathlib.Path`` names
+        text: A ``str`` or path names a text: a file, a directory, a named text, or ``"self"`` for text that the teacher
+            writes (without one, the model). A list of ``pathlib.Path``, with ``"self"`` among them or not, names
             several, one after the other. A list of ``str`` holds the documents themselves, as ``fold`` takes them. None
             for the text that the settings name.
         teacher: The dense model, or its name. Where no term of the loss compares with it, ``kl`` is 1.
@@ -103,6 +104,8 @@ def heal(
     source = source_of(settings.text if text is None else text)
     tokenizer = tokenizer or find_model(model.name_or_path).tokenizer()
     dense = find_model(teacher).model() if isinstance(teacher, str) else teacher
+    with state.main_process_first():
+        source = with_own_text(source, model if dense is None else dense, tokenizer, settings, progress)
     cache = tokens_of(source, tokenizer, [model] if dense is None else [model, dense], settings, state)
     identity = {
         # The settings text and workers are left out: neither changes a weight, and the text's own key is below.

@@ -21,7 +21,8 @@ class CalibrateSettings:
     """The calibration text.
 
     Args:
-        text: File, directory or named text; of a named text the validation split is read.
+        text: File, directory or named text, of which the validation split is read; or ``self``, for text that the
+            dense model writes.
         tokens: How many of its tokens are used, from its beginning.
     """
 
@@ -82,7 +83,8 @@ class HealSettings:
     ffn·MSE``; the last three compare with the teacher layer by layer, as in KnGPT2 (arXiv 2110.08152).
 
     Args:
-        text: Training text: file, directory or named text; of a named text the train split is read.
+        text: Training text: file, directory or named text, of which the train split is read; or ``self``, for text that
+            the teacher writes.
         steps: Optimiser steps end to end; 0 for none.
         batch: Windows in one step, over all devices and accumulation.
         micro_batch: Windows in one forward pass on one device; ``batch`` over the number of processes if None.

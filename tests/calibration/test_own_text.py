@@ -1,0 +1,142 @@
+"""Text that a model writes itself: repeatable, from its own beginning, kept in the cache, known by the name ``self``."""
+
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+import tensorfold
+from tensorfold.calibration import own_text as module
+from tensorfold.calibration.own_text import documents_of, own_text
+from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.healing.heal import heal
+from tensorfold.recipes.settings import HealSettings
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORFOLD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "own-text"
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    monkeypatch.setattr(module, "_LENGTH", 24)
+
+
+def test_it_is_the_same_at_every_call_and_for_no_other_seed(cache, tiny, tokenizer):
+    first = own_text(tiny("llama"), tokenizer, 100)
+    [folder] = cache.iterdir()
+    for file in folder.iterdir():
+        file.unlink()
+    assert own_text(tiny("llama"), tokenizer, 100) == first
+    assert own_text(tiny("llama"), tokenizer, 100, seed=1) != first
+
+
+def test_more_tokens_begin_with_fewer_ones(cache, tiny, tokenizer):
+    model = tiny("llama")
+    fewer, more = own_text(model, tokenizer, 100), own_text(model, tokenizer, 1200)
+    assert more[: len(fewer)] == fewer
+    assert sum(len(tokenizer(text)["input_ids"]) for text in more) > 1000
+
+
+def test_what_was_written_is_read_again_and_damage_is_written_anew(cache, tiny, tokenizer, monkeypatch):
+    model = tiny("llama")
+    first = own_text(model, tokenizer, 100)
+    [file] = cache.glob("*/*.json")
+    file.write_text("{", encoding="utf-8")
+    assert own_text(model, tokenizer, 100) == first
+    assert json.loads(file.read_text(encoding="utf-8"))["documents"] == first
+    monkeypatch.setattr(module, "_sampled", lambda *_: pytest.fail("it was there"))
+    assert own_text(model, tokenizer, 100) == first
+
+
+def test_draws_have_the_models_own_probabilities(cache, tiny, tokenizer, monkeypatch):
+    """The first token of every document, against the softmax behind the beginning of a text (256 draws, χ² at 1e-4)."""
+    model = tiny("llama")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[5:9] = torch.randn(4, 32)
+        model.lm_head.weight[5:9] *= 3
+        expected = model(torch.tensor([[tokenizer.bos_token_id]])).logits[0, -1].softmax(-1)
+    monkeypatch.setattr(module, "_ROWS", 256)
+    monkeypatch.setattr(module, "_LENGTH", 1)
+    rows = list(module._sampled(model, tokenizer, (tokenizer.bos_token_id,), "0" * 15))
+    drawn = Counter(token for row in rows for token in row)
+    groups = [*({token} for token in range(5, 9)), set(range(300)) - set(range(5, 9))]
+    counts = [(sum(drawn[t] for t in g), 256 * sum(expected[t].item() for t in g)) for g in groups]
+    assert sum((seen - mean) ** 2 / mean for seen, mean in counts) < 23.5  # χ² of four degrees of freedom
+
+
+def test_documents_end_with_the_end_of_text_token(cache, tiny, tokenizer):
+    model = tiny("llama")
+    rows = list(module._sampled(model, tokenizer, (0,), "0" * 15))
+    assert len(rows) == 32
+    assert all(tokenizer.eos_token_id not in row for row in rows)
+    assert max(map(len, rows)) == 24
+
+
+def test_a_model_whose_logits_are_not_finite_is_refused(cache, tiny, tokenizer):
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    with pytest.raises(TensorfoldError, match=r"model\.norm\.weight holds NaN"):
+        own_text(model, tokenizer, 100)
+
+
+def test_a_model_that_writes_nothing_is_refused(cache, tiny, tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "_sampled", lambda *_: iter([[]] * 32))
+    with pytest.raises(InputError, match="wrote nothing in 256 attempts"):
+        own_text(tiny("llama"), tokenizer, 100)
+
+
+def test_a_beginning_is_needed(cache, tiny, tokenizer):
+    model = tiny("llama")
+    model.config.bos_token_id = model.config.eos_token_id = None
+    bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(InputError, match="beginning- or end-of-text"):
+        own_text(model, bare, 100)
+
+
+def test_the_word_names_it_and_a_path_does_not(cache, tiny, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "self").write_text("a file", encoding="utf-8")
+    model = tiny("llama")
+    assert documents_of("./self", model, tokenizer, 100, split="test") == ["a file"]
+    assert documents_of("self", model, tokenizer, 100, split="test") == own_text(model, tokenizer, 100)
+
+
+def test_fold_calibrates_on_it(command, cache, workplace, dense_directory):
+    outcome = command(
+        "fold", dense_directory, "--keep", "0.5", "--calibrate", "self", "--tokens", "200", "--out", "o", "--json"
+    )
+    assert outcome.status == 0, outcome.err
+    assert json.loads(outcome.out)["calibration_tokens"] > 100
+    card = json.loads((workplace / "o" / "tensorfold.json").read_text(encoding="utf-8"))
+    assert card["calibration"].endswith("tokens of text that the model wrote itself")
+
+
+def test_a_recipe_can_name_it(cache, tiny, tokenizer):
+    recipe = {
+        "fold": [{"targets": "mlp", "method": "low-rank", "keep": 0.5}], "calibrate": {"text": "self", "tokens": 200},
+    }  # fmt: skip
+    named, given = tiny("llama"), tiny("llama")
+    tensorfold.fold(named, recipe, tokenizer)
+    tensorfold.fold(given, recipe, tokenizer, own_text(tiny("llama"), tokenizer, 200))
+    assert all(a.equal(b) for a, b in zip(named.parameters(), given.parameters(), strict=True))
+
+
+def test_heal_trains_on_what_the_teacher_writes(command, cache, workplace, folded_directory, dense_directory, text_file):
+    given = ("--teacher", dense_directory, "--steps", "2", "--batch", "2", "--block", "16", "--out", "o", "--json")
+    outcome = command("heal", folded_directory, "--train", "self", "--train", text_file, *given)
+    assert outcome.status == 0, outcome.err
+    assert json.loads(outcome.out)["text"] == "text that the model wrote itself + prose.txt"
+
+
+def test_healing_in_python_takes_the_word(cache, student, teacher, tokenizer):
+    settings = HealSettings(steps=2, batch=2, block=16)
+    report = heal(student, "self", teacher, tokenizer=tokenizer, settings=settings)
+    assert report.text == "text that the model wrote itself"
