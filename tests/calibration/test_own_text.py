@@ -1,4 +1,4 @@
-"""Text that a model writes itself: repeatable, from its own beginning, kept in the cache, known by the name ``self``."""
+"""Text that a model writes itself: repeatable, from its own beginning, cached, known by the name ``self``."""
 
 import json
 import math
@@ -129,7 +129,7 @@ def test_a_recipe_can_name_it(cache, tiny, tokenizer):
     assert all(a.equal(b) for a, b in zip(named.parameters(), given.parameters(), strict=True))
 
 
-def test_heal_trains_on_what_the_teacher_writes(command, cache, workplace, folded_directory, dense_directory, text_file):
+def test_heal_trains_on_what_a_teacher_writes(command, cache, workplace, folded_directory, text_file, dense_directory):
     given = ("--teacher", dense_directory, "--steps", "2", "--batch", "2", "--block", "16", "--out", "o", "--json")
     outcome = command("heal", folded_directory, "--train", "self", "--train", text_file, *given)
     assert outcome.status == 0, outcome.err

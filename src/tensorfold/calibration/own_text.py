@@ -22,8 +22,8 @@ from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
 from tensorfold.models.anatomy import context_length
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.utils.atomic_files import cache_directory, write_file
-from tensorfold.utils.finite import why_not_finite
 from tensorfold.utils.fingerprints import hash_json, hash_model
+from tensorfold.utils.finite import why_not_finite
 from tensorfold.utils.terminal import progress_bar
 from tensorfold.utils.validation import check_types
 
@@ -147,7 +147,8 @@ def _sampled(model: PreTrainedModel, tokenizer: Any, start: tuple[int, ...], see
     end = tokenizer.eos_token_id
     length = min(_LENGTH, (context_length(model.config) or _LENGTH) - len(start))
     fed: Tensor = torch.tensor(start, device=model.device).expand(_ROWS, -1)  # (rows, tokens to read)
-    cache, columns = None, []
+    cache: Any = None
+    columns: list[Tensor] = []
     ended = torch.zeros(_ROWS, dtype=torch.bool)
     with evaluation_mode(model), torch.inference_mode():
         while len(columns) < length and not ended.all():

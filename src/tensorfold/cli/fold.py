@@ -38,8 +38,8 @@ def fold(
         ),
     ] = None,
     calibrate: Annotated[
-        str | None, typer.Option("--calibrate", help=f"{OWN_TEXT_HELP} Default: the recipe's; 'none': data-free."),
-   
+        str | None,
+        typer.Option("--calibrate", help=f"{OWN_TEXT_HELP} Default: the recipe's; 'none': data-free."),
     ] = None,
     tokens: Annotated[
         int | None,

@@ -22,7 +22,7 @@ def heal(
     model: Annotated[str, typer.Argument(metavar="DIR", help="The folded model.")],
     train: Annotated[
         list[str] | None,
-        typer.Option("--train", help=f"Text to train on; give it again for more. {OWN_TEXT_HELP} Default: the recipe's."),
+        typer.Option("--train", help=f"Text to train on; again for more. {OWN_TEXT_HELP} Default: the recipe's."),
     ] = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="The dense model, to distil from.")] = None,
     out: Annotated[

@@ -157,8 +157,8 @@ def find_texts(source: Source, split: str) -> list[Text]:
     """The texts that a source names, in its order.
 
     Args:
-        source: A file, a directory or a name as :func:`tensorfold.data.texts.load_text` takes it, a text in memory, or a
-            list of those.
+        source: A file, a directory or a name as :func:`tensorfold.data.texts.load_text` takes it, a text in memory, or
+            a list of those.
         split: Split of a named text.
 
     Raises:

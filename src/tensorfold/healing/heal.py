@@ -18,7 +18,14 @@ import tensorfold
 from tensorfold.data.tokens import check_tokenizer
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.healing.checkpoints import begin, clear, digest, fingerprint, holds_work
-from tensorfold.healing.given import check_reporters, check_student, checked_settings, source_of, tokens_of, with_own_text
+from tensorfold.healing.given import (
+    check_reporters,
+    check_student,
+    checked_settings,
+    source_of,
+    tokens_of,
+    with_own_text,
+)
 from tensorfold.healing.report import HealReport, card_of, finished, write
 from tensorfold.healing.run import Run
 from tensorfold.healing.seen import selected_on
