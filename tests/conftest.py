@@ -34,6 +34,27 @@ def pytest_configure() -> None:
         )
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Put the files of slow tests first: a worker that got one last would let the others wait."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+_LOST: set[str] = set()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem, report, sched) -> None:
+    """Count the first loss of a worker at a test as lost, not failed: xdist runs the test again in another worker.
+
+    A worker can be killed from outside, for want of memory say. A test that ends two workers fails.
+    """
+    if crashitem not in _LOST:
+        _LOST.add(crashitem)
+        report.outcome = "lost"
+        print(f"\n{report.longrepr}; it is run again", flush=True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _session(tmp_path_factory):
     """A cache of the session's own, and one thread, so that results do not depend on the machine."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 STUDIES = Path(__file__).parents[1] / "studies"
 DATA = os.environ.get("TENSORFOLD_DATA")
 

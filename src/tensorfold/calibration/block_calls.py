@@ -264,6 +264,8 @@ class BlockChain:
         Raises:
             InputError: The two differ by more than rounding, or a block cannot be run by itself.
         """
+        forms = self._forms
+        whole = self.whole(windows).float()
         passed: Passed | None = None
         try:
             for index in range(len(self.blocks)):
@@ -275,7 +277,7 @@ class BlockChain:
             raise self._unfit(
                 f"a block that is run by itself fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             ) from error
-        whole = self.whole(windows).float()
+        self._forms = forms  # for windows of the full length
         assert passed is not None
         exact = self.dtype in (torch.float32, torch.float64)
         if not (passed.hidden.float() - whole).norm() <= (_EXACT if exact else _ROUNDED) * whole.norm():

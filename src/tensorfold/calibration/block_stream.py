@@ -23,6 +23,7 @@ from tensorfold.models.anatomy import blocks
 from tensorfold.utils.finite import why_not_finite
 
 WINDOW = 1024  # tokens; most in a calibration window
+_CHECKED = 256  # tokens of a window on which blocks run one by one are compared with the whole model
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
@@ -112,7 +113,8 @@ class BlockStream:
             by :meth:`advance`, undefined before the first block.
 
     Raises:
-        InputError: Blocks run one by one do not give the hidden states that the whole model gives for the last windows.
+        InputError: Blocks run one by one do not give the hidden states that the whole model gives for the beginnings
+            of the last windows.
     """
 
     def __init__(
@@ -126,7 +128,7 @@ class BlockStream:
         self.position = 0
         with torch.no_grad():
             self._chain = BlockChain(model, self.name, self.blocks, self.windows[:1])
-            self._chain.check(self.windows[-batch:])
+            self._chain.check(self.windows[-batch:, :_CHECKED])
         shape, dtype = (len(windows), *self._chain.shape), self._chain.dtype
         self.hidden = allocate(shape, dtype) if allocate else torch.empty(shape, dtype=dtype, device=self.device)
         self._passed: list[Passed] = []  # by window, beside the hidden states

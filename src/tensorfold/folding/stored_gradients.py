@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensorfold.calibration.block_stream import BlockStream
 from tensorfold.calibration.gradients import gradient_moments
-from tensorfold.calibration.packed_symmetric import Packed
+from tensorfold.calibration.packed_symmetric import Packed, numbers
 from tensorfold.models.anatomy import Matrix
 from tensorfold.utils.block_checkpoints import BlockCheckpoints
 from tensorfold.utils.memory import release_heap
@@ -56,8 +57,7 @@ def take_gradients(
     folder = None if store else tempfile.TemporaryDirectory()
     place = store.folder("gradients") if store else Path(folder.name if folder else "")
     found: dict[str, Packed] = {}
-    order = list(layers)
-    for part in (order[len(order) // 2 :], order[: len(order) // 2]):  # the rest is on the disk by then
+    for part in _passes(model, layers):  # each on the disk before the next
         new = gradient_moments(model, windows, {name: layers[name].module for name in part}, prefix)
         for name, packed in new.items():
             if store or packed.values.device.type == "cpu":
@@ -69,3 +69,16 @@ def take_gradients(
         kept = {name: names[name] for name in found}
         store.save(_BLOCK, {}, kept, [place / file for file in kept.values()])
     return StoredGradients(found, folder)
+
+
+def _passes(model: PreTrainedModel, layers: Mapping[str, Matrix]) -> list[list[str]]:
+    """Names of the layers whose moments are taken in one pass over the text: all, or halves of them.
+
+    Halves where the moments would outweigh the model, as those of expanding matrices do.
+    """
+    order = list(layers)
+    moments = sum(numbers(layer.out_features) * torch.float32.itemsize for layer in layers.values())
+    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    if moments <= model_bytes:
+        return [order]
+    return [order[len(order) // 2 :], order[: len(order) // 2]]
