@@ -33,13 +33,16 @@ def sums(matrix, dense, folded, lacks=None, windows=8):
     return found
 
 
-def regression(weight, dense, folded, lacks, centred):
+EPS = torch.finfo(torch.float32).eps
+
+
+def regression(weight, dense, folded, lacks, centred, mean_ridge=EPS):
     """The regression of the module's docstring, computed directly in fp64."""
     x, y, d = dense.float().double(), folded.float().double(), lacks.float().double()
     if centred:
         x, y, d = (each - each.mean(0) for each in (x, y, d))
     c = y.T @ y / len(y)
-    ridge = RIDGE * c.diagonal() + torch.finfo(torch.float32).eps * c.diagonal().mean()
+    ridge = RIDGE * c.diagonal() + mean_ridge * c.diagonal().mean()
     wanted = (weight.double() @ x.T @ y + d.T @ y) / len(y) + weight.double() * ridge
     return c, torch.linalg.solve(c + ridge.diag(), wanted.T).T
 
@@ -66,6 +69,21 @@ def test_the_target_is_the_regression(bias, level):
         wanted = matrix.module.weight.detach().double() @ mean + lacks.float().double().mean(0)
         torch.testing.assert_close(known.means.given, folded.float().double().mean(0), rtol=0, atol=1e-8 + 1e-9 * level)
         torch.testing.assert_close(known.means.wanted, wanted, rtol=1e-7, atol=1e-7)
+
+
+def test_inputs_that_hardly_vary_stay_as_they_were():
+    """Under a ridge that is the same for all inputs, the regression leaves alone what the text says little of."""
+    matrix, dense = layer(False), normal(4096, 4, seed=1) * torch.tensor([1.0, 1.0, 1e-3, 2.0])
+    folded = dense + 0.3 * normal(4096, 4, seed=2) * dense.std(0)
+    lacks = torch.zeros(4096, 3, dtype=torch.float64)
+    weight = matrix.module.weight.detach()
+    found = sums(matrix, dense, folded, lacks)
+    target = found.statistics("layer", mean_ridge=0.1).target
+    _, wanted = regression(weight, dense, folded, lacks, False, mean_ridge=0.1)
+    torch.testing.assert_close(target, wanted.float(), rtol=1e-4, atol=1e-5)
+    moved, free = ((each - weight).norm(dim=0) for each in (target, found.statistics("layer").target))
+    assert moved[2] < 1e-3 * free[2]
+    assert (moved[[0, 1, 3]] > 0.3 * free[[0, 1, 3]]).all()
 
 
 @pytest.mark.parametrize("value", [10.1, 1e3, -0.1, 0.0])

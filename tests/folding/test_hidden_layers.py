@@ -51,7 +51,7 @@ def test_units_go_that_others_stand_in_for(tiny, tokenizer, prose, architecture,
     sizes = {max(choice.rows, choice.columns) for choice in report.choices.values()}
     whole = next(m for m in matrices(dense).values() if m.group == "mlp")
     assert sizes == {max(whole.out_features, whole.in_features) // 2}
-    assert distance(model, dense) < 0.06  # what the ridge of the regression leaves
+    assert distance(model, dense) < 0.08  # what the ridge of the regression leaves
     assert report.parameters_after == sum(parameter.numel() for parameter in model.parameters())
     assert report.plan.kept <= 0.5
     model.save_pretrained(tmp_path / "out")

@@ -6,12 +6,13 @@ as it is.
 
 The layer should answer x̃ with W x + d. The matrix that does so with the least squared error is the ridge regression
 
-    W̄ = (W A + D + μ W diag C) (C + μ diag C)⁻¹        A = E[x x̃ᵀ],  C = E[x̃ x̃ᵀ],  D = E[d x̃ᵀ]
+    W̄ = (W A + D + W R) (C + R)⁻¹        A = E[x x̃ᵀ],  C = E[x̃ x̃ᵀ],  D = E[d x̃ᵀ],  R = μ diag C + ν tr C / n
 
-whose ridge μ pulls it towards W, or towards W in a new basis where the inputs' basis was changed. C (n × n) is the
-input moment, A (n × n) the cross moment and D (m × n) the moment of what is lacking. W̄ is then folded in W's place.
-With a bias all moments are central, and the bias makes up for the difference of the means. GPTQ-style quantisers apply
-this correction column by column.
+whose ridge R (n × n, diagonal) pulls it towards W, or towards W in a new basis where the inputs' basis was changed: μ
+by each input's own variance, ν by the mean of all, so that what is known of inputs which this text hardly moves stays
+as it was. C (n × n) is the input moment, A (n × n) the cross moment and D (m × n) the moment of what is lacking. W̄ is
+then folded in W's place. With a bias all moments are central, and the bias makes up for the difference of the means.
+GPTQ-style quantisers apply this correction column by column.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tensorfold.errors import InputError
 from tensorfold.models.anatomy import Matrix, dense_weight
 from tensorfold.utils.memory import release_file_pages
 
-RIDGE = 0.1  # chosen on held-out windows of a calibration text; see studies/smollm2
+RIDGE = 0.1  # μ, chosen on held-out windows of a calibration text; see studies/smollm2
 _DIRECT = 2e-2  # relative difference that rounding of states in bf16 may make
 
 
@@ -105,6 +106,7 @@ class Reference:
         last: bool,
         towards: Mapping[str, Tensor] = MappingProxyType({}),
         partial_inputs: Container[str] = (),
+        ridge: Mapping[str, float] = MappingProxyType({}),
     ) -> dict[str, Statistics]:
         """Moments of the layers of one stage, and the matrix W̄ to fold in the place of each.
 
@@ -119,6 +121,7 @@ class Reference:
             towards: By name, W in the basis of the folded model's inputs, where that is not the dense model's.
             partial_inputs: Names of layers some of whose inputs the folded model does not make any more: their
                 ``towards`` is W without those columns.
+            ridge: ν by name; 0 by default.
 
         Raises:
             InputError: A layer was not called on the text, or its inputs hold NaN or infinity.
@@ -138,7 +141,7 @@ class Reference:
         if last:
             self.stream.position = index + 1
             self._release(index)
-        return {name: each.statistics(name, towards.get(name)) for name, each in sums.items()}
+        return {name: each.statistics(name, towards.get(name), ridge.get(name, 0.0)) for name, each in sums.items()}
 
 
 class _Call(NamedTuple):
@@ -204,13 +207,14 @@ class _Sums:
             flat = _flat(lack)  # d, (tokens, m)
             self.lack_moment.addmm_((self.lack.centre(flat) if centred else flat).T, inputs)
 
-    def statistics(self, name: str, towards: Tensor | None = None) -> Statistics:
+    def statistics(self, name: str, towards: Tensor | None = None, mean_ridge: float = 0.0) -> Statistics:
         """The input moment, and where both models gave the layer the same tokens, W̄ and the means for its bias.
 
         Args:
             name: The layer's, for messages.
             towards: Matrix that the ridge pulls towards, shape (m, n); W by default. Inputs that the one of a partial
                 layer leaves out are first put on those that it keeps, by regression.
+            mean_ridge: ν of the ridge.
 
         Raises:
             InputError: The layer was not called, or its inputs hold NaN or infinity.
@@ -236,7 +240,8 @@ class _Sums:
             c, a, d = c * varies.outer(varies), a * varies, d * varies
             folded, dense, lack = folded + self.folded.origin, dense + self.dense.origin, lack + self.lack.origin
             means = Means(folded, weight @ dense + lack)
-        ridge = RIDGE * c.diagonal().clamp_min(0) + torch.finfo(torch.float32).eps * c.diagonal().mean()
+        least = max(mean_ridge, torch.finfo(torch.float32).eps) * c.diagonal().mean()
+        ridge = RIDGE * c.diagonal().clamp_min(0) + least
         ridge = ridge.clamp_min(torch.finfo(torch.float32).tiny)  # where no feature varies
         prior = weight if towards is None else towards.double()  # (m, n)
         if self.partial:

@@ -154,7 +154,8 @@ class Stage(Batch):
         turned = {name: turn for name, turn in self.found.turns.items() if name in layers and not turn.of_values}
         towards = {name: turn.weight(layers[name]) for name, turn in turned.items()}
         fewer = [name for name, turn in turned.items() if isinstance(turn.basis, KeptUnits)]
-        return reference.statistics(self.stream, self.index, layers, self.last, towards, fewer)
+        ridge = {name: self.found.efforts[name].ridge for name in layers}
+        return reference.statistics(self.stream, self.index, layers, self.last, towards, fewer, ridge)
 
 
 @dataclass(frozen=True, eq=False)

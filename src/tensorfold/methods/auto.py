@@ -26,6 +26,8 @@ class Effort:
         feedback: Whether each matrix is fitted to the dense model's outputs, given the folded model's inputs.
         shrink: How far input moments are shrunk towards a multiple of the identity, 0 … 1. Chosen on text of another
             kind than that of the calibration: see ``studies/smollm2``.
+        ridge: Pull towards the dense weight where a matrix is fitted with feedback, as a fraction of the mean input
+            variance, beside ``error_feedback.RIDGE`` of each input's own. Chosen likewise.
         heads: Whether value heads of attention may become smaller, in the basis that keeps most; needs ``staged`` and
             ``feedback``. Not under a budget of bytes.
         units: Whether MLPs may lose hidden units, one by one, each time the one whose loss costs least with the others
@@ -40,6 +42,7 @@ class Effort:
     staged: bool
     feedback: bool
     shrink: float = 0.3
+    ridge: float = 0.0
     heads: bool = False
     units: bool = False
     refine: int = 0
