@@ -46,7 +46,7 @@ WITHOUT = {
     ("eval", "tasks"): [(("m", "--text", "x", "--tasks", "t"), "--protocol lm-eval")],
     ("eval", "include_path"): [(("m", "--text", "x", "--include-path", "p"), "--protocol lm-eval")],
     ("eval", "limit"): [(("m", "--text", "x", "--limit", "3"), "--protocol lm-eval")],
-    ("export", "bits"): [(("m", "--to", "dense", "--out", "o", "--bits", "8"), "--to onnx or openvino")],
+    ("export", "bits"): [(("m", "--to", "dense", "--out", "o", "--bits", "8"), "--to onnx, openvino or gguf")],
     ("sample", "top_k"): [(("m", "--temperature", "0", "--top-k", "5"), "--temperature above 0")],
     ("sample", "seed"): [(("m", "--temperature", "0", "--seed", "0"), "--temperature above 0")],
     ("report", "prompt"): [(("d", "--out", "o", "--no-samples", "--prompt", "x"), "--no-samples")],

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tensorfold.errors import InputError, TensorfoldError
-from tensorfold.utils.atomic_files import check_place, claimed, is_disk_full
+from tensorfold.utils.atomic_files import check_place, is_disk_full
 from tensorfold.utils.block_checkpoints import BlockCheckpoints
+from tensorfold.utils.claims import claimed
 
 HALF = ("--keep", "0.5")
 

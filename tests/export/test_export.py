@@ -208,7 +208,7 @@ def test_bad_arguments_are_refused(refused, dense_directory, tmp_path):
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "file").touch()
-    refused("export", dense_directory, "--to", "gguf", "--out", tmp_path / "out", says=["gguf", "dense", "onnx"])
+    refused("export", dense_directory, "--to", "abacus", "--out", tmp_path / "out", says=["abacus", "dense", "onnx"])
     refused("export", dense_directory, "--out", tmp_path / "out", says=["--to"])
     refused("export", tmp_path / "nowhere", "--to", "dense", "--out", tmp_path / "out", says=["nowhere"])
     for to in ("dense", "onnx"):

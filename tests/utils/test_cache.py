@@ -8,7 +8,8 @@ import pytest
 
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.utils import atomic_files as cache
-from tensorfold.utils.atomic_files import atomic_directory, cache_directory, claimed, write_file
+from tensorfold.utils.atomic_files import atomic_directory, cache_directory, write_file
+from tensorfold.utils.claims import claimed
 
 
 def names(directory: Path) -> list[str]:

@@ -60,7 +60,8 @@ def fold(
     from tensorfold.folding.result import FoldReport
     from tensorfold.hf.loading import save
     from tensorfold.recipes.settings import CalibrateSettings
-    from tensorfold.utils.atomic_files import check_target, claimed
+    from tensorfold.utils.atomic_files import check_target
+    from tensorfold.utils.claims import claimed
     from tensorfold.utils.distributed import Ranks
 
     check_target(out)

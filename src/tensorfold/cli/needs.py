@@ -19,7 +19,7 @@ _HARNESS = Need("--protocol lm-eval", lambda given: given["protocol"] == "lm-eva
 _TEXT_PROTOCOL = Need("a protocol that reads a text, not lm-eval", lambda given: given["protocol"] != "lm-eval")
 _SAMPLING = Need("a --temperature above 0", lambda given: given["temperature"] > 0)
 _SAMPLES = Need("samples; leave out --no-samples", lambda given: given["samples"])
-_GRAPH = Need("--to onnx or openvino", lambda given: str(given["to"]) in ("onnx", "openvino"))
+_PACKED = Need("--to onnx, openvino or gguf", lambda given: str(given["to"]) in ("onnx", "openvino", "gguf"))
 _NAME = Need("the name of a shipped recipe", lambda given: given["name"] is not None)
 
 
@@ -73,7 +73,7 @@ NEEDS: Mapping[str, Needs] = {
         # Settings of single folded layers, checked once it is known whether there are any: settings.BENCH_NEEDS.
         **dict.fromkeys(("tokens", "way"), ALWAYS),
     },
-    "export": {**_MODEL, "to": ALWAYS, "out": ALWAYS, "bits": (_GRAPH,)},
+    "export": {**_MODEL, "to": ALWAYS, "out": ALWAYS, "bits": (_PACKED,)},
     "sample": {
         **_MODEL,
         "prompt": ALWAYS,

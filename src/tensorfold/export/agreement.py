@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from tensorfold.errors import TensorfoldError
 from tensorfold.export.tracing import probe
+from tensorfold.hf.dense import check_in_memory
 from tensorfold.models.anatomy import context_length
 
 STEPS = 32
@@ -62,6 +64,41 @@ def agreement(written: PreTrainedModel, model: PreTrainedModel, to: str, steps: 
         same=int((got.argmax(-1) == wanted.argmax(-1)).sum()),
         compared=got[..., 0].numel(),
     )
+
+
+@torch.no_grad()
+def expected_logits(model: PreTrainedModel, to: str) -> tuple[dict[str, Any], Tensor]:
+    """Random tokens as a model takes them, and the logits (batch, length, vocabulary) that it gives them.
+
+    Raises:
+        InputError: Weights are offloaded.
+        TensorfoldError: The logits are not finite.
+    """
+    check_in_memory(model)
+    ids, mask = probe(model, 2, 16)
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    logits = model(**inputs).logits
+    check_finite(logits, to, "the model's own")
+    return inputs, logits
+
+
+@torch.no_grad()
+def compared(
+    to: str, written: PreTrainedModel, inputs: dict[str, Any], expected: Tensor, tolerance: float
+) -> tuple[float, int]:
+    """Largest difference of a logit of what was written, and how many of its likeliest tokens are those expected.
+
+    Args:
+        tolerance: In units of the largest expected logit where that is above 1.
+
+    Raises:
+        TensorfoldError: The difference is larger, or not finite.
+    """
+    got = written.to(expected.device)(**inputs).logits  # type: ignore[arg-type]
+    check_finite(got, to, "those of what was written")
+    difference = (got.double() - expected.double()).abs().max().item()
+    check_close(to, difference, tolerance * max(1.0, expected.abs().max().item()))
+    return difference, int((got.argmax(-1) == expected.argmax(-1)).sum())
 
 
 def check_finite(logits: Tensor, to: str, whose: str) -> None:

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from tensorfold.export.agreement import check_close, check_finite
+from tensorfold.export.agreement import compared, expected_logits
 from tensorfold.export.graphs import export_onnx as export_onnx  # of old a name of this module
 from tensorfold.export.graphs import export_openvino as export_openvino
-from tensorfold.export.tracing import probe
 from tensorfold.export.written import ExportReport, version, write_beside, writing
-from tensorfold.hf.dense import check_in_memory, plain_model
+from tensorfold.hf.dense import plain_model
 from tensorfold.hf.int8 import quantize
 from tensorfold.hf.loading import load
 from tensorfold.models.anatomy import count_parameters
@@ -79,7 +77,7 @@ def export_dense(
     """
     started = time.monotonic()
     with writing(out) as partial, evaluation_mode(model):
-        inputs, expected = _expected(model, "dense")
+        inputs, expected = expected_logits(model, "dense")
         plain = plain_model(model)
         parameters = count_parameters(plain)
         plain.save_pretrained(partial)
@@ -88,7 +86,7 @@ def export_dense(
         write_beside(partial, model, tokenizer, text)
         # Products rounded to half precision differ by that rounding, for which there is no bound worth checking.
         allowed = TOLERANCE if model.dtype == torch.float32 else math.inf
-        difference = _difference("dense", load(partial), inputs, expected, allowed)
+        difference, _ = compared("dense", load(partial), inputs, expected, allowed)
         size = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
     return ExportReport("dense", str(out), parameters, size, difference, round(time.monotonic() - started, 3))
 
@@ -110,44 +108,14 @@ def export_int8(
     started = time.monotonic()
     check_target(Path(out))
     with evaluation_mode(model):
-        inputs, expected = _expected(model, "int8")
+        inputs, expected = expected_logits(model, "int8")
         bytes_before = quantize(model).bytes_before
         with writing(out) as partial:
             model.save_pretrained(partial)
             text = _INT8_README.format(name=name, before=bytes_before, version=version())
             write_beside(partial, model, tokenizer, text)
             size = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
-            difference = _difference("int8", load(partial), inputs, expected, math.inf)
+            difference, _ = compared("int8", load(partial), inputs, expected, math.inf)
     return ExportReport(
         "int8", str(out), count_parameters(model), size, difference, round(time.monotonic() - started, 3)
     )
-
-
-@torch.no_grad()
-def _expected(model: PreTrainedModel, to: str) -> tuple[dict[str, Any], Tensor]:
-    """Random tokens as a model takes them, and the logits that it gives them.
-
-    Raises:
-        InputError: Weights are offloaded.
-        TensorfoldError: The logits are not finite.
-    """
-    check_in_memory(model)
-    ids, mask = probe(model, 2, 16)
-    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    logits = model(**inputs).logits
-    check_finite(logits, to, "the model's own")
-    return inputs, logits
-
-
-@torch.no_grad()
-def _difference(to: str, written: PreTrainedModel, inputs: dict[str, Any], expected: Tensor, tolerance: float) -> float:
-    """The largest of a logit of what was written; ``tolerance`` in units of the largest expected logit above 1.
-
-    Raises:
-        TensorfoldError: It is larger, or not finite.
-    """
-    got = written.to(expected.device)(**inputs).logits  # type: ignore[arg-type]
-    check_finite(got, to, "those of what was written")
-    difference = (got.double() - expected.double()).abs().max().item()
-    check_close(to, difference, tolerance * max(1.0, expected.abs().max().item()))
-    return difference

@@ -18,8 +18,8 @@ from tensorfold.export.engine_model import FILES, MANIFEST, file_bytes, open_exp
 from tensorfold.export.onnx_weights import pack_onnx, stored_numbers, tidy
 from tensorfold.export.openvino_weights import pack_openvino
 from tensorfold.export.tracing import check_packages, probe, trace
-from tensorfold.export.written import ExportReport, version, write_beside, writing
-from tensorfold.hf.dense import check_floating, plain_config
+from tensorfold.export.written import ExportReport, check_float32, version, write_beside, writing
+from tensorfold.hf.dense import plain_config
 from tensorfold.models.anatomy import count_parameters
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.utils.atomic_files import check_target
@@ -83,7 +83,7 @@ def _export(to: str, model: PreTrainedModel, out: str | Path, tokenizer: Any, na
         raise InputError(f"export --to {to}: got bits={bits}; needed one of {', '.join(map(str, BITS))}.")
     check_packages(to)
     check_target(Path(out))  # tracing takes minutes
-    _check_traceable(model, to)
+    check_float32(model, to)
     with evaluation_mode(model), writing(out) as partial:
         _check_finite(model, to)
         program = trace(model, to)
@@ -114,18 +114,6 @@ def _export(to: str, model: PreTrainedModel, out: str | Path, tokenizer: Any, na
         write_beside(partial, model, tokenizer, graph_readme(name, report, beside))
     seconds = round(time.monotonic() - started, 3)
     return ExportReport(**{**report.to_dict(), "seconds": seconds})
-
-
-def _check_traceable(model: PreTrainedModel, to: str) -> None:
-    check_floating(model)
-    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
-    if dtypes != {"float32"}:
-        raise InputError(
-            f"export --to {to}: got a model in {', '.join(sorted(dtypes))}; needed float32, from which every precision "
-            'is made: load it with dtype="float32".'
-        )
-    if model.device != torch.device("cpu"):
-        raise InputError(f'export --to {to}: the model is on {model.device}; needed the CPU: model.to("cpu").')
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from tensorfold.nn import FoldedModule
 PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino", "nncf"),
+    "gguf": ("gguf",),
 }
 
 # Folding constants is for shape arithmetic, a few numbers each. With the usual limit of 8192 numbers the optimiser
@@ -46,7 +47,7 @@ def check_packages(to: str = "onnx") -> None:
             f"export --to {to} needs the packages {', '.join(PACKAGES[to])}, and {', '.join(missing)} is missing; "
             f"run: pip install {' '.join(missing)}"
         )
-    if importlib.util.find_spec("transformers.exporters") is None:
+    if to != "gguf" and importlib.util.find_spec("transformers.exporters") is None:
         raise InputError(f"export --to {to} needs transformers 5.23 or later; run: pip install 'transformers>=5.23'")
 
 

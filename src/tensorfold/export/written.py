@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from tensorfold.errors import TensorfoldError, pass_on_memory, reason
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory, reason
 from tensorfold.hf.beside import carry_over
+from tensorfold.hf.dense import check_floating
 from tensorfold.utils.atomic_files import atomic_directory
 
 
@@ -24,9 +26,9 @@ class ExportReport:
     ``difference``: the largest between a logit of what was written and of the model it was written from, on random
     tokens; in int8 it is what the eight bits cost.
 
-    Of graphs alone: ``bits`` of a stored weight, ``steps`` that were fed one by one with the cache, ``same_tokens``,
-    how many of the likeliest tokens after them were the model's, and ``stored``, the numbers that the file holds by
-    type.
+    Of graphs and GGUF files alone: ``bits`` of a stored weight, ``steps`` that were fed one by one with the cache (of
+    graphs), ``same_tokens``, how many of the likeliest tokens were the model's, and ``stored``, the numbers that the
+    file holds by type.
     """
 
     to: str
@@ -54,7 +56,8 @@ class ExportReport:
         if self.stored is None:
             return ""
         held = ", ".join(f"{count:,} in {kind}" for kind, count in self.stored.items())
-        return f"\n{self.same_tokens} likeliest tokens the same over {self.steps} steps; numbers stored: {held}"
+        over = "" if self.steps is None else f" over {self.steps} steps"
+        return f"\n{self.same_tokens} likeliest tokens the same{over}; numbers stored: {held}"
 
 
 @contextmanager
@@ -78,6 +81,19 @@ def write_beside(directory: Path, model: PreTrainedModel, tokenizer: Any, readme
         tokenizer.save_pretrained(directory)
     carry_over(model.config, directory)
     (directory / "README.md").write_text(readme, encoding="utf-8")
+
+
+def check_float32(model: PreTrainedModel, to: str) -> None:
+    """Raise :class:`InputError` unless the model is in float32 on the CPU, from which every precision is made."""
+    check_floating(model)
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    if dtypes != {"float32"}:
+        raise InputError(
+            f"export --to {to}: got a model in {', '.join(sorted(dtypes))}; needed float32, from which every precision "
+            'is made: load it with dtype="float32".'
+        )
+    if model.device != torch.device("cpu"):
+        raise InputError(f'export --to {to}: the model is on {model.device}; needed the CPU: model.to("cpu").')
 
 
 def version() -> str:

@@ -32,7 +32,8 @@ from tensorfold.healing.seen import selected_on
 from tensorfold.healing.setup import micro_batch, uses_cpu
 from tensorfold.hf.sources import find_model
 from tensorfold.recipes.settings import HealSettings
-from tensorfold.utils.atomic_files import check_place, check_target, claimed, is_disk_full
+from tensorfold.utils.atomic_files import check_place, check_target, is_disk_full
+from tensorfold.utils.claims import claimed
 from tensorfold.utils.distributed import PATIENCE
 from tensorfold.utils.torch_modes import in_usual_modes
 from tensorfold.utils.validation import check_types

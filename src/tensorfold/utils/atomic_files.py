@@ -93,8 +93,11 @@ def atomic_directory(
         _move_into_place(temporary, target, replace, keep_existing)
 
 
-def write_file(target: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file whole or not at all, replacing one that is there; missing parents are created.
+@contextmanager
+def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty temporary sibling of ``target`` that takes its place when the block ends without an error.
+
+    Missing parents are created, and a file that is there is replaced.
 
     Raises:
         InputError: ``target`` is something else than a regular file, or cannot be written.
@@ -106,10 +109,16 @@ def write_file(target: str | os.PathLike[str], content: bytes) -> None:
     make_directories(target.parent, remedy="name a file in a directory that can be created")
     _clear_leftovers(target)
     with _temporary(target, lambda path: path.touch(exist_ok=False)) as temporary:
-        temporary.write_bytes(content)
+        yield temporary
         _flush_entry(temporary, required=True)
         os.replace(temporary, target)
     _flush_entry(target.parent)
+
+
+def write_file(target: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file whole or not at all; errors and what may be there already as for :func:`atomic_file`."""
+    with atomic_file(target) as temporary:
+        temporary.write_bytes(content)
 
 
 def check_file_target(target: Path) -> None:
@@ -256,42 +265,6 @@ def _make_temporary(target: Path, make: Callable[[Path], None]) -> tuple[Path, i
             continue
         if temporary.exists():
             return temporary, lock
-        if lock is not None:
-            os.close(lock)
-
-
-@contextmanager
-def claimed(directory: Path, remedy: str) -> Iterator[None]:
-    """Lock a working directory for this process while the context is open; it is created where it is missing.
-
-    A directory that is empty at the end is removed.
-
-    Args:
-        remedy: End of the error's message: what to do where the directory cannot be had.
-
-    Raises:
-        TensorfoldError: Another process is at work in it, or the disk is full.
-        InputError: It cannot be created.
-    """
-    while True:
-        make_directories(directory, remedy=remedy)
-        try:
-            lock = try_lock(directory)
-        except BlockingIOError:
-            raise TensorfoldError(f"{directory} is in use by another process; wait for it, or {remedy}.") from None
-        try:
-            # The process that held the lock before may have removed the directory after it was found or created here.
-            mine = lock is None or os.path.samestat(os.fstat(lock), os.stat(directory))
-        except FileNotFoundError:
-            mine = False
-        if mine:
-            break
-        os.close(lock)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            directory.rmdir()
         if lock is not None:
             os.close(lock)
 
