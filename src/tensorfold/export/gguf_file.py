@@ -19,7 +19,8 @@ from tensorfold.export.agreement import compared, expected_logits
 from tensorfold.export.gguf_layout import Layout, layout_of, scaled, tensors, write_settings
 from tensorfold.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from tensorfold.export.tracing import check_packages
-from tensorfold.export.written import ExportReport, check_float32, version, write_beside, writing
+from tensorfold.export.written import ExportReport, check_float32, version, writing
+from tensorfold.hf.beside import carry_licences
 from tensorfold.models.anatomy import count_parameters
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.utils.atomic_files import atomic_file, check_file_target, check_target
@@ -107,7 +108,8 @@ def export_gguf(
             f"{same} of {expected[..., 0].numel()}", dict(stored),
         )  # fmt: skip
         if not alone:
-            write_beside(place, model, None, _readme(name, file, report))
+            carry_licences(model.config, place)
+            (place / "README.md").write_text(_readme(name, file, report), encoding="utf-8")
     seconds = round(time.monotonic() - started, 3)
     return ExportReport(**{**report.to_dict(), "seconds": seconds})
 

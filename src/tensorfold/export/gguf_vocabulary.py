@@ -145,7 +145,10 @@ def _tokens(vocabulary: dict[str, int], added: list[dict[str, Any]], rows: int) 
         tokens[each["id"]] = (each["content"], _CONTROL if each["special"] else _USER_DEFINED)
     beyond = [token for index, (token, _) in tokens.items() if index >= rows]
     if beyond:
-        raise _refused(f"of {len(tokens):,} tokens, {len(beyond):,} of them without a row in the table of {rows:,}")
+        raise InputError(
+            f"export --to gguf: the tokenizer has the token {beyond[0]!r}, and the model's table, of {rows:,} rows, "
+            f"none for it; needed a row for each: model.resize_token_embeddings({max(tokens) + 1})."
+        )
     filled = [tokens.get(index, (f"[PAD{index}]", _UNUSED)) for index in range(rows)]
     return [token for token, _ in filled], [kind for _, kind in filled]
 

@@ -18,6 +18,7 @@ from tensorfold.errors import pass_on_memory
 
 log = logging.getLogger(__name__)
 
+_LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 _CARRIED = (
     "*processor_config.json",
     "preprocessor_config.json",
@@ -32,11 +33,7 @@ _CARRIED = (
     "*.model",
     "*.tiktoken",
     "generation_config.json",
-    "LICENSE*",
-    "LICENCE*",
-    "COPYING*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *_LICENCES,
 )
 
 
@@ -55,6 +52,13 @@ def carry_over(config: PreTrainedConfig, directory: Path) -> None:
     for file in _files(source, _CARRIED) if source is not None else ():
         _copy(file, directory / file.relative_to(source))  # type: ignore[arg-type]
     _carry_code(source, directory)
+
+
+def carry_licences(config: PreTrainedConfig, directory: Path) -> None:
+    """Copy what says how a model may be used from beside its weights to a new directory; see :func:`carry_over`."""
+    source = _source(config)
+    for file in _files(source, _LICENCES) if source is not None else ():
+        _copy(file, directory / file.name)
 
 
 def _carry_code(source: Path | None, directory: Path) -> None:
