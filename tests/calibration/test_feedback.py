@@ -220,3 +220,24 @@ def test_models_with_such_layers_are_folded(twice, tokenizer, prose, effort, mon
     monkeypatch.setattr(tensorfold.folding.in_memory, "check_described", lambda _: None)
     report = tensorfold.fold(twice, Auto(keep=0.5, effort=effort), tokenizer, [prose], calibration_tokens=512)
     assert any(name.endswith("again") for name in report.choices)
+
+
+def test_what_lies_behind_a_stage_runs_once(tiny):
+    """On the first window, which shows that every layer is called once; later ones end with the stage."""
+    model, windows = tiny("llama").eval(), torch.randint(5, 290, (4, 30), generator=torch.Generator().manual_seed(1))
+    chosen = {name: matrix for name, matrix in matrices(model).items() if matrix.kind == "linear"}
+    reference, stream = Reference(model, windows, chosen), BlockStream(model, windows)
+    stage = {name: matrix for name, matrix in chosen.items() if "layers.0.self_attn.q" in name}
+    calls = []
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: calls.append(1))
+    plain = input_moments(
+        lambda: [stream.run(0, slice(k, k + 1)) for k in range(4)], {n: m.module for n, m in stage.items()}
+    )
+    before = len(calls)
+    known = reference.statistics(stream, 0, stage, last=False)
+    after_first, calls[:] = len(calls) - before, []
+    reference.statistics(stream, 0, stage, last=True)
+    assert len(calls) >= 4
+    assert after_first < 2 * 4  # of both models
+    for name in stage:
+        torch.testing.assert_close(known[name].input_moment, plain[name])

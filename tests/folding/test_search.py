@@ -13,6 +13,7 @@ from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.solvers.low_rank import error_curve, whitened_low_rank
 from tensorfold.algebra.solvers.solve import relative_error
 from tensorfold.calibration import block_stream as calibrate
+from tensorfold.calibration import gradients
 from tensorfold.calibration.block_calls import output_of
 from tensorfold.calibration.packed_symmetric import numbers
 from tensorfold.folding import in_memory as folding
@@ -255,12 +256,28 @@ def test_a_search_that_was_interrupted_has_its_gradients(kept_fold, monkeypatch)
     assert same(kept_fold(), expected)
 
 
+def test_models_that_bear_no_rounding_have_exact_gradients(tiny, tokenizer, prose, monkeypatch):
+    def strict(*_):
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("expected scalar type Float but found BFloat16")
+
+    def errors(rounds):
+        monkeypatch.setattr(gradients, "multiplies_bfloat16", lambda: rounds)
+        model = tiny("llama")
+        model.model.layers[0].mlp.act_fn.register_forward_pre_hook(strict)
+        return tensorfold.fold(model, Auto(keep=0.5), tokenizer, [prose], calibration_tokens=256).errors
+
+    assert errors(rounds=True) == errors(rounds=False)
+
+
 @pytest.mark.parametrize("damage", ["changed", "gone"])
 def test_damaged_gradients_are_taken_again(kept_fold, tmp_path, monkeypatch, caplog, damage):
     expected, taken, again = kept_fold(), stored_gradients.gradient_moments, []
     file = tmp_path / "done" / "gradients" / "0002"
     file.unlink() if damage == "gone" else file.write_bytes(file.read_bytes()[::-1])
-    monkeypatch.setattr(stored_gradients, "gradient_moments", lambda *given: again.append(1) or taken(*given))
+    monkeypatch.setattr(
+        stored_gradients, "gradient_moments", lambda *given, **named: again.append(1) or taken(*given, **named)
+    )
     monkeypatch.setattr(folding, "solve_matrix", None)  # what was solved with them stays good
     assert same(kept_fold(), expected)
     assert again

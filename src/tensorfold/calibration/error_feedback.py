@@ -18,7 +18,7 @@ GPTQ-style quantisers apply this correction column by column.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -129,13 +129,20 @@ class Reference:
         self.advance_to(index)
         sums = {name: _Sums(matrix, name in partial_inputs) for name, matrix in stage.items()}
         direct = {name: _adds_to_output(stream, index, matrix.module) for name, matrix in stage.items()}
+        whole = last or any(direct.values())  # whether the block's output is wanted
+        once = False  # whether the first window has shown that both models call every layer once
         for k in range(len(stream.windows)):
             with self._dense(index):
-                dense, dense_out = _watch(partial(self._window, index, k, last), stage)
-            folded, folded_out = _watch(partial(stream.run, index, slice(k, k + 1)), stage)
+                dense, dense_out = _watch(partial(self._window, index, k, last), stage, stop=once and not whole)
+            run = partial(stream.run, index, slice(k, k + 1))
+            folded, folded_out = _watch(run, stage, stop=once and not any(direct.values()))
+            if k == 0:
+                once = all(len(dense[name]) == len(folded[name]) == 1 for name in stage)
             for name in stage:
                 lack = None
                 if direct[name] and len(dense[name]) == len(folded[name]) == 1:
+                    assert dense_out is not None
+                    assert folded_out is not None
                     lack = (dense_out - dense[name][0].output) - (folded_out - folded[name][0].output)
                 sums[name].add(dense[name], folded[name], lack, self.stream.windows.shape[1])
         if last:
@@ -304,20 +311,34 @@ def _same_tokens(dense: Tensor, folded: Tensor, length: int) -> bool:
     return bool((distances.diagonal() <= distances.amin(1)).all())
 
 
-def _watch(forward: Callable[[], Tensor], stage: Mapping[str, Matrix]) -> tuple[dict[str, list[_Call]], Tensor]:
-    """Run a forward pass; return the calls of the layers, by name, and the pass's output."""
+class _Enough(Exception):  # noqa: N818
+    """Ends a forward pass of which nothing further is wanted."""
+
+
+def _watch(
+    forward: Callable[[], Tensor], stage: Mapping[str, Matrix], stop: bool = False
+) -> tuple[dict[str, list[_Call]], Tensor | None]:
+    """Run a forward pass; return the calls of the layers, by name, and the pass's output.
+
+    Args:
+        stop: Whether to end the pass, without an output, as soon as every layer was called.
+    """
     seen: dict[str, list[_Call]] = {name: [] for name in stage}
 
     def hook(name: str) -> Callable[..., None]:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             seen[name].append(_Call(input_of(args, kwargs), output))
+            if stop and all(seen.values()):
+                raise _Enough
 
         return record
 
+    out = None
     with ExitStack() as hooks, torch.no_grad():
         for name, matrix in stage.items():
             hooks.callback(matrix.module.register_forward_hook(hook(name), with_kwargs=True).remove)
-        out = forward()
+        with suppress(_Enough):
+            out = forward()
     return seen, out
 
 

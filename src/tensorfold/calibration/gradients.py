@@ -26,7 +26,11 @@ _WINDOW = 256  # tokens in a backward pass, which holds their logits and the act
 
 
 def gradient_moments(
-    model: PreTrainedModel, windows: Tensor, modules: Mapping[str, nn.Module], prefix: int = 0
+    model: PreTrainedModel,
+    windows: Tensor,
+    modules: Mapping[str, nn.Module],
+    prefix: int = 0,
+    rounded: bool = False,
 ) -> dict[str, Packed]:
     """The gradient moment ``G = Σ g gᵀ / tokens`` of every module: the empirical Fisher matrix of its output.
 
@@ -39,6 +43,9 @@ def gradient_moments(
         modules: Modules that return one tensor, shape (..., m), by name.
         prefix: How many tokens at the beginning of a window are what the tokenizer puts before a document. Every piece
             begins with them as context; neither they nor the first token of the text behind them are in the loss.
+        rounded: Whether matrix products of a float32 model may take bfloat16 inputs where the processor has
+            instructions for it, which more than halves the time. Sums stay in fp32, and what rounding adds is far below
+            the spread between tokens.
 
     Returns:
         By name, symmetric, shape (m, m); without modules that are never called, such as an expert that no token is
@@ -46,6 +53,7 @@ def gradient_moments(
 
     Raises:
         InputError: The gradients at a module hold NaN or infinity, or the model gives no logits for tokens.
+        RuntimeError: The model's code does not bear products in bfloat16 (``rounded``).
     """
     sums: dict[str, Packed] = {}
     check_ids(model, windows, "calibration")
@@ -81,6 +89,8 @@ def gradient_moments(
         for name, module in modules.items():
             hooks.callback(module.register_forward_hook(watch(name)).remove)
         hooks.enter_context(_recomputing(model))
+        if rounded and model.device.type == "cpu" and model.dtype == torch.float32 and multiplies_bfloat16():
+            hooks.enter_context(torch.autocast("cpu", torch.bfloat16))
         for piece in pieces:
             logits = next_token_logits(model, piece[None])
             logits.backward(_gradient_at(logits, piece, prefix))
@@ -122,6 +132,12 @@ def _gradient_at(logits: Tensor, piece: Tensor, prefix: int) -> Tensor:
     gradient[0, -1] = 0
     gradient[0, :prefix] = 0
     return gradient.to(logits.dtype)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16 matrices."""
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 @contextmanager

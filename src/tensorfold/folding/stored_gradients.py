@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensorfold.calibration.block_stream import BlockStream
 from tensorfold.calibration.gradients import gradient_moments
 from tensorfold.calibration.packed_symmetric import Packed, numbers
+from tensorfold.errors import pass_on_memory
 from tensorfold.models.anatomy import Matrix
 from tensorfold.utils.block_checkpoints import BlockCheckpoints
 from tensorfold.utils.memory import release_heap
@@ -58,7 +59,7 @@ def take_gradients(
     place = store.folder("gradients") if store else Path(folder.name if folder else "")
     found: dict[str, Packed] = {}
     for part in _passes(model, layers):  # each on the disk before the next
-        new = gradient_moments(model, windows, {name: layers[name].module for name in part}, prefix)
+        new = _moments(model, windows, {name: layers[name].module for name in part}, prefix)
         for name, packed in new.items():
             if store or packed.values.device.type == "cpu":
                 packed.spill(place / names[name])
@@ -69,6 +70,17 @@ def take_gradients(
         kept = {name: names[name] for name in found}
         store.save(_BLOCK, {}, kept, [place / file for file in kept.values()])
     return StoredGradients(found, folder)
+
+
+def _moments(
+    model: PreTrainedModel, windows: Tensor, modules: Mapping[str, nn.Module], prefix: int
+) -> dict[str, Packed]:
+    """Moments by a rounded pass; by an exact one for models whose code bears no dtypes that autocast has changed."""
+    try:
+        return gradient_moments(model, windows, modules, prefix, rounded=True)
+    except RuntimeError as error:
+        pass_on_memory(error)
+    return gradient_moments(model, windows, modules, prefix)
 
 
 def _passes(model: PreTrainedModel, layers: Mapping[str, Matrix]) -> list[list[str]]:
