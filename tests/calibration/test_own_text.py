@@ -119,6 +119,33 @@ def test_fold_calibrates_on_it(command, cache, workplace, dense_directory):
     assert card["calibration"].endswith("tokens of text that the model wrote itself")
 
 
+def test_fold_takes_it_where_no_text_is_named(command, cache, workplace, dense_directory, monkeypatch):
+    monkeypatch.setattr("tensorfold.cli.fold._UNASKED", 200)
+    half = ("fold", dense_directory, "--keep", "0.5", "--json")
+    found = {}
+    for name, options in {"unasked": (), "asked": ("--calibrate", "self", "--tokens", "200")}.items():
+        outcome = command(*half, *options, "--out", name)
+        assert outcome.status == 0, outcome.err
+        found[name] = json.loads(outcome.out)["calibration_tokens"], (workplace / name / "model.safetensors").read_bytes()
+    assert found["unasked"] == found["asked"]
+
+
+def test_a_model_without_a_tokenizer_is_folded_without_text(command, cache, workplace, tiny):
+    tiny("llama").save_pretrained("bare")
+    outcome = command("fold", "bare", "--keep", "0.5", "--out", "o", "--json")
+    assert outcome.status == 0, outcome.err
+    assert json.loads(outcome.out)["calibration_tokens"] == 0
+    assert "folded without text, at a price in quality: there is no tokenizer" in outcome.err
+
+
+def test_a_model_that_cannot_write_is_folded_without_text(command, cache, workplace, dense_directory, monkeypatch):
+    monkeypatch.setattr(module, "_sampled", lambda *_: [[]])
+    outcome = command("fold", dense_directory, "--keep", "0.5", "--out", "o", "--json")
+    assert outcome.status == 0, outcome.err
+    assert "at a price in quality: own text: the model wrote nothing" in outcome.err
+    assert command("fold", dense_directory, "--keep", "0.5", "--calibrate", "self", "--out", "p").status == 2
+
+
 def test_a_recipe_can_name_it(cache, tiny, tokenizer):
     recipe = {
         "fold": [{"targets": "mlp", "method": "low-rank", "keep": 0.5}], "calibrate": {"text": "self", "tokens": 200},

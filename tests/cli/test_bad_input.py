@@ -18,6 +18,7 @@ from tensorfold.errors import InputError
 from tensorfold.hf.sources import find_model
 
 HALF = ("--keep", "0.5")
+WITHOUT_TEXT = (*HALF, "--calibrate", "none")
 PLAIN = "fold: [{targets: mlp, method: low-rank, keep: 0.5}]"
 
 
@@ -303,7 +304,7 @@ def no_space_for_tensors(*_, **__):
 def test_full_disk(command, dense_directory, workplace, text_file, monkeypatch, writer, failure, calibrated):
     monkeypatch.setattr(writer, failure)
     calibrate = ("--recipe", "low-rank-80", "--calibrate", text_file, "--tokens", "300")
-    outcome = command("fold", dense_directory, *(calibrate if calibrated else HALF), "--out", "out")
+    outcome = command("fold", dense_directory, *(calibrate if calibrated else WITHOUT_TEXT), "--out", "out")
     monkeypatch.undo()
     assert outcome.status == 2
     assert outcome.out == ""
@@ -319,7 +320,7 @@ def test_files_that_the_system_refuses_to_write(command, dense_directory, workpl
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        outcome = command("fold", dense_directory, *HALF, "--out", "out")
+        outcome = command("fold", dense_directory, *WITHOUT_TEXT, "--out", "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert outcome.status == 1

@@ -31,13 +31,16 @@ WITHOUT = {
     ("plan", "targets"): [(("m", "--recipe", "demo", "--targets", "mlp"), "--keep")],
     ("fold", "targets"): [(("m", "--out", "o", "--recipe", "demo", "--targets", "mlp"), "--keep")],
     ("fold", "effort"): [
-        (("m", "--out", "o", "--keep", ".6", "--effort", "high"), "--calibrate TEXT"),
-        (("m", "--out", "o", "--keep", ".6", "--effort", "medium"), "--calibrate TEXT"),
+        (("m", "--out", "o", "--keep", ".6", "--calibrate", "none", "--effort", "high"), "--calibrate TEXT"),
         (("m", "--out", "o", "--keep", ".6", "--calibrate", "none", "--effort", "low"), "--calibrate TEXT"),
         (("m", "--out", "o", "--recipe", "demo", "--effort", "high"), "method: auto"),
     ],
+    ("fold", "plain"): [
+        (("m", "--out", "o", "--keep", ".6", "--calibrate", "none", "--plain"), "--calibrate TEXT"),
+        (("m", "--out", "o", "--recipe", "demo", "--plain"), "method: auto"),
+    ],
     ("fold", "tokens"): [
-        (("m", "--out", "o", "--keep", ".6", "--tokens", "5000"), "--calibrate TEXT"),
+        (("m", "--out", "o", "--keep", ".6", "--calibrate", "none", "--tokens", "5000"), "--calibrate TEXT"),
         (("m", "--out", "o", "--recipe", "krony-81m", "--tokens", "5000"), "--calibrate TEXT"),
         (("m", "--out", "o", "--recipe", "demo", "--calibrate", "none", "--tokens", "5000"), "--calibrate TEXT"),
     ],

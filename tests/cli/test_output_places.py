@@ -18,7 +18,7 @@ HALF = ("--keep", "0.5")
 def commands(dense_directory, folded_directory, text_file):
     """Commands that write an output, without its name at the end."""
     return {
-        "fold": ("fold", dense_directory, *HALF, "--out"),
+        "fold": ("fold", dense_directory, *HALF, "--calibrate", "none", "--out"),
         "calibrated": ("fold", dense_directory, *HALF, "--calibrate", text_file, "--tokens", "200", "--out"),
         "export": ("export", folded_directory, "--to", "dense", "--out"),
         "heal": (

@@ -85,10 +85,12 @@ def test_what_it_cannot_do_is_said(tiny, tokenizer, prose):
         tensorfold.fold(tiny("llama"), recipe, tokenizer, [prose], **TEXT)
 
 
-def test_from_the_command_line(dense_directory, text_file, tmp_path, capsys):
+@pytest.mark.parametrize("given", ["recipe", "option"])
+def test_from_the_command_line(dense_directory, text_file, tmp_path, capsys, given):
     recipe = tmp_path / "plain.yaml"
     recipe.write_text("fold:\n- {targets: mlp, method: auto, keep: 0.5, plain: true}\n")
-    arguments = ["fold", dense_directory, "--recipe", recipe, "--calibrate", text_file, "--tokens", "600"]
+    options = {"recipe": ["--recipe", recipe], "option": ["--keep", "0.5", "--plain"]}[given]
+    arguments = ["fold", dense_directory, *options, "--calibrate", text_file, "--tokens", "600"]
     with pytest.raises(SystemExit) as stopped:
         run([str(each) for each in [*arguments, "--out", tmp_path / "out", "--json"]])
     assert not stopped.value.code

@@ -134,7 +134,7 @@ def test_a_checkpoint_of_the_body_alone(tiny, tmp_path, tokenizer):
 
 
 def test_the_command_does_not_load_the_model(command, dense_directory, tmp_path, monkeypatch, caplog):
-    fold = ("fold", dense_directory, "--keep", "0.5", "--json", "--out")
+    fold = ("fold", dense_directory, "--keep", "0.5", "--calibrate", "none", "--json", "--out")
     assert command(*fold, tmp_path / "streamed").status == 0
     with caplog.at_level(logging.DEBUG, logger="tensorfold.cli.fold"), monkeypatch.context() as patched:
         patched.setattr("tensorfold.folding.from_disk.find_stored", refuse)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_UNASKED = 8192  # tokens of the text that the model writes where none is given
+
 
 def fold(
     out: Annotated[Path, typer.Option("--out", help="Directory to write; must not exist, or be empty.")],
@@ -37,14 +39,28 @@ def fold(
             help="With --keep and --calibrate: low, medium or high, how much time calibration takes. Default: medium.",
         ),
     ] = None,
+    plain: Annotated[
+        bool,
+        typer.Option(
+            "--plain",
+            help="With --keep: only MLPs become smaller, all by as many hidden units, and the result is a plain "
+            "model that transformers alone loads.",
+        ),
+    ] = False,
     calibrate: Annotated[
         str | None,
-        typer.Option("--calibrate", help=f"{OWN_TEXT_HELP} Default: the recipe's; 'none': data-free."),
+        typer.Option(
+            "--calibrate",
+            help=f"{OWN_TEXT_HELP} Default: the recipe's; with --keep 'self'. 'none': data-free.",
+        ),
     ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(
-            "--tokens", min=2, help="How many tokens of the calibration text. Default: the recipe's, or 24,000."
+            "--tokens",
+            min=2,
+            help="How many tokens of the calibration text. Default: the recipe's, or 24,000; 8,192 where neither a "
+            "text nor a recipe is given.",
         ),
     ] = None,
     dtype: Dtype = None,
@@ -54,9 +70,11 @@ def fold(
 
     A calibrated fold by one process keeps finished blocks in OUT.fold until OUT is there; the same command resumes.
     """
-    from tensorfold.calibration.own_text import check_text, documents_of, label_of
+    from tensorfold.calibration.own_text import SELF, check_text, documents_of, label_of
+    from tensorfold.errors import TensorfoldError
     from tensorfold.folding.from_disk import fold_stream, model_facts
     from tensorfold.folding.in_memory import fold as fold_model
+    from tensorfold.folding.plan import plan
     from tensorfold.folding.result import FoldReport
     from tensorfold.hf.loading import save
     from tensorfold.recipes.settings import CalibrateSettings
@@ -65,26 +83,36 @@ def fold(
     from tensorfold.utils.distributed import Ranks
 
     check_target(out)
-    chosen = recipe_of(recipe, keep, targets, untie, effort)
+    chosen = recipe_of(recipe, keep, targets, untie, effort, plain)
+    unasked = calibrate is None and recipe is None  # text is the default, since without any a model is ruined
     if calibrate == "none":
         chosen, calibrate = chosen.without_text(), None
-    text = calibrate or (chosen.calibrate.text if chosen.calibrate else None)
+    text = SELF if unasked else calibrate or (chosen.calibrate.text if chosen.calibrate else None)
     ranks = Ranks.find(cpu=True)
     with ranks.together():
         check_text(text, "validation")
         source = source_of(model, chosen)
-        tokenizer, absent = (source.tokenizer(), None) if text else source.tokenizer_beside()
+        tokenizer, absent = (source.tokenizer(), None) if text and not unasked else source.tokenizer_beside()
+        if unasked and tokenizer is None:
+            text = None
         stream = None if text or dtype else _stream(source, chosen)
         loaded = source.model(None if dtype is None else dtype.value) if stream is None else None
         bar = sys.stderr.isatty()
-        documents = None
+        documents, reason = None, None
         if text is not None and loaded is not None:
-            wanted = tokens or (chosen.calibrate or CalibrateSettings()).tokens
-            documents = documents_of(text, loaded, tokenizer, wanted, split="validation", progress=bar)
+            if text == SELF:
+                plan(loaded, chosen)  # what cannot be folded is refused before the model writes
+            tokens = tokens or (_UNASKED if unasked else (chosen.calibrate or CalibrateSettings()).tokens)
+            try:
+                documents = documents_of(text, loaded, tokenizer, tokens, split="validation", progress=bar)
+            except TensorfoldError as error:
+                if not unasked:
+                    raise
+                text, tokens, reason = None, None, str(error)
 
         def card(report: FoldReport) -> dict[str, Any]:
             label = f"{report.calibration_tokens} tokens of {label_of(text, 'validation')}" if text else None
-            return model_facts(source, _label(recipe, keep, targets, untie, effort), report, label)
+            return model_facts(source, _label(recipe, keep, targets, untie, effort, plain), report, label)
 
         if stream is not None:
             report = fold_stream(stream, out, tokenizer, card, bar)
@@ -101,6 +129,8 @@ def fold(
     if ranks.is_first:
         if absent is not None:
             typer.echo(f"written without a tokenizer: {absent}", err=True)
+        if unasked and text is None:
+            typer.echo(f"folded without text, at a price in quality: {reason or 'there is no tokenizer'}", err=True)
         result = {**report.to_dict(), "out": str(out)}
         emit(as_json, result, lambda: f"{report}\nwritten to {out} in {report.seconds:.0f} s")
         if recipe is not None and chosen.eval is not None:
@@ -119,8 +149,10 @@ def _stream(source: Source, recipe: Recipe) -> Stream | None:
         return None
 
 
-def _label(recipe: str | None, keep: float | None, targets: str | None, untie: bool, effort: str | None = None) -> str:
+def _label(
+    recipe: str | None, keep: float | None, targets: str | None, untie: bool, effort: str | None, plain: bool
+) -> str:
     """The options that a model was folded with, for its card."""
     given = recipe if recipe is not None else f"--keep {keep} --targets {'mlp' if targets is None else targets}"
     given = f"{given} --effort {effort}" if effort else given
-    return f"{given} --untie" if untie else given
+    return given + " --plain" * plain + " --untie" * untie

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 
 def recipe_of(
-    recipe: str | None, keep: float | None, targets: str | None, untie: bool, effort: str | None = None
+    recipe: str | None,
+    keep: float | None,
+    targets: str | None,
+    untie: bool,
+    effort: str | None = None,
+    plain: bool = False,
 ) -> Recipe:
     """The recipe that ``--recipe`` names, or the one that ``--keep`` stands for.
 
@@ -23,6 +28,7 @@ def recipe_of(
         targets: Matrices to fold, where ``keep`` is given; the MLP's by default.
         untie: Whether to untie the head first, whatever the recipe says.
         effort: How much time calibration takes, where ``keep`` is given; ``medium`` by default.
+        plain: Whether the result is to be a plain model, where ``keep`` is given.
 
     Raises:
         InputError: Both or neither are given, or the recipe cannot be read.
@@ -35,7 +41,7 @@ def recipe_of(
         chosen = Recipe.load(recipe)
     else:
         assert keep is not None
-        chosen = Recipe.keep(keep, "mlp" if targets is None else targets, effort or "medium")
+        chosen = Recipe.keep(keep, "mlp" if targets is None else targets, effort or "medium", plain)
     return dataclasses.replace(chosen, untie=chosen.untie or untie)
 
 

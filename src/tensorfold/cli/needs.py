@@ -15,6 +15,7 @@ _NO_RECIPE = Need("--keep; a recipe names its own targets, edit it", lambda give
 _NO_EFFORT = Need(
     "--keep; in a recipe, effort belongs to entries of method: auto", lambda given: given["recipe"] is None
 )
+_NO_PLAIN = Need("--keep; in a recipe, plain belongs to entries of method: auto", lambda given: given["recipe"] is None)
 _HARNESS = Need("--protocol lm-eval", lambda given: given["protocol"] == "lm-eval")
 _TEXT_PROTOCOL = Need("a protocol that reads a text, not lm-eval", lambda given: given["protocol"] != "lm-eval")
 _SAMPLING = Need("a --temperature above 0", lambda given: given["temperature"] > 0)
@@ -26,7 +27,7 @@ _NAME = Need("the name of a shipped recipe", lambda given: given["name"] is not 
 def _calibrates(given: Values) -> bool:
     """Whether a fold has calibration text, by its options and its recipe."""
     if given["calibrate"] is not None or given["recipe"] is None:
-        return given["calibrate"] not in (None, "none")
+        return given["calibrate"] != "none"
     from tensorfold.recipes.recipe import Recipe
 
     return Recipe.load(given["recipe"]).calibrate is not None
@@ -46,6 +47,7 @@ NEEDS: Mapping[str, Needs] = {
         "out": ALWAYS,
         "dtype": ALWAYS,
         "effort": (_NO_EFFORT, _CALIBRATION),
+        "plain": (_NO_PLAIN, _CALIBRATION),
         "calibrate": ALWAYS,
         "tokens": (_CALIBRATION,),
     },
