@@ -126,7 +126,8 @@ def test_fold_takes_it_where_no_text_is_named(command, cache, workplace, dense_d
     for name, options in {"unasked": (), "asked": ("--calibrate", "self", "--tokens", "200")}.items():
         outcome = command(*half, *options, "--out", name)
         assert outcome.status == 0, outcome.err
-        found[name] = json.loads(outcome.out)["calibration_tokens"], (workplace / name / "model.safetensors").read_bytes()
+        weights = (workplace / name / "model.safetensors").read_bytes()
+        found[name] = json.loads(outcome.out)["calibration_tokens"], weights
     assert found["unasked"] == found["asked"]
 
 
