@@ -82,10 +82,17 @@ class Chosen:
     Attributes:
         parameters: The size.
         curve: Pairs of parameters and error.
+        rivals: Errors of other structures that were priced at this size, by structure.
     """
 
     parameters: float
     curve: tuple[tuple[float, float], ...]
+    rivals: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def predicted(self) -> float | None:
+        """Error at the size that was given; None where the curve lacks it."""
+        return next((error for size, error in self.curve if size == self.parameters), None)
 
 
 @dataclass(frozen=True)
@@ -273,7 +280,9 @@ def _choices(stored: Any) -> dict[str, Chosen]:
         pairs = [p for p in points if isinstance(p, list) and len(p) == 2] if isinstance(points, list) else []
         curve = [(x, y) for x, y in ((number(a), number(b)) for a, b in pairs) if x is not None and y is not None]
         if size is not None and curve:
-            found[str(name)] = Chosen(size, tuple(curve))
+            rivals = choice.get("rivals")
+            errors = {str(k)[:200]: number(v) for k, v in rivals.items()} if isinstance(rivals, Mapping) else {}
+            found[str(name)] = Chosen(size, tuple(curve), {k: v for k, v in errors.items() if v is not None})
     return found
 
 

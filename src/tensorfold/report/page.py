@@ -15,7 +15,7 @@ import tensorfold
 from tensorfold.errors import InputError
 from tensorfold.report.facts import ModelFacts, check_directory, labels, read_directory
 from tensorfold.report.samples import Sample, sample_all
-from tensorfold.report.tables import bench_rows, bond_rows, healing_rows, judgements, size_rows
+from tensorfold.report.tables import bench_rows, bond_rows, choice_rows, healing_rows, judgements, size_rows
 from tensorfold.utils.atomic_files import check_file_target, write_file
 from tensorfold.utils.terminal import progress_bar
 from tensorfold.utils.validation import check_types
@@ -122,6 +122,7 @@ def render(models: Sequence[ModelFacts], prompt: str | None, samples: Sequence[S
         sizes=size_rows(models),
         judgements=judgements(models),
         bonds=[(model, bond_rows(model)) for model in models if model.is_folded],
+        choices=[(model, choice_rows(model)) for model in models if model.choices],
         healing=healing_rows(models),
         bench=[(model.label, bench_rows(model.bench)) for model in models if model.bench is not None],
         prompt=prompt,

@@ -10,6 +10,7 @@ from tensorfold.algebra.specs.structure import Structure
 from tensorfold.report.facts import Evaluated, Folded, ModelFacts, number, place, whole_number
 
 _MOST_BENCH_ROWS = 60
+_MOST_RIVALS = 2
 
 Row = dict[str, str]
 
@@ -100,6 +101,33 @@ def bond_rows(model: ModelFacts) -> list[Row]:
                 "kept": f"{spec.parameters / spec.dense_parameters:.1%}",
                 "bytes each": " or ".join(f"{size:,}" for size in sizes) or "unknown",
                 "mean error": f"{sum(errors) / len(errors):.3f}" if errors else "unknown",
+            }
+        )
+    return rows
+
+
+def choice_rows(model: ModelFacts) -> list[Row]:
+    """Rows of what a search gave each layer: predicted and measured error, and what the nearest sizes would have lost.
+
+    The prediction is for the dense model's inputs; the error was measured when the layer was folded, behind layers that
+    were folded already. The best of the other structures that were priced at the same size stand beside them.
+    """
+    rows = []
+    for name, chosen in model.choices.items():
+        folded, predicted = model.modules.get(name), chosen.predicted
+        smaller = max((point for point in chosen.curve if point[0] < chosen.parameters), default=None)
+        larger = min((point for point in chosen.curve if point[0] > chosen.parameters), default=None)
+        rivals = sorted(chosen.rivals.items(), key=lambda rival: rival[1])[:_MOST_RIVALS]
+        rows.append(
+            {
+                "matrix": name,
+                "given": "dense" if folded is None else str(folded.spec),
+                "parameters": f"{chosen.parameters:,.0f}",
+                "predicted error": "unknown" if predicted is None else f"{predicted:.3f}",
+                "measured": "–" if folded is None else "unknown" if folded.error is None else f"{folded.error:.3f}",
+                "with fewer": "–" if smaller is None else f"{smaller[1]:.3f} at {smaller[0]:,.0f}",
+                "with more": "–" if larger is None else f"{larger[1]:.3f} at {larger[0]:,.0f}",
+                "others of this size": "; ".join(f"{spec}: {error:.3f}" for spec, error in rivals) or "–",
             }
         )
     return rows
