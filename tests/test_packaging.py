@@ -15,7 +15,20 @@ import pytest
 import tensorfold
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("plan", "fold", "heal", "eval", "bench", "export", "sample", "report", "push", "recipes", "demo")
+COMMANDS = (
+    "compress",
+    "plan",
+    "fold",
+    "heal",
+    "eval",
+    "bench",
+    "export",
+    "sample",
+    "report",
+    "push",
+    "recipes",
+    "demo",
+)
 LATE = ("lora.py", "figures.py")  # modules that are imported where their extra is known to be there
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 

@@ -55,7 +55,8 @@ def test_plan_prints_a_table_of_what_a_fold_would_do(command, dense_directory):
 def test_plan_as_json_has_the_keys_of_the_contract(command, dense_directory, recipe_file):
     outcome = command("plan", dense_directory, "--recipe", recipe_file, "--json")
     result = parse_only_line(outcome.out)
-    assert set(result) == {"parameters_before", "parameters_after", "bytes_before", "bytes_after", "modules"}
+    sizes = {f"{what}_{when}" for what in ("parameters", "bytes", "macs") for when in ("before", "after")}
+    assert set(result) == {*sizes, "modules"}
     assert all(set(module) == MODULE for module in result["modules"].values())
     assert result["modules"]["model.embed_tokens"] == {
         "out_modes": [300, 1], "in_modes": [1, 32], "ranks": [8], "parameters": 8 * 332,

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 import tensorfold
 from tensorfold import Auto, InputError, Recipe, Rule, SpecError
 from tensorfold.cli.main import run
+from tensorfold.export.hub import hub_card
 from tensorfold.models.anatomy import matrices
 from tensorfold.nn import FoldedModule
 
@@ -97,3 +98,11 @@ def test_from_the_command_line(dense_directory, text_file, tmp_path, capsys, giv
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.intermediate_size == 24
     assert torch.equal(logits(tensorfold.load(tmp_path / "out")), logits(model))
+    readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "import tensorfold" not in readme
+    scope = {"PATH": tmp_path / "out"}
+    exec(readme.split("```")[1].removeprefix("python\n"), scope)
+    assert torch.equal(logits(scope["model"]), logits(model))
+    card = hub_card(tmp_path / "out", "somebody/plain")
+    assert "library_name: transformers" in card
+    assert 'from_pretrained("somebody/plain")' in card

@@ -16,6 +16,7 @@ import typer
 
 import tensorfold
 from tensorfold.cli.bench import bench
+from tensorfold.cli.compress import compress
 from tensorfold.cli.errors import can_be_put_right, check_encoding, explain, line
 from tensorfold.cli.eval import evaluate
 from tensorfold.cli.export import export
@@ -51,6 +52,7 @@ def _options(
     """Options that stand before the command."""
 
 
+app.command(cls=Command)(compress)
 app.command(cls=Command)(plan)
 app.command(cls=Command)(fold)
 app.command("eval", cls=Command)(evaluate)

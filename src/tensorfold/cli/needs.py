@@ -40,6 +40,11 @@ _RECIPE = {"recipe": ALWAYS, "keep": ALWAYS, "targets": (_NO_RECIPE,), "untie": 
 
 # By command and parameter. Options whose effect depends on the model are checked once the model is known.
 NEEDS: Mapping[str, Needs] = {
+    "compress": {
+        **_MODEL,
+        **dict.fromkeys(("out", "size", "bytes_", "text", "unseen", "minutes", "to", "bits"), ALWAYS),
+        **dict.fromkeys(("plain", "effort", "tokens", "max_tokens"), ALWAYS),
+    },
     "plan": {**_MODEL, **_RECIPE, "shapes": ALWAYS},
     "fold": {
         **_MODEL,

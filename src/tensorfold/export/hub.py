@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory, reason
 from tensorfold.hf.loading import load
-from tensorfold.hf.model_card import model_card
+from tensorfold.hf.model_card import is_plain, model_card
 from tensorfold.utils.atomic_files import check_path
 from tensorfold.utils.records import CARD, EVALUATIONS, read_lines, read_object
 from tensorfold.utils.validation import check_types
@@ -48,12 +48,17 @@ def hub_card(directory: str | Path, repo: str) -> str:
     card = read_object(path / CARD) or {}
     evaluations, _ = read_lines(path / EVALUATIONS)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    metadata = ["library_name: tensorfold", "pipeline_tag: text-generation", "tags: [tensorfold, compression]"]
+    plain = is_plain(path)
+    metadata = [
+        f"library_name: {'transformers' if plain else 'tensorfold'}",
+        "pipeline_tag: text-generation",
+        "tags: [tensorfold, compression]",
+    ]
     base = card.get("base_model")
     # The name of a directory or a file would be a link to nowhere.
     if isinstance(base, str) and "/" in base and _is_repo_id(base):
         metadata.append(f"base_model: {base}")
-    return "\n".join(["---", *metadata, "---", "", model_card(card, evaluations, path=repo, size=size)])
+    return "\n".join(["---", *metadata, "---", "", model_card(card, evaluations, path=repo, size=size, plain=plain)])
 
 
 def push_to_hub(

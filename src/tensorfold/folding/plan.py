@@ -26,6 +26,7 @@ from tensorfold.models.anatomy import (
     check_unshared,
     count_parameters,
     empty_model,
+    is_plain_linear,
     match,
     matrices,
 )
@@ -61,7 +62,9 @@ class Plan:
     recipe unties is counted once before and by itself after. ``bytes_before`` and ``bytes_after`` are of everything
     that a checkpoint holds, stored orders included: ``other_bytes`` of all that is not targeted, and
     ``targeted_bytes`` of each targeted matrix as it was. ``dense`` are the parameters of targeted matrices that a
-    search leaves as they are. ``str(plan)`` is the table people read.
+    search leaves as they are. ``macs_before`` are the multiply–adds a token of all linear layers, the head among them,
+    as given; ``other_macs`` those of layers that are not targeted, ``targeted_macs`` of each targeted matrix as it was.
+    ``str(plan)`` is the table people read.
     """
 
     parameters_before: int
@@ -76,6 +79,9 @@ class Plan:
     bytes_before: int = 0
     other_bytes: int = field(default=0, repr=False)
     targeted_bytes: dict[str, int] = field(default_factory=dict, repr=False)
+    macs_before: int = 0
+    other_macs: int = field(default=0, repr=False)
+    targeted_macs: dict[str, int] = field(default_factory=dict, repr=False)
 
     def bytes_of(self, name: str) -> int:
         """Bytes of one targeted matrix afterwards, in the dtype that it had, with its stored orders."""
@@ -87,6 +93,12 @@ class Plan:
     @property
     def bytes_after(self) -> int:
         return self.other_bytes + sum(self.bytes_of(name) for name in self.targeted_bytes)
+
+    @property
+    def macs_after(self) -> int:
+        """Multiply–adds a token of all linear layers afterwards."""
+        folded, dense = self.modules, self.targeted_macs
+        return self.other_macs + sum(folded[name].macs if name in folded else dense[name] for name in dense)
 
     def with_specs(self, specs: Mapping[str, Structure | None]) -> Plan:
         """The plan with other structures for some of its matrices; None leaves a matrix dense, outside the plan."""
@@ -114,6 +126,8 @@ class Plan:
             "parameters_after": self.parameters_after,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "macs_before": self.macs_before,
+            "macs_after": self.macs_after,
             "modules": {name: {**_shape(spec), "bytes": self.bytes_of(name)} for name, spec in self.modules.items()},
             **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
@@ -123,7 +137,11 @@ class Plan:
 
     def table(self, errors: Mapping[str, float] | None = None, error_name: str = "error") -> str:
         """The folded modules, with their errors where there are any, and the sizes of the whole model."""
-        sizes = (self.parameters_before, self.parameters_after), (self.bytes_before, self.bytes_after)
+        sizes = (
+            (self.parameters_before, self.parameters_after),
+            (self.bytes_before, self.bytes_after),
+            (self.macs_before, self.macs_after),
+        )
         return module_table(self.modules, *sizes, self.kept, errors, error_name, self.warnings)
 
 
@@ -176,7 +194,7 @@ def prepare(model: PreTrainedModel, recipe: Recipe, said: str | None = None) -> 
         InputError, SpecError: As :func:`plan`.
     """
     check_foldable(model)
-    before, bytes_before = count_parameters(model), stored_bytes(model)
+    before, bytes_before, macs_before = count_parameters(model), stored_bytes(model), _macs(model)
     untied = untie_head(model) if recipe.untie else None
     added = count_parameters(model) - before
     if recipe.layers is not None:
@@ -193,6 +211,9 @@ def prepare(model: PreTrainedModel, recipe: Recipe, said: str | None = None) -> 
         *_warnings(specs),
     )
     bytes_ = {name: matrix.parameter.nbytes for name, matrix in chosen.items()}
+    # A table multiplies where a head is tied to it, and nowhere else.
+    multiplying = {name: m for name, m in chosen.items() if m.kind == "linear" or m.tied_head is not None}
+    macs = {name: matrix.parameter.numel() for name, matrix in multiplying.items()}
     return Plan(
         before,
         after,
@@ -205,7 +226,15 @@ def prepare(model: PreTrainedModel, recipe: Recipe, said: str | None = None) -> 
         bytes_before=bytes_before,
         other_bytes=stored_bytes(model) - sum(bytes_.values()),
         targeted_bytes=bytes_,
+        macs_before=macs_before,
+        other_macs=_macs(model) - sum(macs.values()),
+        targeted_macs=macs,
     ), chosen
+
+
+def _macs(model: PreTrainedModel) -> int:
+    """Multiply–adds a token of the model's linear layers, the head among them."""
+    return sum(module.weight.numel() for module in model.modules() if is_plain_linear(module))  # type: ignore[union-attr, operator]
 
 
 def carry_out(model: PreTrainedModel, recipe: Recipe, planned: Plan) -> dict[str, Matrix]:

@@ -15,6 +15,7 @@ def module_table(
     modules: Mapping[str, Structure],
     parameters: tuple[int, int],
     stored: tuple[int, int],
+    macs: tuple[int, int],
     kept: float,
     errors: Mapping[str, float] | None = None,
     error_name: str = "error",
@@ -25,6 +26,7 @@ def module_table(
     Args:
         parameters: Of the whole model, before and after.
         stored: Bytes of the whole model where it is stored, before and after.
+        macs: Multiply–adds a token of all linear layers, before and after.
         kept: Fraction of the targeted matrices' parameters that stays.
     """
     rows: dict[tuple[str, Structure], list[str]] = {}
@@ -53,5 +55,6 @@ def module_table(
     totals = [
         f"{before:,} → {after:,} parameters ({after / before:.1%} of the model, {kept:.1%} of the targeted matrices)",
         f"{bytes_before / 1e6:,.1f} → {bytes_after / 1e6:,.1f} MB stored, orders of rows and columns included",
+        f"{macs[0]:,} → {macs[1]:,} multiply–adds a token ({macs[1] / max(1, macs[0]):.1%})",
     ]
     return "\n".join([render(table), *totals, *(f"warning: {warning}" for warning in warnings)])

@@ -20,7 +20,7 @@ from tensorfold.hf.beside import carry_over
 from tensorfold.hf.checks import check_files
 from tensorfold.hf.config import NAME, TensorfoldConfig
 from tensorfold.hf.int8_modules import install_int8
-from tensorfold.hf.model_card import model_card
+from tensorfold.hf.model_card import is_plain, model_card
 from tensorfold.hf.modules import install
 from tensorfold.models.anatomy import check_not_quantised, count_parameters, empty_model
 from tensorfold.nn import FoldedModule
@@ -265,5 +265,5 @@ def save_beside(directory: Path, config: PreTrainedConfig, tokenizer: Any, card:
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     carry_over(config, directory)
-    (directory / "README.md").write_text(model_card(card), encoding="utf-8")
+    (directory / "README.md").write_text(model_card(card, plain=is_plain(directory)), encoding="utf-8")
     (directory / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")

@@ -3,7 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from tensorfold.utils.records import read_object
+
+_FOLDED = """```python
+import tensorfold
+
+model = tensorfold.load({where})  # raises if any weight is missing
+# after the import, AutoModelForCausalLM.from_pretrained({where}) works too
+```
+
+Without `import tensorfold`, transformers only warns and fills the folded layers with random numbers."""
+
+_PLAIN = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({where})
+```
+
+A plain transformers model of smaller sizes: nothing else is needed to load it."""
 
 
 def model_card(
@@ -12,6 +32,7 @@ def model_card(
     *,
     path: str = "PATH",
     size: int | None = None,
+    plain: bool = False,
 ) -> str:
     """Text of a folded checkpoint's README: how to load it, then how it was folded and healed, then evaluations.
 
@@ -23,18 +44,12 @@ def model_card(
             number of tokens is shown.
         path: Directory or hub id of the checkpoint, for the code that loads it.
         size: Bytes of its weight files.
+        plain: Whether transformers alone loads it; see :func:`is_plain`.
     """
     before, after = (_count(card.get(f"parameters_{when}")) for when in ("before", "after"))
     where = path if path == "PATH" else repr(path).replace("'", '"')
     lines = [
-        "```python",
-        "import tensorfold",
-        "",
-        f"model = tensorfold.load({where})  # raises if any weight is missing",
-        f"# after the import, AutoModelForCausalLM.from_pretrained({where}) works too",
-        "```",
-        "",
-        "Without `import tensorfold`, transformers only warns and fills the folded layers with random numbers.",
+        *(_PLAIN if plain else _FOLDED).format(where=where).splitlines(),
         "",
         f"# {_text(card.get('base_model', 'A language model'))}, folded",
         "",
@@ -64,6 +79,12 @@ def model_card(
         )
     lines.append(f"- folded with tensorfold {_text(card.get('tensorfold', ''))}".rstrip())
     return "\n".join([*lines, *_measured(evaluations)]) + "\n"
+
+
+def is_plain(directory: Path) -> bool:
+    """Whether transformers alone loads the checkpoint in a directory: a model of its own without folded layers."""
+    config = read_object(directory / "config.json") or {}
+    return "quantization_config" not in config and config.get("model_type") != "picogpt"
 
 
 def source_line(stored: Mapping[str, Any]) -> str:

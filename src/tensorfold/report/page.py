@@ -28,13 +28,18 @@ PROMPT = "Once upon a time"
 SAMPLE_TOKENS = 48
 
 
+def missing_packages() -> list[str]:
+    """Names of the packages that draw the page and are not installed."""
+    return [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+
+
 def check_packages() -> None:
     """Check that the packages that draw the page are installed.
 
     Raises:
         InputError: One is missing; the message has the command that installs it.
     """
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    missing = missing_packages()
     if missing:
         raise InputError(
             f"report needs the packages {' and '.join(PACKAGES)}, and {', '.join(missing)} is missing; "

@@ -1,0 +1,147 @@
+"""The outcome of ``compress``: a row for the result and for each form of the dense model, a table, and a verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model and what was measured of it.
+
+    Attributes:
+        name: What it is, such as ``dense, 8 bits``.
+        path: Directory, or the name that was given.
+        ours: Whether it was folded.
+        parameters: Of the model.
+        bytes: Of its weights where they are stored.
+        own: Perplexity on the held-out part of the text that was calibrated on.
+        unseen: Perplexity on the other text.
+        prompt: Tokens a second that it reads; None before that is measured.
+        decode: Tokens a second that it writes; None where it has no cache.
+        seen: Whether a text that it was judged by is one that it was fitted to.
+        tokens: Predicted tokens of the held-out part.
+        protocol: Protocol of the perplexities.
+    """
+
+    name: str
+    path: str
+    ours: bool
+    parameters: int
+    bytes: int
+    own: float
+    unseen: float
+    prompt: float | None = None
+    decode: float | None = None
+    seen: bool = False
+    tokens: int = 0
+    protocol: str = ""
+
+    def timed(self, prompt: float, decode: float | None) -> Row:
+        """The row with its speeds."""
+        return dataclasses.replace(self, prompt=prompt, decode=decode)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        order: What was asked for, as JSON values.
+        aim: What the size meant, as JSON values.
+        rows: The dense model, its forms in fewer bits, and what was folded; the last one is the result.
+        own: Name of the text that was calibrated on.
+        unseen: Name of the other text.
+        out: Directory of the run.
+        report: The HTML page; None without one.
+    """
+
+    order: dict[str, Any]
+    aim: dict[str, Any]
+    rows: list[Row]
+    own: str
+    unseen: str
+    out: str
+    report: str | None
+
+    @property
+    def rival(self) -> Row | None:
+        """The dense row that is no larger than the result and better on both texts; None where there is none."""
+        result = self.rows[-1]
+        found = [
+            row
+            for row in self.rows
+            if not row.ours and row.bytes <= result.bytes and row.unseen <= result.unseen and row.own <= result.own
+        ]
+        return min(found, key=lambda row: (row.unseen, row.bytes), default=None)
+
+    @property
+    def verdict(self) -> str:
+        """Whether folding paid, in words."""
+        result, rival, dense = self.rows[-1], self.rival, [row for row in self.rows if not row.ours]
+        if rival is not None:
+            speed = _ratio(result.prompt, rival.prompt)
+            faster = f" The folded one reads prompts {speed:.2f} times as fast." if speed and speed > 1 else ""
+            return (
+                f"Folding does not pay at this size: {rival.name} is smaller ({rival.bytes / 1e6:,.1f} MB against "
+                f"{result.bytes / 1e6:,.1f}) and better (perplexity on unseen text {rival.unseen:,.2f} against "
+                f"{result.unseen:,.2f}). Take {rival.path}.{faster}"
+            )
+        same = dense[0] if self.aim["bits"] == 32 else dense[1]
+        speed = _ratio(result.prompt, same.prompt)
+        return (
+            f"{result.bytes / 1e6:,.1f} MB, {result.bytes / same.bytes:.2f} of {same.name}; perplexity on unseen text "
+            f"{result.unseen / dense[0].unseen:.2f} times the dense model's"
+            + (f"; reads prompts {speed:.2f} times as fast as {same.name}." if speed else ".")
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "order": {**self.order, "texts": list(self.order["texts"])},
+            "aim": self.aim,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "texts": {"own": self.own, "unseen": self.unseen},
+            "pays": self.rival is None,
+            "verdict": self.verdict,
+            "out": self.out,
+            "report": self.report,
+        }
+
+    def __str__(self) -> str:
+        lines = [self._table(), self.verdict, f"The result is in {self.rows[-1].path}."]
+        first = self.rows[0]
+        lines.insert(1, f"Perplexity by {first.protocol}, {first.tokens:,} tokens of each text; × is against dense.")
+        if any(row.seen for row in self.rows):
+            lines.append("A text that was judged by overlaps with one that was calibrated on; see compress.json.")
+        return "\n".join([*lines, f"The report is {self.report}."] if self.report else lines)
+
+    def _table(self) -> str:
+        from rich.table import Table
+
+        from tensorfold.utils.terminal import render
+
+        found = Table(box=None, pad_edge=False)
+        found.add_column("")
+        for heading in ("MB", "×", self.own, "×", self.unseen, "×", "prompt/s", "×", "decode/s", "×"):
+            found.add_column(heading, justify="right")
+        first = self.rows[0]
+        for row in self.rows:
+            cells = []
+            for value, base, form in (
+                (row.bytes / 1e6, first.bytes / 1e6, ",.1f"),
+                (row.own, first.own, ",.2f"),
+                (row.unseen, first.unseen, ",.2f"),
+                (row.prompt, first.prompt, ",.0f"),
+                (row.decode, first.decode, ",.0f"),
+            ):
+                ratio = _ratio(value, base)
+                cells += ["" if value is None else format(value, form), "" if ratio is None else f"{ratio:.2f}"]
+            found.add_row(row.name, *cells)
+        return render(found)
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return value / base if value is not None and base else None
