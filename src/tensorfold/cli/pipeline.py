@@ -20,7 +20,8 @@ from tensorfold.cli.outcome import Outcome, Row
 from tensorfold.cli.sizes import COSTS, Aim, aim_at
 from tensorfold.cli.steps import RECORDS, Steps
 from tensorfold.cli.texts import CALIBRATION, HELD_OUT, UNSEEN, check_texts, write_texts
-from tensorfold.utils.atomic_files import check_target, claimed, write_file
+from tensorfold.utils.atomic_files import check_target, write_file
+from tensorfold.utils.claims import claimed
 from tensorfold.utils.records import EVALUATIONS, read_lines, read_object, record_evaluation
 
 if TYPE_CHECKING:
