@@ -46,6 +46,7 @@ WITHOUT = {
     ],
     ("eval", "text"): [(("m", "--protocol", "lm-eval", "--tasks", "t", "--text", "x"), "not lm-eval")],
     ("eval", "max_tokens"): [(("m", "--protocol", "lm-eval", "--tasks", "t", "--max-tokens", "9"), "not lm-eval")],
+    ("eval", "against"): [(("m", "--protocol", "lm-eval", "--tasks", "t", "--against", "n"), "not lm-eval")],
     ("eval", "tasks"): [(("m", "--text", "x", "--tasks", "t"), "--protocol lm-eval")],
     ("eval", "include_path"): [(("m", "--text", "x", "--include-path", "p"), "--protocol lm-eval")],
     ("eval", "limit"): [(("m", "--text", "x", "--limit", "3"), "--protocol lm-eval")],

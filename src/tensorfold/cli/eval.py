@@ -39,13 +39,23 @@ def evaluate(
         typer.Option("--recipe", help="Take text and protocol from its 'eval' section, where no option gives them."),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Most documents of each task of lm-eval.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="MODEL",
+            help="Judge this model too, and give the ratio of the perplexities with its confidence interval, paired by "
+            "window.",
+        ),
+    ] = None,
     dtype: Dtype = None,
     record: Annotated[
         bool, typer.Option("--record", help="Record the result in the model's directory, for tensorfold report.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity and accuracy by a named protocol."""
+    """Measure perplexity and accuracy by a named protocol, with a 95 % confidence interval from its windows."""
+    from tensorfold.evaluation.intervals import compare
     from tensorfold.evaluation.perplexity import check_judge
     from tensorfold.evaluation.perplexity import evaluate as measure
     from tensorfold.evaluation.protocols import HARNESS, form_needed
@@ -76,12 +86,19 @@ def evaluate(
 
         name = in_form(text or "", form_needed(protocol))
         judge = {"text": load_text(name), "text_name": describe(name), "max_tokens": max_tokens}
-    source = find_runnable(model)
-    loaded = source.model(None if dtype is None else dtype.value)
-    result = measure(loaded, source.tokenizer(), protocol=protocol, **judge)
+    sources = [find_runnable(name) for name in (model, against) if name is not None]
+    results = []
+    for source in sources:
+        loaded = source.model(None if dtype is None else dtype.value)
+        results.append(measure(loaded, source.tokenizer(), protocol=protocol, **judge))
+        del loaded
     if record:
-        record_evaluation(model, result.to_dict())
-    emit(as_json, result.to_dict(), result.__str__)
+        record_evaluation(model, results[0].to_dict())
+    compared = compare(*results) if against is not None else None
+    found = results[0].to_dict()
+    if compared is not None:
+        found |= {"against": results[1].to_dict(), "ratio": compared.ratio, "ratio_interval": compared.interval}
+    emit(as_json, found, lambda: "\n".join(map(str, [*results, *([compared] if compared else [])])))
 
 
 def _judge_of(recipe: str) -> Recipe:

@@ -70,6 +70,7 @@ NEEDS: Mapping[str, Needs] = {
         "dtype": ALWAYS,
         "text": (_TEXT_PROTOCOL,),
         "max_tokens": (_TEXT_PROTOCOL,),
+        "against": (_TEXT_PROTOCOL,),
         "tasks": (_HARNESS,),
         "include_path": (_HARNESS,),
         "limit": (_HARNESS,),

@@ -21,6 +21,7 @@ from tensorfold.data.seen_text import overlaps
 from tensorfold.data.text_forms import form_of
 from tensorfold.data.tokens import Encoder, check_ids
 from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.evaluation.intervals import perplexity_interval
 from tensorfold.evaluation.protocols import HARNESS, Score, Window, get_protocol
 from tensorfold.evaluation.result import Evaluation
 from tensorfold.models.anatomy import context_length
@@ -141,7 +142,8 @@ def evaluate(
                 ) from None
             if progress is not None:
                 progress(len(scores), len(windows))
-    nll, accuracy = rule.summarise(scores)
+    weighed = rule.weighed(scores)
+    nll = sum(score.weight * score.nll / score.tokens for score in weighed)
     if not nll < math.log(torch.finfo(torch.float64).max):
         raise TensorfoldError(
             f"mean negative log-likelihood of {nll} nats: the model gives a token of the text no probability at all; "
@@ -155,13 +157,15 @@ def evaluate(
         seconds=time.perf_counter() - start,
         parameters=stored_parameters(model),
         bytes=stored_bytes(model),
-        accuracy=accuracy,
+        accuracy=rule.accuracy(scores),
         device=str(device),
         dtype=stored_type(model),
         window=rule.context,
         prefix=encoder.prefix,
         seen=overlaps(model, (window.ids[len(encoder.prefix) :].numpy() for window in windows)),
         form=form_of(documents),
+        interval=perplexity_interval(weighed, nll),
+        scores=weighed,
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tensorfold.data.tokens import Encoder, begin
 from tensorfold.errors import InputError
+from tensorfold.evaluation.result import WindowScore
 from tensorfold.utils.validation import nearest
 
 HARNESS = "lm-eval"  # lm-evaluation-harness, whose tasks bring text and windows of their own; see evaluation.lm_eval
@@ -139,13 +140,17 @@ class WindowProtocol:
             scored_until = end
         return windows
 
-    def summarise(self, scores: Sequence[Score]) -> tuple[float, float]:
-        """Mean negative log-likelihood in nats a token, and the share of tokens that are the argmax."""
-        tokens = sum(score.tokens for score in scores)
-        accuracy = sum(score.correct for score in scores) / tokens
-        if self.mean_of_windows:
-            return sum(score.nll / score.tokens for score in scores) / len(scores), accuracy
-        return sum(score.nll for score in scores) / tokens, accuracy
+    def weighed(self, scores: Sequence[Score]) -> tuple[WindowScore, ...]:
+        """The scores with what each counts for in the mean, in nats a token."""
+        total = sum(score.tokens for score in scores)
+        return tuple(
+            WindowScore(score.nll, score.tokens, 1 / len(scores) if self.mean_of_windows else score.tokens / total)
+            for score in scores
+        )
+
+    def accuracy(self, scores: Sequence[Score]) -> float:
+        """The share of tokens that are the argmax."""
+        return sum(score.correct for score in scores) / sum(score.tokens for score in scores)
 
 
 @dataclass(frozen=True)
@@ -194,10 +199,13 @@ class LastWordProtocol:
             )
         return windows
 
-    def summarise(self, scores: Sequence[Score]) -> tuple[float, float]:
-        """Mean negative log-likelihood in nats a word, and the share of passages that are right."""
-        right = sum(score.correct == score.tokens for score in scores)
-        return sum(score.nll for score in scores) / len(scores), right / len(scores)
+    def weighed(self, scores: Sequence[Score]) -> tuple[WindowScore, ...]:
+        """The scores with what each counts for in the mean, in nats a word."""
+        return tuple(WindowScore(score.nll, 1, 1 / len(scores)) for score in scores)
+
+    def accuracy(self, scores: Sequence[Score]) -> float:
+        """The share of passages that are right."""
+        return sum(score.correct == score.tokens for score in scores) / len(scores)
 
     def _split(self, encoder: Encoder, number: int, document: str) -> tuple[list[int], int]:
         """Token ids of a passage, and how many of them are its last word; ``number`` is for messages."""
