@@ -79,8 +79,8 @@ def test_the_factors_are_kept_and_held_once(written):
     to, model, report, path = written
     held = sum(report.stored.values())
     assert report.parameters == count_parameters(model)
-    # OpenVINO turns constants when it converts: a folded table that is tied is held for the table and for the head.
-    assert 0.95 * report.parameters < held < {"onnx": 1.02, "openvino": 1.6}[to] * report.parameters + 128
+    # OpenVINO fills ranks up with zeros when it converts: the 14 numbers of a token are 16.
+    assert 0.95 * report.parameters < held < {"onnx": 1.02, "openvino": 1.1}[to] * report.parameters + 128
     assert report.bytes > 4 * held
     assert not list(path.glob("*.safetensors"))
     assert "quantization_config" not in json.loads((path / "config.json").read_text(encoding="utf-8"))

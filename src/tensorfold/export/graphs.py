@@ -16,7 +16,7 @@ from tensorfold.export.agreement import agreement, check_close, check_finite
 from tensorfold.export.descriptions import graph_readme, write_genai_config, write_openvino_tokenizer
 from tensorfold.export.engine_model import FILES, MANIFEST, file_bytes, open_exported
 from tensorfold.export.onnx_weights import pack_onnx, stored_numbers, tidy
-from tensorfold.export.openvino_weights import pack_openvino
+from tensorfold.export.openvino_weights import pack_openvino, share_tables
 from tensorfold.export.tracing import check_packages, probe, trace
 from tensorfold.export.written import ExportReport, check_float32, version, write_beside, writing
 from tensorfold.hf.dense import plain_config
@@ -130,6 +130,7 @@ def _save(to: str, program: Any, directory: Path, manifest: dict[str, Any]) -> N
     if to == "openvino":
         import openvino
 
+        share_tables(program)
         program = pack_openvino(program, manifest["bits"])[0]
         openvino.save_model(program, str(path), compress_to_fp16=False)
     else:

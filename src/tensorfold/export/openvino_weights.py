@@ -1,4 +1,4 @@
-"""Weights of an OpenVINO graph in fewer bits."""
+"""Weights of an OpenVINO graph: held once where table and head share them, and in fewer bits."""
 
 from __future__ import annotations
 
@@ -8,9 +8,67 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any
 
+import numpy as np
+
 GROUP = 32
 _SMALLEST_GROUP = 16
 _KINDS = {"f32": "float32", "f16": "float16", "i8": "int8", "u8": "int8", "i4": "int4", "u4": "int4"}
+
+
+def share_tables(program: Any) -> None:
+    """Let tables read their rows from the constants of heads that are tied to them.
+
+    The converter turns, reshapes and fills up the cores of a folded head while it converts, which makes constants of
+    their own. Where such a constant has a core's numbers in the order of the table's, as those of low rank and the
+    outer ones of products have, the table's is dropped. Turned cores stay: an engine would turn them back every time.
+
+    Args:
+        program: An ``openvino.Model`` in float32; changed.
+    """
+    constants = [node for node in program.get_ordered_ops() if node.get_type_name() == "Constant"]
+    heads = [node for node in constants if _is_read_by(node, "MatMul") and len(node.get_output_shape(0)) == 2]
+    for table in constants:
+        if not _is_read_by(table, "Gather") or len(table.get_output_shape(0)) < 3:
+            continue  # a dense table is tied as it is
+        rows = table.get_data().reshape(table.get_output_shape(0)[0], -1)  # (v, k)
+        for head in heads:
+            if _holds(head.get_data(), rows):
+                for port in list(table.output(0).get_target_inputs()):
+                    _gather_from(head, port.get_node(), table.get_output_shape(0))
+                break
+    program.validate_nodes_and_infer_types()
+
+
+def _is_read_by(constant: Any, kind: str) -> bool:
+    """Whether nodes of one kind alone read a float32 constant, and there are some."""
+    readers = {port.get_node().get_type_name() for port in constant.output(0).get_target_inputs()}
+    return readers == {kind} and constant.get_element_type().get_type_name() == "f32"
+
+
+def _holds(head: np.ndarray, rows: np.ndarray) -> bool:
+    """Whether a head's constant (p, q) has the rows (v, k) one after another, each perhaps with zeros behind it."""
+    if head.size == rows.size:
+        return bool((head.reshape(rows.shape) == rows).all())
+    wider = len(head) == len(rows) and head.shape[1] > rows.shape[1]
+    return wider and bool((head[:, : rows.shape[1]] == rows).all() and not head[:, rows.shape[1] :].any())
+
+
+def _gather_from(head: Any, gather: Any, shape: Any) -> None:
+    """Replace what ``gather`` reads from a table (v, …) of ``shape`` by what it reads from a head's constant (p, q)."""
+    from openvino import opset13 as operators
+
+    def whole(*values: int) -> Any:
+        return operators.constant(list(values), dtype=np.int64)
+
+    count, *rest = shape
+    width, indices = int(np.prod(rest)), gather.input_value(1)
+    rows, columns = head.get_output_shape(0)
+    data = head if rows == count else operators.reshape(head, whole(count, width), False)
+    taken = operators.gather(data, indices, operators.constant(0, dtype=np.int64))  # (…, width or more)
+    batch = indices.get_partial_shape().rank.get_length()
+    if rows == count and columns > width:
+        taken = operators.slice(taken, whole(0), whole(width), whole(1), whole(batch))
+    gather.output(0).replace(operators.reshape(taken, whole(*[0] * batch, *rest), True).output(0))
 
 
 def pack_openvino(program: Any, bits: int) -> tuple[Any, dict[str, int]]:
