@@ -196,6 +196,33 @@ def test_calibration_windows_are_equal_and_hold_the_tokens(tokenizer, prose):
         calibration_windows(tokenizer, ["too short"], 2400, 1024)
 
 
+@pytest.mark.parametrize("lengths", [(300, 300, 300), (300, 20, 300), (20, 20, 300)])
+def test_documents_have_equal_shares_of_the_windows(tokenizer, lengths):
+    """What a short document lacks comes from the others, so that the number of tokens is what was asked for."""
+    documents = [" ".join([word] * count) for word, count in zip(("cat", "dog", "fox"), lengths, strict=True)]
+    lone = [tokenizer(document)["input_ids"] for document in documents]
+    windows = calibration_windows(tokenizer, documents, 240, 40)
+    assert windows.shape == (6, 40)
+    short = sum(len(ids) for ids in lone if len(ids) < 80)
+    full = sum(len(ids) >= 80 for ids in lone)
+    shares = [len(ids) if len(ids) < 80 else (240 - short) // full for ids in lone]
+    assert windows.flatten().tolist() == [
+        token for ids, share in zip(lone, shares, strict=True) for token in ids[:share]
+    ]
+
+
+def test_of_many_documents_some_begin_windows(tokenizer, prose):
+    documents = prose.splitlines()[:40]
+    windows = calibration_windows(tokenizer, documents, 120, 40)
+    assert windows.shape == (3, 40)
+    for row, start in zip(windows, (0, 13, 26), strict=True):
+        assert row.tolist() == tokenizer("\n\n".join(documents[start:]))["input_ids"][:40]
+    with pytest.raises(InputError, match="the text has"):
+        calibration_windows(tokenizer, ["one", "two"], 240, 40)
+    few = calibration_windows(tokenizer, documents[:2], 400, 20)  # less than was asked for, and all there is
+    assert few.flatten().tolist() == sum(tokenizer(documents[:2])["input_ids"], [])[: few.numel()]
+
+
 def test_calibration_needs_a_tokenizer(tiny, prose):
     with pytest.raises(InputError, match="tokenizer"):
         tensorfold.fold(tiny("llama"), LowRank(keep=0.5), None, [prose])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,10 +32,12 @@ Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 def calibration_windows(
     tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], tokens: int, limit: int | None = None
 ) -> Tensor:
-    """Windows of equal length cut from the beginning of a text.
+    """Windows of equal length cut from a text: from its beginning, or from places spread over its documents.
 
-    Documents are joined by blank lines. Every window begins with what the tokenizer puts before a document, which
-    counts as part of it. Lengths are equal so that one attention mask serves all windows.
+    A text of one document gives its first tokens. Of several, such as the files of a directory, as many as there are
+    windows are begun, evenly spaced through the list, so that each kind of text has its share; a document that is too
+    short goes on with the next ones, joined by blank lines. Every window begins with what the tokenizer puts before a
+    document, which counts as part of it. Lengths are equal so that one attention mask serves all windows.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -58,16 +61,45 @@ def calibration_windows(
             f"calibration: windows of {length} tokens, and the tokenizer puts {opening} before every document; needed "
             "a model with a longer context."
         )
-    ids = encoder.first("\n\n".join(documents), tokens)
-    if len(ids) < min(tokens, length):
+    count, each = _division(tokens, length, opening)
+    ids = _spread(encoder, list(documents), count, each)
+    found = opening + len(ids)
+    if found < min(tokens, length) and len(ids) < count * each:
         raise InputError(
-            f"calibration: the text has {len(ids)} tokens; needed at least {min(tokens, length)}. Give a longer text."
+            f"calibration: the text has {found} tokens; needed at least {min(tokens, length)}. Give a longer text."
         )
-    tokens = min(tokens, len(ids))
-    count = min(-(-tokens // length), tokens // (opening + 1))
-    each = min(tokens // count, length) - opening
-    text = torch.tensor(ids[opening:])[: count * each].reshape(count, each)  # without the prefix
+    if len(ids) < count * each:
+        count, each = _division(found, length, opening)
+    text = torch.tensor(ids)[: count * each].reshape(count, each)  # without the prefix
     return begin(encoder.prefix, text)
+
+
+def _division(tokens: int, length: int, opening: int) -> tuple[int, int]:
+    """How many windows ``tokens`` make, and how many tokens of text each holds behind its prefix of ``opening``."""
+    count = min(-(-tokens // length), tokens // (opening + 1))
+    return count, min(tokens // count, length) - opening
+
+
+def _spread(encoder: Encoder, documents: list[str], count: int, each: int) -> list[int]:
+    """Token ids of ``count`` windows of ``each`` tokens, without prefix, from stretches spread over the documents.
+
+    Stretches have equally many windows, or one more; what a stretch is too short for is made up for by the others.
+    Fewer ids where the whole text is too short.
+    """
+    opening, stretches = len(encoder.prefix), max(1, min(len(documents), count))
+    starts = [k * len(documents) // stretches for k in range(stretches + 1)]
+    texts = ["\n\n".join(documents[a:b]) for a, b in pairwise(starts)]
+    wanted = [(count // stretches + (k < count % stretches)) * each for k in range(stretches)]
+    found: list[list[int]] = [[] for _ in texts]
+    longer = list(range(stretches))  # those that may have more
+    while longer:
+        for k in longer:
+            found[k] = encoder.first(texts[k], opening + wanted[k])[opening:]
+        lack = count * each - sum(map(len, found))
+        longer = [k for k in longer if len(found[k]) == wanted[k]] if lack else []
+        for place, k in enumerate(longer):
+            wanted[k] += lack // len(longer) + (place < lack % len(longer))
+    return [token for ids in found for token in ids]
 
 
 def token_counts(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], vocabulary: int) -> Tensor:
