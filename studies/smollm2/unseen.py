@@ -1,7 +1,7 @@
 """What parts of a fold are worth on text that nobody calibrated on: SmolLM2-135M, no training.
 
     OMP_NUM_THREADS=1 python studies/smollm2/unseen.py [--only PATTERN …] [--list]      # needs TENSORFOLD_DATA
-    python studies/smollm2/unseen.py --table
+    python studies/smollm2/unseen.py --table            # into README.md
 
 Each run folds the dense model anew and appends a line to ``unseen.jsonl``; what is there is skipped. Choices were made
 by the *selection* texts alone, which are neither what was calibrated on nor what is reported: a later part of
@@ -18,6 +18,7 @@ import fnmatch
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,11 +44,12 @@ SELECTION = {
     "union": "train/state_union.txt",
 }
 UNSEEN = {"tinyshakespeare": "tinyshakespeare.txt", "lambada": "lambada-test.jsonl", "brown": "train/brown.txt"}
-OLD = dataclasses.replace(EFFORTS["medium"], gradient_tokens=8192, shrink=0.0, units=False)
+OLD = dataclasses.replace(EFFORTS["medium"], gradient_tokens=8192, shrink=0.0, ridge=0.0, units=False)
 EFFORT = {
     "auto-0.1.0": OLD,
     "gradients": dataclasses.replace(OLD, gradient_tokens=None),
     "shrink-0.1": dataclasses.replace(OLD, gradient_tokens=None, shrink=0.1),
+    "no-ridge": dataclasses.replace(EFFORTS["medium"], ridge=0.0),
     "medium": EFFORTS["medium"],
     "ranks": dataclasses.replace(EFFORTS["medium"], units=False),
     "refined": dataclasses.replace(EFFORTS["medium"], refine=48),
@@ -84,7 +86,7 @@ def planned() -> Iterator[Run]:
     yield Run("all-linear", 0.8, "medium", "mixture")
     yield Run("mlp", 0.5, "medium", "mixture")
     yield Run("all-linear", 0.5, "medium")
-    for effort in ("shrink-0.1", "gradients", "auto-0.1.0"):
+    for effort in ("no-ridge", "shrink-0.1", "gradients", "auto-0.1.0"):
         yield Run("mlp", 0.8, effort)
 
 
@@ -142,17 +144,20 @@ def table() -> str:
     """Markdown: the runs that are done, in the order planned."""
     done = entries()
     dense = done[Run("none", 1.0, "dense").name]["test"]
-    rows = ["| targets | kept | effort | text | parameters | wikitext-2-test | unseen ratio | processor minutes |"]
-    rows += ["|---|---:|---|---|---:|---:|---:|---:|"]
+    rows = [
+        "| targets | kept | effort | text | parameters | wikitext-2-test | Tiny Shakespeare | unseen ratio | minutes |"
+    ]
+    rows += ["|---|---:|---|---|---:|---:|---:|---:|---:|"]
     for run in planned():
         entry = done.get(run.name)
         if entry is None:
             continue
         unseen = [name for name in entry["test"] if name != "wikitext-2-test.txt"]
         ratio = math.exp(sum(math.log(entry["test"][name] / dense[name]) for name in unseen) / len(unseen))
+        shown = [f"{entry['test'][name]:.2f}" for name in ("wikitext-2-test.txt", "tinyshakespeare")]
         rows.append(
             f"| {run.targets} | {run.keep} | {run.effort} | {run.text} | {entry['parameters']:,} | "
-            f"{entry['test']['wikitext-2-test.txt']:.2f} | {ratio:.3f} | {entry['fold_seconds']['cpu'] / 60:.1f} |"
+            f"{' | '.join(shown)} | {ratio:.3f} | {entry['fold_seconds']['cpu'] / 60:.1f} |"
         )
     return "\n".join(rows)
 
@@ -161,10 +166,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="Runs whose names match.")
     parser.add_argument("--list", action="store_true", help="Name the runs and whether they are done.")
-    parser.add_argument("--table", action="store_true", help="Print the table of what is done.")
+    parser.add_argument("--table", action="store_true", help="Write the table of what is done into the README.")
     arguments = parser.parse_args()
     if arguments.table:
-        print(table())
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from pages import write_sections
+
+        write_sections(Path(__file__).with_name("README.md"), {"unseen": table()})
         return
     for run in planned():
         if not any(fnmatch.fnmatch(run.name, pattern) for pattern in arguments.only):

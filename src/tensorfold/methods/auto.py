@@ -42,7 +42,7 @@ class Effort:
     staged: bool
     feedback: bool
     shrink: float = 0.3
-    ridge: float = 0.0
+    ridge: float = 0.1
     heads: bool = False
     units: bool = False
     refine: int = 0

@@ -1,0 +1,26 @@
+"""Documents of the tasks in this folder, from ``tasks/*.jsonl`` in the directory that ``TENSORFOLD_DATA`` names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+
+def _test(name: str) -> dict[str, Any]:
+    file = Path(os.environ["TENSORFOLD_DATA"]) / "tasks" / f"{name}.jsonl"
+    return {"test": datasets.Dataset.from_json(str(file), keep_in_memory=True)}
+
+
+def hellaswag(**_: Any) -> dict[str, Any]:
+    return _test("hellaswag")
+
+
+def piqa(**_: Any) -> dict[str, Any]:
+    return _test("piqa")
+
+
+def blimp(**_: Any) -> dict[str, Any]:
+    return _test("blimp")
