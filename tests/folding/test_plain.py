@@ -52,6 +52,14 @@ def test_it_is_what_the_folded_layers_were(tiny, tokenizer, prose, architecture,
     torch.testing.assert_close(logits(plain), logits(folded), rtol=1e-4, atol=1e-5)
 
 
+def test_what_other_rules_fold_is_named_as_the_reason(tiny, tokenizer, prose):
+    recipe = Recipe((Rule("mlp", Auto(keep=0.6, plain=True)), Rule(["q_proj"], tensorfold.LowRank(keep=0.5))))
+    model = tiny("llama")
+    with pytest.warns(UserWarning, match=r"2 matrices are folded besides, such as model\.layers\.0\.self_attn\.q_proj"):
+        tensorfold.fold(model, recipe, tokenizer, [prose], **TEXT)
+    assert any(isinstance(module, FoldedModule) for module in model.modules())
+
+
 def test_attention_among_the_targets_stays_dense(tiny, tokenizer, prose):
     model, dense = tiny("llama"), tiny("llama")
     recipe = Recipe((Rule("all-linear", Auto(keep=0.8, plain=True)),))

@@ -146,7 +146,7 @@ def _agree(
 def _left_plain(model: PreTrainedModel, planned: Plan, chosen: Mapping[str, Matrix], found: Found) -> bool:
     """Turn a fold that was to leave a plain model into one, in place; False where it was not, or is none.
 
-    Warns where the configuration cannot say how many hidden units are left.
+    Warns where the configuration cannot say how many hidden units are left, or other rules fold something else.
     """
     if not (planned.budgets and all(budget.method.plain for budget in planned.budgets)):
         return False
@@ -154,10 +154,14 @@ def _left_plain(model: PreTrainedModel, planned: Plan, chosen: Mapping[str, Matr
     sides = {name: Side(turn.basis.stays, turn.of_values) for name, turn in turned.items()}  # type: ignore[union-attr]
     if narrow(model, chosen, sides):
         return True
+    others = sorted(planned.modules.keys() - sides.keys())
+    why = (
+        f"{len(others)} matrices are folded besides, such as {others[0]}"
+        if others
+        else "its configuration has no setting for the number of hidden units alone"
+    )
     warnings.warn(
-        f"{type(model).__name__}: its configuration has no setting for the number of hidden units alone, so the model "
-        "stays folded and needs tensorfold to load.",
-        stacklevel=3,
+        f"plain: {type(model).__name__} stays folded and needs tensorfold to load, since {why}.", stacklevel=3
     )
     return False
 

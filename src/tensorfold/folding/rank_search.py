@@ -231,10 +231,11 @@ class RankSearch:
             for index, batch in _at_entrances(stream, left):
                 # Found now, not when its block is folded; it names the layer.
                 input_moments(partial(stream.advance, index), {name: matrix.module for name, matrix in batch.items()})
+            more = " effort: medium looks at all of the text." if len(self.sample) < len(self.windows) else ""
             warnings.warn(
                 f"{len(left)} layers are not called on the first {self.sample.numel()} tokens of the calibration text, "
                 f"from {next(iter(left))} on; each gets an equal share of its budget, and is fitted to its inputs "
-                "without the loss's gradients. effort: high looks at all of the text.",
+                f"without the loss's gradients.{more}",
                 stacklevel=2,
             )
         met = [
