@@ -35,6 +35,11 @@ WITHOUT = {
         (("m", "--out", "o", "--keep", ".6", "--calibrate", "none", "--effort", "low"), "--calibrate TEXT"),
         (("m", "--out", "o", "--recipe", "demo", "--effort", "high"), "method: auto"),
     ],
+    ("plan", "multiple"): [
+        (("m", "--recipe", "demo", "--multiple", "8"), "--keep"),
+        (("m", "--shapes", "--multiple", "8"), "--keep"),
+    ],
+    ("fold", "multiple"): [(("m", "--out", "o", "--recipe", "demo", "--multiple", "8"), "method: auto or low-rank")],
     ("fold", "plain"): [
         (("m", "--out", "o", "--keep", ".6", "--calibrate", "none", "--plain"), "--calibrate TEXT"),
         (("m", "--out", "o", "--recipe", "demo", "--plain"), "method: auto"),

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tensorfold.cli.given import recipe_of, source_of
-from tensorfold.cli.options import OWN_TEXT_HELP, Dtype, Json, Keep, ModelOrRecipe, RecipeName, TargetNames, Untie
+from tensorfold.cli.options import (
+    OWN_TEXT_HELP,
+    Dtype,
+    Json,
+    Keep,
+    ModelOrRecipe,
+    Multiple,
+    RecipeName,
+    TargetNames,
+    Untie,
+)
 from tensorfold.cli.output import emit
 
 if TYPE_CHECKING:
@@ -47,6 +57,7 @@ def fold(
             "model that transformers alone loads.",
         ),
     ] = False,
+    multiple: Multiple = None,
     calibrate: Annotated[
         str | None,
         typer.Option(
@@ -83,7 +94,7 @@ def fold(
     from tensorfold.utils.distributed import Ranks
 
     check_target(out)
-    chosen = recipe_of(recipe, keep, targets, untie, effort, plain)
+    chosen = recipe_of(recipe, keep, targets, untie, effort, plain, multiple)
     unasked = calibrate is None and recipe is None  # text is the default, since without any a model is ruined
     if calibrate == "none":
         chosen, calibrate = chosen.without_text(), None
@@ -112,7 +123,7 @@ def fold(
 
         def card(report: FoldReport) -> dict[str, Any]:
             label = f"{report.calibration_tokens} tokens of {label_of(text, 'validation')}" if text else None
-            return model_facts(source, _label(recipe, keep, targets, untie, effort, plain), report, label)
+            return model_facts(source, _label(recipe, keep, targets, untie, effort, plain, multiple), report, label)
 
         if stream is not None:
             report = fold_stream(stream, out, tokenizer, card, bar)
@@ -150,9 +161,16 @@ def _stream(source: Source, recipe: Recipe) -> Stream | None:
 
 
 def _label(
-    recipe: str | None, keep: float | None, targets: str | None, untie: bool, effort: str | None, plain: bool
+    recipe: str | None,
+    keep: float | None,
+    targets: str | None,
+    untie: bool,
+    effort: str | None,
+    plain: bool,
+    multiple: int | None,
 ) -> str:
     """The options that a model was folded with, for its card."""
     given = recipe if recipe is not None else f"--keep {keep} --targets {'mlp' if targets is None else targets}"
     given = f"{given} --effort {effort}" if effort else given
+    given = f"{given} --multiple {multiple}" if multiple else given
     return given + " --plain" * plain + " --untie" * untie

@@ -19,6 +19,7 @@ def recipe_of(
     untie: bool,
     effort: str | None = None,
     plain: bool = False,
+    multiple: int | None = None,
 ) -> Recipe:
     """The recipe that ``--recipe`` names, or the one that ``--keep`` stands for.
 
@@ -29,6 +30,7 @@ def recipe_of(
         untie: Whether to untie the head first, whatever the recipe says.
         effort: How much time calibration takes, where ``keep`` is given; ``medium`` by default.
         plain: Whether the result is to be a plain model, where ``keep`` is given.
+        multiple: What divides the ranks, units and heads that are chosen, where ``keep`` is given; 1 by default.
 
     Raises:
         InputError: Both or neither are given, or the recipe cannot be read.
@@ -41,7 +43,7 @@ def recipe_of(
         chosen = Recipe.load(recipe)
     else:
         assert keep is not None
-        chosen = Recipe.keep(keep, "mlp" if targets is None else targets, effort or "medium", plain)
+        chosen = Recipe.keep(keep, "mlp" if targets is None else targets, effort or "medium", plain, multiple or 1)
     return dataclasses.replace(chosen, untie=chosen.untie or untie)
 
 

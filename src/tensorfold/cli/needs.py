@@ -16,6 +16,10 @@ _NO_EFFORT = Need(
     "--keep; in a recipe, effort belongs to entries of method: auto", lambda given: given["recipe"] is None
 )
 _NO_PLAIN = Need("--keep; in a recipe, plain belongs to entries of method: auto", lambda given: given["recipe"] is None)
+_NO_MULTIPLE = Need(
+    "--keep; in a recipe, multiple belongs to entries of method: auto or low-rank",
+    lambda given: given["keep"] is not None,
+)
 _HARNESS = Need("--protocol lm-eval", lambda given: given["protocol"] == "lm-eval")
 _TEXT_PROTOCOL = Need("a protocol that reads a text, not lm-eval", lambda given: given["protocol"] != "lm-eval")
 _SAMPLING = Need("a --temperature above 0", lambda given: given["temperature"] > 0)
@@ -36,7 +40,7 @@ def _calibrates(given: Values) -> bool:
 _CALIBRATION = Need("calibration text: --calibrate TEXT", _calibrates)
 
 _MODEL = {"model": ALWAYS, "as_json": ALWAYS}
-_RECIPE = {"recipe": ALWAYS, "keep": ALWAYS, "targets": (_NO_RECIPE,), "untie": ALWAYS}
+_RECIPE = {"recipe": ALWAYS, "keep": ALWAYS, "targets": (_NO_RECIPE,), "untie": ALWAYS, "multiple": (_NO_MULTIPLE,)}
 
 # By command and parameter. Options whose effect depends on the model are checked once the model is known.
 NEEDS: Mapping[str, Needs] = {

@@ -43,6 +43,15 @@ Untie = Annotated[
         "--untie", help="First give a head that is tied to the input table its own copy, so that each can be a target."
     ),
 ]
+Multiple = Annotated[
+    int | None,
+    typer.Option(
+        "--multiple",
+        min=1,
+        help="With --keep: hold ranks, hidden units and value heads to multiples of this, 32 for engines that store "
+        "weights in groups of 32.",
+    ),
+]
 Dtype = Annotated[
     DtypeChoice | None, typer.Option("--dtype", help="Load the weights in this type. Default: as stored.")
 ]

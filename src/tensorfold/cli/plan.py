@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tensorfold.cli.given import recipe_of, source_of
-from tensorfold.cli.options import Json, Keep, ModelOrRecipe, RecipeName, TargetNames, Untie
+from tensorfold.cli.options import Json, Keep, ModelOrRecipe, Multiple, RecipeName, TargetNames, Untie
 from tensorfold.cli.output import emit
 from tensorfold.errors import InputError
 
@@ -18,6 +18,7 @@ def plan(
     keep: Keep = None,
     targets: TargetNames = None,
     untie: Untie = False,
+    multiple: Multiple = None,
     shapes: Annotated[
         bool, typer.Option("--shapes", help="List the Kronecker shapes that the targets (default: mlp) can have.")
     ] = False,
@@ -30,7 +31,7 @@ def plan(
     if shapes:
         _list_shapes(model, recipe, keep, targets, untie, as_json)
         return
-    chosen = recipe_of(recipe, keep, targets, untie)
+    chosen = recipe_of(recipe, keep, targets, untie, multiple=multiple)
     source = source_of(model, chosen)
     planned = make_plan(source.config(), chosen)
     stored = source.stored

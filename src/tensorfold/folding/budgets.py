@@ -97,7 +97,7 @@ def _given_and_needed(budget: Budget, planned: Plan, total: int, size: int) -> t
     """Parameters of ``size`` bytes that a budget leaves, and the least that its layers may have."""
     specs = {name: planned.modules[name] for name in budget.names}
     shares = {name: budget.method.spec(spec.out_features, spec.in_features) for name, spec in specs.items()}
-    curves = {name: _curve(budget, shares[name], size) for name in budget.names}
+    curves = {name: _curve(budget, shares[name], size)[0] for name in budget.names}
     return budget.total(total), math.ceil(least(curves))
 
 
@@ -152,30 +152,35 @@ def divide(
     Raises:
         SpecError: As :func:`check_budgets`.
     """
-    curves = {}
+    curves, ranks, multiple = {}, {}, budget.method.multiple
     for name in budget.names:
-        curves[name] = _curve(budget, planned.modules[name], matrices[name].parameter.element_size(), losses[name])
+        size = matrices[name].parameter.element_size()
+        curves[name], ranks[name] = _curve(budget, planned.modules[name], size, losses[name])
     total = budget.total(sum(matrices[name].parameter.numel() for name in budget.names))
     shrinking = {}
     for family, smaller in families:
         names = [member.name for member in family.members]
         if not set(names) <= curves.keys():
             continue
-        whole = tuple(curves.pop(name) for name in names)
-        by_size = {each.size: _of_size(family, each, [curve.floor for curve in whole]) for each in smaller}
-        curves[names[-1]], points = joint_curve({family.whole: whole} | by_size)
-        shrinking[names[-1]] = family, smaller, points
+        whole = [(curves.pop(name), ranks[name]) for name in names]
+        smaller = [each for each in smaller if _divides(multiple, family, each.size)]
+        by_size = {each.size: _of_size(family, each, [curve.floor for curve, _ in whole], multiple) for each in smaller}
+        by_size[family.whole] = whole
+        curves[names[-1]], points = joint_curve({k: tuple(curve for curve, _ in each) for k, each in by_size.items()})
+        allowed = {size: [given for _, given in each] for size, each in by_size.items()}
+        shrinking[names[-1]] = family, smaller, points, allowed
     choices: dict[str, Choice] = {}
     changes: dict[str, Change] = {}
     for name, index in allocate(curves, total).items():
         if name not in shrinking:
-            choices[name] = _choice(matrices[name], index + 1, losses[name])
+            choices[name] = _choice(matrices[name], int(ranks[name][index]), losses[name])
             continue
-        family, smaller, points = shrinking[name]
+        family, smaller, points, allowed = shrinking[name]
         given = points[index]
-        for k, (member, rank) in enumerate(zip(family.members, given.indices, strict=True)):
+        for k, (member, at) in enumerate(zip(family.members, given.indices, strict=True)):
             of_size = {family.whole: losses[member.name]} | {each.size: each.curves[k] for each in smaller}
-            choices[member.name] = _of_family(family, member, given.size, rank + 1, of_size)
+            rank = int(allowed[given.size][k][at])
+            choices[member.name] = _of_family(family, member, given.size, rank, of_size)
         if given.size < family.whole:
             change = next(each.change for each in smaller if each.size == given.size)
             changes |= {member.name: change for member in family.members}
@@ -217,10 +222,12 @@ def units_left(budget: Budget, matrices: Mapping[str, Matrix]) -> int:
     dense = sum(matrices[name].parameter.numel() for name in budget.names)
     own = sum(matrix.parameter.numel() for matrix in inside)
     left = (budget.total(dense) - (dense - own)) * widths.pop() // own
+    left -= left % budget.method.multiple
     if left < 1:
         raise SpecError(
             f"auto: plain with keep={budget.method.keep} leaves the MLPs nothing, since all other targets stay as they "
-            f"are; keep more than {(dense - own) / dense:.3f}, or target the MLP alone."
+            f"are; keep more than {(dense - own) / dense:.3f}, or target the MLP alone, with a multiple that their "
+            "units reach."
         )
     return left
 
@@ -233,27 +240,42 @@ def low_rank_spec(matrix: Matrix, rank: int, rows: int = 0, columns: int = 0) ->
     return Spec.low_rank(*shape, rank, pivoted=True, rows=rows, columns=columns)
 
 
-def _of_size(family: Family, smaller: Smaller, floors: Sequence[float]) -> tuple[Curve, ...]:
-    """Curves of the members from rank 1 on."""
+def _divides(multiple: int, family: Family, size: int) -> bool:
+    """Whether it divides all rows and columns that are left of a family's members at a size."""
+    return all(left % multiple == 0 for member in family.members for left in family.kept(member, size))
+
+
+def _allowed(costs: Tensor, multiple: int) -> Tensor:
+    """Ranks that may be chosen, of costs for r = 0 …: those that ``multiple`` divides, and the full one."""
+    full = len(costs) - 1
+    return torch.tensor([rank for rank in range(1, full + 1) if rank % multiple == 0 or rank == full])
+
+
+def _of_size(family: Family, smaller: Smaller, floors: Sequence[float], multiple: int) -> list[tuple[Curve, Tensor]]:
+    """Curves of the members, and the ranks at their points."""
     found = []
     for matrix, losses, floor in zip(family.members, smaller.curves, floors, strict=True):
         rows, columns = family.kept(matrix, smaller.size)
-        costs = pivoted_costs(rows or matrix.out_features, columns or matrix.in_features)[1:]
+        costs = pivoted_costs(rows or matrix.out_features, columns or matrix.in_features)
         least = float(costs[-1]) if smaller.full_only else floor
-        found.append(Curve(losses[1 : len(costs) + 1], costs, least))
-    return tuple(found)
+        ranks = _allowed(costs, multiple)
+        found.append((Curve(losses[ranks], costs[ranks], least), ranks))
+    return found
 
 
-def _curve(budget: Budget, spec: Structure, size: int, losses: Tensor | None = None) -> Curve:
-    """Losses and costs of one layer from rank 1 on, in parameters of ``size`` bytes; without losses, costs alone.
+def _curve(budget: Budget, spec: Structure, size: int, losses: Tensor | None = None) -> tuple[Curve, Tensor]:
+    """Losses and costs of one layer in parameters of ``size`` bytes, and the ranks at its points.
 
     Args:
         spec: The layer's equal share.
+        losses: Squared errors of every rank from 0 on; zeros without, for costs alone.
     """
-    costs = pivoted_costs(spec.out_features, spec.in_features)[1:]
+    costs = pivoted_costs(spec.out_features, spec.in_features)
     if budget.method.budget == "bytes":  # the dense matrix has no order
         costs[:-1] += order_bytes(spec.out_features, spec.out_features) / size
-    return Curve(torch.zeros_like(costs) if losses is None else losses[1:], costs, budget.least(spec))
+    ranks = _allowed(costs, budget.method.multiple)
+    losses = torch.zeros_like(costs) if losses is None else losses
+    return Curve(losses[ranks], costs[ranks], budget.least(spec)), ranks
 
 
 def _of_family(family: Family, matrix: Matrix, size: int, rank: int, losses: Mapping[int, Tensor]) -> Choice:

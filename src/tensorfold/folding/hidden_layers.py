@@ -30,11 +30,13 @@ class HiddenLayer:
 
     Attributes:
         exact: The one number of units that is asked for; None to look at several.
+        multiple: What divides the numbers that are looked at.
     """
 
     ups: tuple[Matrix, ...]
     down: Matrix
     exact: int | None = None
+    multiple: int = 1
 
     @property
     def members(self) -> tuple[Matrix, ...]:
@@ -56,7 +58,7 @@ class HiddenLayer:
         """Curves with fewer units, from second moments of inputs and gradients by name."""
         weight, moment = dense_weight(self.down.module).detach(), moments[self.down.name]
         gradient = gradients(self.down.name)
-        sizes = sorted({self.whole * k // _STEPS: k for k in range(int(_STEPS * _LEAST), _STEPS)}.items())
+        sizes = sorted({self._rounded(k): k for k in range(int(_STEPS * _LEAST), _STEPS)}.items())
         sizes = sizes if self.exact is None else [(self.exact, 1)]
         elimination = eliminate(weight, moment, gradient, max(1, sizes[0][0]))
         found = []
@@ -84,6 +86,10 @@ class HiddenLayer:
                 curves = (*ups, down)
             found.append(Smaller(size, curves, KeptUnits(stays), full_only=bool(step % _WITH_RANKS)))
         return found
+
+    def _rounded(self, step: int) -> int:
+        size = self.whole * step // _STEPS
+        return size - size % self.multiple
 
 
 def hidden_layers(stream: BlockStream, index: int, matrices: Mapping[str, Matrix]) -> list[HiddenLayer]:

@@ -129,8 +129,15 @@ class Plan:
             "macs_before": self.macs_before,
             "macs_after": self.macs_after,
             "modules": {name: {**_shape(spec), "bytes": self.bytes_of(name)} for name, spec in self.modules.items()},
+            **({"multiples": self.multiples} if self.multiples else {}),
             **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
+
+    @property
+    def multiples(self) -> dict[str, int]:
+        """What was asked to divide ranks, hidden units and heads, by module where that is more than 1."""
+        asked = {name: getattr(self.methods.get(name), "multiple", 1) for name in self.modules}
+        return {name: multiple for name, multiple in asked.items() if multiple > 1}
 
     def __str__(self) -> str:
         return self.table()

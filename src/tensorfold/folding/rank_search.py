@@ -110,6 +110,7 @@ class RankSearch:
         tokens = max((effort.gradient_tokens or self.windows.numel()) for effort in self.efforts.values())
         self.sample = self.windows[: -(-tokens // self.windows.shape[1])]
         plain = [budget for budget in self.budgets if budget.method.plain]
+        self.multiples = {name: budget.method.multiple for budget in self.budgets for name in budget.names}
         self.exact = {name: units_left(budget, self.members) for budget in plain for name in budget.names}
 
     def run(self, store: BlockCheckpoints | None) -> Found:
@@ -143,7 +144,10 @@ class RankSearch:
             layers = hidden_layers(
                 stream, index, {n: m for n, m in able.items() if self.efforts[n].units or n in self.exact}
             )
-            layers = [replace(layer, exact=self.exact.get(layer.down.name)) for layer in layers]
+            layers = [
+                replace(layer, exact=self.exact.get(layer.down.name), multiple=self.multiples[layer.down.name])
+                for layer in layers
+            ]
             moments = self._shrunk(input_moments(partial(stream.advance, index), modules, all_called=False))
             for name, matrix in batch.items():
                 if name in moments and name in self.gradients:
@@ -181,6 +185,7 @@ class RankSearch:
             name: self.members[name]
             for name, choice in choices.items()
             if name in able and self.efforts[name].shapes and can_be_grouped(self.members[name])
+            if self.multiples[name] == 1
             if not (choice.dense or choice.rows or choice.columns)
         }
         fitted: dict[str, list[Tensor]] = {}

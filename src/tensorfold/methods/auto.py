@@ -9,7 +9,7 @@ from annotated_types import Ge, Le
 
 from tensorfold.algebra.specs.spec import Spec
 from tensorfold.methods import Graded, LowRank
-from tensorfold.methods.base import LINEAR, TEXT, Keep, Method, check_settings
+from tensorfold.methods.base import LINEAR, TEXT, Keep, Method, Positive, check_settings
 from tensorfold.utils.effects import Need, Needs
 from tensorfold.utils.validation import strict
 
@@ -82,17 +82,24 @@ class Auto(Method):
             well.
         plain: Whether the result stays a model that transformers alone can load: every MLP loses the same number of
             hidden units, the configuration says how many are left, and all other matrices stay dense. Needs text.
+        multiple: What divides every rank that is chosen, and how many hidden units and numbers of all value heads are
+            left, so that weights divide into the groups that engines store them in (32 for 4 bits). The rank of a
+            matrix that stays dense is its own. Groups that share a basis are not tried then.
     """
 
     name: ClassVar[str] = "auto"
     needs: ClassVar[Needs] = {"plain": (UNITS,)}
-    needs_of_use: ClassVar[Needs] = dict.fromkeys(("effort", "floor", "budget", "plain"), (TEXT, LINEAR))
+    needs_of_use: ClassVar[Needs] = {
+        **dict.fromkeys(("effort", "floor", "budget", "plain"), (TEXT, LINEAR)),
+        "multiple": (LINEAR,),
+    }
 
     keep: Keep
     effort: Literal["low", "medium", "high"] = "medium"
     floor: Annotated[float, Ge(0), Le(1)] = 0.5
     budget: Literal["parameters", "multiply-adds", "bytes"] = "parameters"
     plain: bool = False
+    multiple: Positive = 1
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -100,8 +107,8 @@ class Auto(Method):
     def concrete(self, group: str) -> Method:
         if group == "embedding":
             return Graded(keep=self.keep)
-        return LowRank(keep=self.keep, pivots=group != "positions")
+        return LowRank(keep=self.keep, pivots=group != "positions", multiple=self.multiple)
 
     def spec(self, out_features: int, in_features: int) -> Spec:
         """Spec of a linear layer (out, in) with an equal share of the budget."""
-        return LowRank(keep=self.keep, pivots=True).spec(out_features, in_features)
+        return LowRank(keep=self.keep, pivots=True, multiple=self.multiple).spec(out_features, in_features)

@@ -103,16 +103,20 @@ class Recipe:
         return dataclasses.replace(self, fold=tuple(_without_text(rule) for rule in self.fold), calibrate=None)
 
     @classmethod
-    def keep(cls, keep: float, targets: Targets = "mlp", effort: str = "medium", plain: bool = False) -> Recipe:
-        """The recipe that ``--keep``, ``--targets``, ``--effort`` and ``--plain`` stand for: the method ``auto``.
+    def keep(
+        cls, keep: float, targets: Targets = "mlp", effort: str = "medium", plain: bool = False, multiple: int = 1
+    ) -> Recipe:
+        """The recipe that ``--keep``, ``--targets`` and the options beside them stand for: the method ``auto``.
 
         Args:
             keep: Fraction of the targets' parameters that stays.
             targets: Matrices to fold.
             effort: How much time calibration takes: ``low``, ``medium`` or ``high``.
             plain: Whether only MLPs become smaller, and the result is a plain transformers model.
+            multiple: What divides the ranks, hidden units and heads that are chosen.
         """
-        return cls(fold=(Rule(targets, Auto(keep=keep, effort=effort, plain=plain)),))  # type: ignore[arg-type]
+        method = Auto(keep=keep, effort=effort, plain=plain, multiple=multiple)  # type: ignore[arg-type]
+        return cls(fold=(Rule(targets, method),))
 
     @classmethod
     def of(cls, recipe: Recipe | Method | Mapping[str, Any] | str | Path) -> Recipe:
