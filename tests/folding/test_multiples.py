@@ -63,7 +63,7 @@ def test_a_fold_by_text_holds_all_of_them(tiny, tokenizer, prose, architecture, 
     recipe = tensorfold.Recipe.keep(0.6, "all-linear", effort, multiple=4)
     report = tensorfold.fold(model, recipe, tokenizer, [prose], **TEXT)
     assert any(not choice.dense for choice in report.choices.values())
-    for name, choice in report.choices.items():
+    for choice in report.choices.values():
         assert choice.dense or choice.rank % 4 == 0  # 4 divides the sides themselves
         assert choice.rows % 4 == choice.columns % 4 == 0
         assert choice.groups == 1
