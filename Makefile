@@ -1,5 +1,5 @@
 # make install   build .venv with everything the demo and the tests need
-# make demo      fold the real SmolLM2-135M and show what it gained and what it cost
+# make demo      compress the real SmolLM2-135M and show what it gained and what it cost
 # make test      lint, types and tests
 # make docs      the documentation, as a site in build/site
 # make study-picogpt   the MPO study on Tiny Shakespeare, about eight hours on two cores; goes on where it was

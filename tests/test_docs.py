@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type", "ignore
 
 COMMANDS = typer.main.get_command(app)
 SHELL = [(document, command) for document in DOCUMENTS for block in blocks(document) for command in block.commands]
+HOW_TO = [document for document in DOCUMENTS if document.startswith("docs/how-to/")]
 OURS = [(document, command) for document, command in SHELL if command.startswith("tensorfold ")]
 
 
@@ -53,7 +54,7 @@ def smaller(workplace, folded_directory):
     return workplace
 
 
-@pytest.mark.parametrize("document", [d for d in DOCUMENTS if run_together(d)])
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if run_together(d) and d not in HOW_TO])
 def test_commands_run(document, command, workplace, dense_directory, folded_directory, text_file):
     made = {word for c in run_together(document) for word in re.findall(r"--out (\S+)", c)}
     if "smaller" not in made:
@@ -64,7 +65,10 @@ def test_commands_run(document, command, workplace, dense_directory, folded_dire
         assert outcome.status == 0, f"{written}\n{outcome.err}"
 
 
-@pytest.mark.parametrize("document", [d for d in DOCUMENTS if any(b.language == "python" for b in blocks(d))])
+WITH_PYTHON = [d for d in DOCUMENTS if any(block.language == "python" for block in blocks(d))]
+
+
+@pytest.mark.parametrize("document", [d for d in WITH_PYTHON if d not in HOW_TO])
 def test_python_runs(document, smaller, dense_directory, text_file):
     scope: dict = {}
     exec(stand_in(GIVEN.get(document, ""), dense_directory, text_file), scope)
@@ -75,6 +79,22 @@ def test_python_runs(document, smaller, dense_directory, text_file):
             pytest.skip("needs peft")
         code = "\n" * block.line + stand_in(block.text, dense_directory, text_file)
         exec(compile(code, str(ROOT / document), "exec"), scope)
+
+
+@pytest.mark.parametrize("document", HOW_TO)
+def test_a_how_to_page_runs_from_top_to_bottom(document, command, workplace, dense_directory, text_file, monkeypatch):
+    """Commands and Python in their order, each going on from what was written before it."""
+    monkeypatch.setattr("tensorfold.cli.pipeline._ROUNDS", 1)
+    monkeypatch.setattr("tensorfold.cli.pipeline._DECODED", 2)
+    monkeypatch.setattr("tensorfold.calibration.own_text._LENGTH", 32)
+    scope: dict = {}
+    for block in blocks(document):
+        if block.language == "python":
+            exec(stand_in(block.text, dense_directory, text_file), scope)
+        for written in block.commands:
+            if written.startswith("tensorfold ") and reason_to_parse_only(written) is None:
+                outcome = command(*words(stand_in(written, dense_directory, text_file))[1:])
+                assert outcome.status == 0, f"{written}\n{outcome.err}"
 
 
 @pytest.mark.parametrize(("document", "command"), [pair for pair in SHELL if pair not in OURS])

@@ -49,9 +49,9 @@ def test_nothing_is_allowed_that_is_not_there():
 
 
 def test_a_wrong_number_is_named_with_its_line_and_the_logs_value(altered):
-    altered("README.md", "182.11 → 59.66 → **29.19**", "182.11 → 59.66 → **29.91**")
-    [fault], _ = check_sentences("README.md")
-    lines = (check_numbers.ROOT / "README.md").read_text().splitlines()
+    altered("docs/measured.md", "182.11 → 59.66 → **29.19**", "182.11 → 59.66 → **29.91**")
+    [fault], _ = check_sentences("docs/measured.md")
+    lines = (check_numbers.ROOT / "docs/measured.md").read_text().splitlines()
     assert fault.number == "29.91"
     assert "182.11 → 59.66" in lines[fault.line - 1]
     assert "the log gives 29.19" in str(fault)

@@ -3,28 +3,31 @@
 import dataclasses
 
 import tensorfold
-from tensorfold import Recipe
 from tensorfold.cli import demo
 
 
 def test_the_demo(command, monkeypatch, workplace, dense_directory):
-    """Sizes, perplexities and sentences are printed, the directory loads, and a second demo takes its place."""
-    shipped = Recipe.load("demo")
+    """A table, sentences and the report's place are printed, the result loads, and a second demo has nothing to do."""
+    asked = demo.order()
+    assert asked.engine == "openvino" or not asked.bits
     tiny = dataclasses.replace(
-        shipped,
-        model=str(dense_directory),
-        calibrate=dataclasses.replace(shipped.calibrate, tokens=300),
-        eval=dataclasses.replace(shipped.eval, protocol="disjoint-64"),
+        asked, model=str(dense_directory), engine="transformers", size=0.9, tokens=600, judged=256
     )
-    monkeypatch.setattr(demo.Recipe, "load", lambda _: tiny)
-    monkeypatch.setattr(demo, "MAX_TOKENS", 256)
-    monkeypatch.setenv("COLUMNS", "200")
-    for _ in range(2):
+    monkeypatch.setattr(demo, "order", lambda: tiny)
+    for expected in (0, 8):
         outcome = command("demo", "--out", "shown")
         assert outcome.status == 0, outcome.err
-    folded = tensorfold.load(workplace / "shown").num_parameters()
-    assert f"{tensorfold.load(dense_directory).num_parameters():,}" in outcome.out
-    assert f"{folded:,}" in outcome.out
-    judged = "perplexity (disjoint-64, python-docs (test), 252 tokens)"
-    for words in (judged, "next-token accuracy", "folded: The most"):
-        assert words in " ".join(outcome.out.split())
+        assert outcome.err.count("done before") == expected
+    folded = tensorfold.load(workplace / "shown" / "folded")
+    assert folded.num_parameters() < tensorfold.load(dense_directory).num_parameters()
+    assert folded.config.intermediate_size < 48
+    for words in ("python-docs (unseen)", "dense: The most", "folded: The most", "The report is shown/report.html."):
+        assert words in outcome.out
+
+
+def test_the_demo_takes_no_directory_of_something_else(refused, workplace, dense_directory, monkeypatch):
+    asked = dataclasses.replace(demo.order(), model=str(dense_directory))
+    monkeypatch.setattr(demo, "order", lambda: asked)
+    (workplace / "shown").mkdir()
+    (workplace / "shown" / "file").touch()
+    refused("demo", "--out", "shown", says=["already exists"])

@@ -123,7 +123,7 @@ def test_loading_raises_the_want_itself(starved, dense_directory):
 def test_every_handler_of_broad_errors_lets_a_want_of_memory_pass():
     broad = {"Exception", "BaseException", "RuntimeError", "OSError", "SafetensorError"}
     notes_only = {
-        "benchmark/memory.py", "benchmark/report.py", "benchmark/rivals.py", "cli/demo.py", "cli/main.py",
+        "benchmark/memory.py", "benchmark/report.py", "benchmark/rivals.py", "cli/main.py",
         "nn/machine_speeds.py", "utils/atomic_files.py", "utils/distributed.py", "utils/memory.py",
     }  # fmt: skip
     lax = []

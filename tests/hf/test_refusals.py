@@ -1,7 +1,5 @@
 """What is refused leaves the model as it was; what is subtle about orders, layers and padding stays right."""
 
-import json
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, SmolLM3Config
@@ -120,17 +118,6 @@ def test_a_norm_over_the_hidden_units_keeps_them_in_place(tiny):
     assert len(hidden_units(model, matrices(model))) == 2
     model.model.layers[0].mlp.inner_norm = torch.nn.LayerNorm(48)
     assert len(hidden_units(model, matrices(model))) == 1
-
-
-def test_the_demo_replaces_nothing_but_a_demo(tmp_path):
-    from tensorfold.cli.demo import _is_of_a_demo
-
-    assert not _is_of_a_demo(tmp_path)
-    card = tmp_path / "tensorfold.json"
-    card.write_text(json.dumps({"recipe": "krony-81m"}))
-    assert not _is_of_a_demo(tmp_path)
-    card.write_text(json.dumps({"recipe": "demo"}))
-    assert _is_of_a_demo(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ app.command(cls=Command)(recipes)
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Directory to write.")] = Path("tensorfold-demo"),
 ) -> None:
-    """Fold the real SmolLM2-135M and show what it gained and what it cost."""
+    """Compress the real SmolLM2-135M and show what it gained and what it cost. The same command resumes."""
     from tensorfold.cli.demo import run_demo
 
     run_demo(out)
