@@ -1,6 +1,7 @@
 """README and docs: every command and snippet is run with small stand-ins, or parsed against the real command line."""
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -79,6 +80,24 @@ def test_python_runs(document, smaller, dense_directory, text_file):
             pytest.skip("needs peft")
         code = "\n" * block.line + stand_in(block.text, dense_directory, text_file)
         exec(compile(code, str(ROOT / document), "exec"), scope)
+
+
+def test_the_notebook_runs(workplace, dense_directory, monkeypatch, capsys):
+    """Its code cells, in one scope, on a tiny model."""
+    monkeypatch.setattr("tensorfold.calibration.own_text._LENGTH", 64)
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], len(notebook["cells"]) <= 15) == (4, True)
+    scope: dict = {}
+    for number, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            code = "".join(cell["source"])
+            for written, run in (("smollm2-135m", str(dense_directory)), ("256", "32"), ("4096", "600"), ("=20", "=2")):
+                code = code.replace(written, run)
+            exec(compile(code, f"cell {number}", "exec"), scope)
+    assert scope["again"].config.intermediate_size == 43
+    assert scope["again"].num_parameters() == scope["report"].parameters_after
+    assert "parameters in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("document", HOW_TO)
