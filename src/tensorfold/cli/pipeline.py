@@ -340,7 +340,9 @@ class Pipeline:
 
         def work() -> None:
             if drawn:
-                write_report([last], page, progress=self.progress)
+                dense = Path(self.source.path)
+                shown = [*([dense] if dense.is_dir() else []), last]
+                write_report(shown, page, progress=self.progress, outcome=outcome.to_dict())
             else:
                 print(
                     f"no report: it needs {' and '.join(PACKAGES)}; pip install 'tensorfold[report]'", file=sys.stderr

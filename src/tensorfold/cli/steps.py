@@ -81,9 +81,14 @@ class Steps:
         return result
 
     @property
+    def times(self) -> dict[str, float]:
+        """Seconds that every step took, in whichever run it was done."""
+        return {name: float(self._record(name).get("seconds", 0.0)) for name in self.keys}
+
+    @property
     def seconds(self) -> float:
-        """Seconds that all steps took, in whichever run they were done."""
-        return float(sum(self._record(name).get("seconds", 0.0) for name in self.keys))
+        """Seconds that all steps took together."""
+        return sum(self.times.values())
 
     def _record(self, name: str) -> dict[str, Any]:
         """What is written down of a step; nothing where it never began, or the record is damaged."""

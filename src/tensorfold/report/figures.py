@@ -102,7 +102,7 @@ def pareto(judge: tuple[str, str, int], rows: Sequence[tuple[int, ModelFacts, Ev
             y=[each.perplexity],
             mode="markers",
             name=_plain(model.label),
-            marker={"size": 12, "color": _colour(index), "symbol": list(SYMBOLS)[index % len(SYMBOLS)]},
+            marker={"size": 12, "color": colour_of(index), "symbol": list(SYMBOLS)[index % len(SYMBOLS)]},
             hovertemplate="%{x:.2f} M parameters<br>perplexity %{y:.4g}",
         )
     perplexities = [each.perplexity for _, _, each in rows]
@@ -113,7 +113,7 @@ def pareto(judge: tuple[str, str, int], rows: Sequence[tuple[int, ModelFacts, Ev
     )
     if len(front) > 1:
         note += " The dotted front joins the models that no other one shown is both smaller and better than."
-    return _chart(name, f"{protocol}, {text}", note, figure, 340)
+    return chart_of(name, f"{protocol}, {text}", note, figure, 340)
 
 
 def error_map(model: ModelFacts, highest: float, name: str) -> Chart | None:
@@ -157,7 +157,7 @@ def error_map(model: ModelFacts, highest: float, name: str) -> Chart | None:
     if outside:
         note += f" Outside the blocks: {', '.join(outside)}."
     height = 70 + room + max(8, min(16, 900 // len(rows))) * len(rows)
-    chart = _chart(name, model.label, note, figure, height)
+    chart = chart_of(name, model.label, note, figure, height)
     # Slanted names and automatic margins chase each other on a narrow page.
     figure.update_xaxes(automargin=False)
     figure.update_layout(margin={"t": room, "r": max(12, room - 32)})
@@ -174,7 +174,7 @@ def spectra(model: ModelFacts, name: str) -> Chart | None:
             if not len(values) or values[0] <= 0:
                 continue
             kind = matrix if len(folded.spectra) == 1 else f"{matrix}, bond {bond}"
-            colour = _colour(kinds.setdefault(kind, len(kinds)))
+            colour = colour_of(kinds.setdefault(kind, len(kinds)))
             at = _spread(len(values), _SPECTRUM_POINTS)
             relative = (values / values[0]).clamp_min(1e-9)[torch.tensor(at)]
             figure.add_scatter(
@@ -196,7 +196,7 @@ def spectra(model: ModelFacts, name: str) -> Chart | None:
         "line a module and bond. A line that ends high was cut where there was still something to keep. What the dense "
         "matrix had beyond the bond cannot be read from this directory."
     )
-    return _chart(name, model.label, note, figure, 360)
+    return chart_of(name, model.label, note, figure, 360)
 
 
 def choices(model: ModelFacts, name: str) -> Chart | None:
@@ -205,7 +205,7 @@ def choices(model: ModelFacts, name: str) -> Chart | None:
     kinds: dict[str, int] = {}
     for module, chosen in model.choices.items():
         _, kind = place(module)
-        colour = _colour(kinds.setdefault(kind, len(kinds)))
+        colour = colour_of(kinds.setdefault(kind, len(kinds)))
         figure.add_scatter(
             x=[x for x, _ in chosen.curve],
             y=[y for _, y in chosen.curve],
@@ -234,7 +234,7 @@ def choices(model: ModelFacts, name: str) -> Chart | None:
         "What every layer would lose of its output at other sizes, measured by what errors cost the loss, and the size "
         "that the search gave it: where a parameter buys as much as in every other layer."
     )
-    return _chart(name, model.label, note, figure, 360)
+    return chart_of(name, model.label, note, figure, 360)
 
 
 def losses(models: Sequence[tuple[int, ModelFacts]], name: str) -> Chart | None:
@@ -252,11 +252,11 @@ def losses(models: Sequence[tuple[int, ModelFacts]], name: str) -> Chart | None:
         smoothed = max(smoothed, run)
         validation = _points(log, "validation_loss")
         for points, kind, style in (
-            (training, "training", {"mode": "lines", "line": {"width": 1, "color": _colour(index)}, "opacity": 0.6}),
+            (training, "training", {"mode": "lines", "line": {"width": 1, "color": colour_of(index)}, "opacity": 0.6}),
             (
                 validation,
                 "validation",
-                {"mode": "lines+markers", "line": {"width": 2, "color": _colour(index)}, "marker": {"size": 6}},
+                {"mode": "lines+markers", "line": {"width": 2, "color": colour_of(index)}, "marker": {"size": 6}},
             ),
         ):
             if points:
@@ -274,7 +274,7 @@ def losses(models: Sequence[tuple[int, ModelFacts]], name: str) -> Chart | None:
     )
     if smoothed > 1:
         note += f" Long runs are drawn as means of up to {smoothed} logged steps."
-    return _chart(name, "End to end", note, figure, 340)
+    return chart_of(name, "End to end", note, figure, 340)
 
 
 def block_losses(model: ModelFacts, name: str) -> Chart | None:
@@ -305,10 +305,10 @@ def block_losses(model: ModelFacts, name: str) -> Chart | None:
         "Squared distance of each block's output from the teacher's over the teacher's own, on the training text; "
         "blue lines are the first blocks, red ones the last."
     )
-    return _chart(name, f"Block by block: {model.label}", note, figure, 340)
+    return chart_of(name, f"Block by block: {model.label}", note, figure, 340)
 
 
-def _chart(name: str, title: str, note: str, figure: Any, height: int) -> Chart:
+def chart_of(name: str, title: str, note: str, figure: Any, height: int) -> Chart:
     """Chart from a plotly figure, in the layout that all of them have."""
     figure.update_layout(
         template=None,
@@ -335,7 +335,7 @@ def _legend(figure: Any) -> Iterator[Entry]:
         yield Entry(sign, first.marker.color if marks else first.line.color, html.unescape(name), tuple(indices))
 
 
-def _colour(index: int) -> str:
+def colour_of(index: int) -> str:
     """Colour number ``index`` of the palette, which begins again at its end."""
     return PALETTE[index % len(PALETTE)]
 

@@ -7,13 +7,14 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tensorfold
 from tensorfold.errors import InputError
 from tensorfold.report.facts import ModelFacts, check_directory, labels, read_directory
+from tensorfold.report.outcome import headline, loading, outcome_chart, outcome_rows
 from tensorfold.report.samples import Sample, sample_all
 from tensorfold.report.tables import bench_rows, bond_rows, choice_rows, healing_rows, judgements, size_rows
 from tensorfold.utils.atomic_files import check_file_target, write_file
@@ -54,6 +55,7 @@ def write_report(
     prompt: str | None = PROMPT,
     tokens: int = SAMPLE_TOKENS,
     progress: bool = False,
+    outcome: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one HTML page, without anything from a network, about one or several model directories.
 
@@ -64,6 +66,8 @@ def write_report(
         prompt: Text that every model continues greedily, side by side; None leaves the samples out.
         tokens: New tokens in a sample, at most.
         progress: Whether a progress bar is shown on standard error.
+        outcome: What ``tensorfold compress`` came to, the JSON values of ``compress.json``; its numbers, picture and
+            table come first.
 
     Raises:
         InputError: A directory is not a readable model's, ``out`` cannot be written, or a package is missing.
@@ -97,16 +101,22 @@ def write_report(
             for sample in sample_all(models, prompt, tokens):
                 bar.advance(task)
                 samples.append(sample)
-    write_file(target, render(models, prompt, samples).encode())
+    write_file(target, render(models, prompt, samples, outcome).encode())
 
 
-def render(models: Sequence[ModelFacts], prompt: str | None, samples: Sequence[Sample]) -> str:
+def render(
+    models: Sequence[ModelFacts],
+    prompt: str | None,
+    samples: Sequence[Sample],
+    outcome: Mapping[str, Any] | None = None,
+) -> str:
     """HTML of the page: everything from files is escaped, and only this package's scripts may run in it.
 
     Args:
         models: Facts about the models.
         prompt: Prompt of the samples; None without samples.
         samples: Continuations of the prompt.
+        outcome: As :func:`write_report` takes it.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
@@ -115,6 +125,7 @@ def render(models: Sequence[ModelFacts], prompt: str | None, samples: Sequence[S
         loader=PackageLoader("tensorfold.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     sections = _charts(models)
+    sections["outcome"] = [outcome_chart(outcome)] if outcome is not None else []
     charts = [chart for group in sections.values() for chart in group]
     # The parser that checks the hashes has turned every line end into one character.
     scripts = [text.replace("\r\n", "\n").replace("\r", "\n") for text in (get_plotlyjs(), _resource("page.js"))]
@@ -132,6 +143,10 @@ def render(models: Sequence[ModelFacts], prompt: str | None, samples: Sequence[S
         bench=[(model.label, bench_rows(model.bench)) for model in models if model.bench is not None],
         prompt=prompt,
         samples=samples,
+        outcome=outcome,
+        headline=headline(outcome) if outcome is not None else [],
+        outcomes=outcome_rows(outcome) if outcome is not None else [],
+        loading=loading(outcome) if outcome is not None else "",
         notes=[(model.label, note) for model in models for note in model.notes],
         title=", ".join(model.label for model in models),
         version=tensorfold.__version__,
