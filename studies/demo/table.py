@@ -43,17 +43,16 @@ def picture() -> None:
     """Bytes against perplexity on Tiny Shakespeare: folds in float32, and the dense model in fewer bits."""
     import matplotlib.pyplot as plt
 
-    runs = {entry["run"]: entry for entry in lines(ROOT / "studies" / "smollm2" / "runs.jsonl") if "run" in entry}
+    smollm2 = ROOT / "studies" / "smollm2"
+    runs = {entry["run"]: entry for entry in lines(smollm2 / "runs.jsonl") if "run" in entry}
+    auto = {entry["run"]: entry for entry in lines(smollm2 / "unseen.jsonl")}
     bits = lines(HERE / "bits.jsonl")
     figure, axes = plt.subplots(figsize=(7, 4))
-    for label, method, sign in (("auto (--keep)", "auto", "o-"), ("whitened SVD", "svd", "s-")):
-        found = [runs[f"mlp-{keep}-{method}-24000-0"] for keep in (0.8, 0.6, 0.5)]
-        axes.plot(
-            [4 * run["parameters"] / 1e6 for run in found],
-            [run["perplexity"]["tinyshakespeare"] for run in found],
-            sign,
-            label=f"{label}, float32",
-        )
+    ours = [auto[f"{targets}-0.8-medium-wikitext-2-valid"] for targets in ("mlp", "all-linear")]
+    svd = [runs[f"{name}-svd-24000-0"] for name in ("mlp-0.8", "all-linear-0.8", "mlp-0.6", "mlp-0.5")]
+    for label, found, sign in (("auto, float32", ours, "o-"), ("whitened SVD, float32", svd, "s-")):
+        unseen = [(run.get("test") or run["perplexity"])["tinyshakespeare"] for run in found]
+        axes.plot([4 * run["parameters"] / 1e6 for run in found], unseen, sign, label=label)
     axes.plot(
         [each["bytes"] / 1e6 for each in bits], [each["perplexity"] for each in bits], "^--", label="dense, fewer bits"
     )
@@ -63,6 +62,7 @@ def picture() -> None:
         )
     axes.set(xscale="log", yscale="log", xlabel="MB of weights", ylabel="perplexity, Tiny Shakespeare")
     axes.set_xticks([75, 100, 150, 200, 300, 400, 540], labels=["75", "100", "150", "200", "300", "400", "540"])
+    axes.set_xlim(75, 700)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
