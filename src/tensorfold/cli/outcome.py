@@ -68,14 +68,11 @@ class Outcome:
 
     @property
     def rival(self) -> Row | None:
-        """The dense row that is no larger than the result and better on both texts; None where there is none."""
+        """The dense row that is no larger than the result and better, by the mean of both texts; None where none is."""
         result = self.rows[-1]
-        found = [
-            row
-            for row in self.rows
-            if not row.ours and row.bytes <= result.bytes and row.unseen <= result.unseen and row.own <= result.own
-        ]
-        return min(found, key=lambda row: (row.unseen, row.bytes), default=None)
+        dense = [row for row in self.rows if not row.ours and row.bytes <= result.bytes]
+        found = [row for row in dense if row.own * row.unseen <= result.own * result.unseen]
+        return min(found, key=lambda row: (row.own * row.unseen, row.bytes), default=None)
 
     @property
     def verdict(self) -> str:
@@ -86,8 +83,8 @@ class Outcome:
             faster = f" The folded one reads prompts {speed:.2f} times as fast." if speed and speed > 1 else ""
             return (
                 f"Folding does not pay at this size: {rival.name} is smaller ({rival.bytes / 1e6:,.1f} MB against "
-                f"{result.bytes / 1e6:,.1f}) and better (perplexity on unseen text {rival.unseen:,.2f} against "
-                f"{result.unseen:,.2f}). Take {rival.path}.{faster}"
+                f"{result.bytes / 1e6:,.1f}) and better (perplexity {rival.own:,.2f} against {result.own:,.2f} on held-out and "
+                f"{rival.unseen:,.2f} against {result.unseen:,.2f} on unseen text). Take {rival.path}.{faster}"
             )
         same = dense[0] if self.aim["bits"] == 32 else dense[1]
         speed = _ratio(result.prompt, same.prompt)
