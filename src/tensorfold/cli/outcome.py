@@ -83,8 +83,9 @@ class Outcome:
             faster = f" The folded one reads prompts {speed:.2f} times as fast." if speed and speed > 1 else ""
             return (
                 f"Folding does not pay at this size: {rival.name} is smaller ({rival.bytes / 1e6:,.1f} MB against "
-                f"{result.bytes / 1e6:,.1f}) and better (perplexity {rival.own:,.2f} against {result.own:,.2f} on held-out "
-                f"text, {rival.unseen:,.2f} against {result.unseen:,.2f} on unseen). Take {rival.path}.{faster}"
+                f"{result.bytes / 1e6:,.1f}) and better (perplexity {rival.own:,.2f} against {result.own:,.2f} on "
+                f"held-out text, {rival.unseen:,.2f} against {result.unseen:,.2f} on unseen). "
+                f"Take {rival.path}.{faster}"
             )
         same = dense[0] if self.aim["bits"] == 32 else dense[1]
         speed = _ratio(result.prompt, same.prompt)
