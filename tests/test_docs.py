@@ -47,6 +47,14 @@ def test_commands_have_the_options_that_are_written(document, command):
         known.make_context(name, rest)  # raises where an argument is missing or not of its kind
 
 
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Short texts of the model's own, and few measurements of speed."""
+    monkeypatch.setattr("tensorfold.cli.pipeline._ROUNDS", 1)
+    monkeypatch.setattr("tensorfold.cli.pipeline._DECODED", 2)
+    monkeypatch.setattr("tensorfold.calibration.own_text._LENGTH", 64)
+
+
 @pytest.fixture
 def smaller(workplace, folded_directory):
     """A directory with the folded model that the documents call "smaller", and the examples."""
@@ -82,9 +90,8 @@ def test_python_runs(document, smaller, dense_directory, text_file):
         exec(compile(code, str(ROOT / document), "exec"), scope)
 
 
-def test_the_notebook_runs(workplace, dense_directory, monkeypatch, capsys):
+def test_the_notebook_runs(workplace, dense_directory, capsys):
     """Its code cells, in one scope, on a tiny model."""
-    monkeypatch.setattr("tensorfold.calibration.own_text._LENGTH", 64)
     notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
     assert (notebook["nbformat"], len(notebook["cells"]) <= 15) == (4, True)
     scope: dict = {}
@@ -101,11 +108,8 @@ def test_the_notebook_runs(workplace, dense_directory, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("document", HOW_TO)
-def test_a_how_to_page_runs_from_top_to_bottom(document, command, workplace, dense_directory, text_file, monkeypatch):
+def test_a_how_to_page_runs_from_top_to_bottom(document, command, workplace, dense_directory, text_file):
     """Commands and Python in their order, each going on from what was written before it."""
-    monkeypatch.setattr("tensorfold.cli.pipeline._ROUNDS", 1)
-    monkeypatch.setattr("tensorfold.cli.pipeline._DECODED", 2)
-    monkeypatch.setattr("tensorfold.calibration.own_text._LENGTH", 32)
     scope: dict = {}
     for block in blocks(document):
         if block.language == "python":

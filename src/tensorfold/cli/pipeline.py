@@ -102,7 +102,7 @@ class Pipeline:
         exports = [f"dense-{bits}" for bits in self.bits]
         heal = ["heal"] if order.minutes else []
         finish = [] if self.last_is_result else ["export"]
-        judge = [f"judge-{name}" for name in (*exports, "result", *([] if self.last_is_result else ["folded"]))]
+        judge = [f"judge-{name}" for name in (*exports, *([] if self.last_is_result else ["folded"]), "result")]
         names = ["texts", "judge-dense", "fold", *heal, *finish, *exports, *judge, "speed", "report"]
         self.steps = Steps(out, names)
         self.progress = sys.stderr.isatty()
