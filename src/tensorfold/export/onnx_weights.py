@@ -1,7 +1,7 @@
 """Weights of an ONNX graph: constants in the form that products read them in, and in fewer bits.
 
-Notation: a product x W has W (K, N), inputs first. ``MatMulNBits`` stores it as (N, groups of K, bytes of a group),
-which is also how ``GatherBlockQuantized`` reads a table of N rows: so that a tied head and its table are one constant.
+Notation: a product x W has W (K, N), inputs first. ``MatMulNBits`` stores it as (N, groups of K, bytes of a group), in
+which form a table of N rows is gathered too: so that a tied head and its table are one constant.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ GROUP = 32
 # Smaller constants are norms, biases and shapes: their bytes do not matter, and their precision does.
 _SMALLEST = 1024
 _DOMAIN = "com.microsoft"
+_SCALES = "_scales"
 
 
 def tidy(program: Any) -> None:
@@ -79,8 +80,8 @@ def stored_numbers(program: Any) -> dict[str, int]:
     for node in program.graph:
         if node.op_type == "MatMulNBits":
             packed[node.inputs[1].name] = node.attributes["bits"].as_int()
-        elif node.op_type == "GatherBlockQuantized":
-            packed[node.inputs[0].producer().inputs[0].name] = node.attributes["bits"].as_int()
+        elif node.op_type == "Gather" and node.inputs[0].name.endswith("_int8"):
+            packed[node.inputs[0].name] = 8
     for name, value in program.graph.initializers.items():
         kind = value.const_value.dtype.name
         if name in packed:
@@ -140,7 +141,7 @@ def _pack_products(graph: Any, bits: int) -> None:
             continue
         data, scales = packed.get(name) or _packed(graph, name, array.T, 8)
         for node in nodes:
-            _gather(graph, node, data, scales, array.shape)
+            _gather(graph, node, data, scales, array.shape[1])
     _drop_unread(graph)
 
 
@@ -164,7 +165,7 @@ def _packed(graph: Any, name: str, array: np.ndarray, bits: int) -> tuple[Any, A
 
     config = DefaultWeightOnlyQuantConfig(block_size=GROUP, is_symmetric=True, bits=bits)
     data, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(array))
-    return _constant(graph, f"{name}_int{bits}", data), _constant(graph, f"{name}_scales", scales)
+    return _constant(graph, f"{name}_int{bits}", data), _constant(graph, name + _SCALES, scales)
 
 
 def _nbits(x: Any, data: Any, scales: Any, inputs: int, outputs: int, bits: int) -> Any:
@@ -174,25 +175,40 @@ def _nbits(x: Any, data: Any, scales: Any, inputs: int, outputs: int, bits: int)
     return onnx_ir.node("MatMulNBits", [x, data, scales], attributes, domain=_DOMAIN)
 
 
-def _gather(graph: Any, node: Any, data: Any, scales: Any, shape: Sequence[int]) -> None:
+def _gather(graph: Any, node: Any, data: Any, scales: Any, width: int) -> None:
+    """Rows of a table as (…, groups, 32) in whole numbers, less 128, times their scales.
+
+    In operators of ONNX alone: ``GatherBlockQuantized`` is not in the build of ONNX Runtime that transformers.js loads.
+    """
     import onnx_ir
 
-    rows = _constant(graph, f"{data.name}_rows", np.array([shape[0], shape[1]], dtype=np.int64))
-    flat = onnx_ir.node("Reshape", [data, rows])
-    flat.outputs[0].name = f"{node.outputs[0].name}_table"
-    attributes = {"block_size": GROUP, "gather_axis": 0, "quantize_axis": 1, "bits": 8}
-    read = onnx_ir.node("GatherBlockQuantized", [flat.outputs[0], node.inputs[1], scales], attributes, domain=_DOMAIN)
-    _substitute(graph, node, [flat, read])
+    name, ids = node.outputs[0].name, node.inputs[1]
+
+    def constant(what: str, value: Any, kind: type) -> Any:
+        return _constant(graph, f"{name}_{what}", np.array(value, dtype=kind))
+
+    new: list[Any] = []
+
+    def add(operator: str, *inputs: Any, **attributes: Any) -> Any:
+        new.append(onnx_ir.node(operator, list(inputs), attributes))
+        new[-1].outputs[0].name = f"{name}_{operator.lower()}_{len(new)}"
+        return new[-1].outputs[0]
+
+    whole = add("Cast", add("Gather", data, ids, axis=0), to=int(onnx_ir.DataType.FLOAT))
+    centred = add("Sub", whole, constant("zero", 128, np.float32))
+    scale = add("Unsqueeze", add("Gather", scales, ids, axis=0), constant("axis", [-1], np.int64))
+    form = constant("form", [0] * len(ids.shape) + [width], np.int64)
+    add("Reshape", add("Mul", centred, scale), form)
+    _substitute(graph, node, new)
 
 
 def _halve(graph: Any) -> None:
     """Large constants in float16, read through a cast: every runtime computes in float32."""
     import onnx_ir
 
-    scales = {node.inputs[2].name for node in graph if node.domain == _DOMAIN}
     first = next(iter(graph))
     for name, value in list(graph.initializers.items()):
-        if not _large(value) or name in scales:
+        if not _large(value) or name.endswith(_SCALES):
             continue
         half = _constant(graph, f"{name}_half", value.const_value.numpy().astype(np.float16))
         cast = onnx_ir.node("Cast", [half], {"to": int(onnx_ir.DataType.FLOAT)})
