@@ -1,6 +1,6 @@
-"""What ``tensorfold demo`` prints, logged: python studies/smollm2/demo.py
+"""The recipe ``demo`` before and after, logged: python studies/smollm2/demo.py
 
-The recipe ``demo`` on its own text, Python's documentation as the running interpreter has it. Appends to
+On its own text, Python's documentation as the running interpreter has it. Appends to
 ``demo.jsonl``.
 """
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import tensorfold
 from tensorfold import Recipe
-from tensorfold.cli.demo import MAX_TOKENS
 from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
 
 LOG = Path(__file__).with_suffix(".jsonl")
+MAX_TOKENS = 16_384  # of the text that both models are evaluated on
 
 
 def main() -> None:
