@@ -35,22 +35,32 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Put the files of slow tests first: a worker that got one last would let the others wait."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Put the files of slow tests first, then those that fork.
+
+    A worker that got a slow file last would let the others wait. A process forks safely only before an engine has
+    started threads in it: a worker with OpenVINO in it was seen to end with SIGSEGV in a test that forks.
+    """
+    marked = {mark: {item.path for item in items if item.get_closest_marker(mark)} for mark in ("slow", "forks")}
+    items.sort(key=lambda item: (item.path not in marked["slow"], item.path not in marked["forks"]))
 
 
-_LOST: set[str] = set()
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Scheduler of ``--dist loadfile`` that goes on after a worker was lost; see ``lost_workers``."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from lost_workers import Scheduling
+
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_handlecrashitem(crashitem, report, sched) -> None:
-    """Count the first loss of a worker at a test as lost, not failed: xdist runs the test again in another worker.
+    """Count the first loss of a worker at a test as lost, not failed: the test is run again in another worker.
 
     A worker can be killed from outside, for want of memory say. A test that ends two workers fails.
     """
-    if crashitem not in _LOST:
-        _LOST.add(crashitem)
+    if sched.is_first_loss(crashitem):
         report.outcome = "lost"
         print(f"\n{report.longrepr}; it is run again", flush=True)
 

@@ -21,6 +21,8 @@ from tensorfold.data.texts import load_text
 from tensorfold.data.token_cache import TokenCache
 from tensorfold.errors import InputError, TensorfoldError
 
+pytestmark = pytest.mark.forks
+
 PROSE = "The quick brown fox, aged 12, isn't lazy.\n\n  It jumps\tover 3 dogs;\r\nthe cat's asleep - naïve café! "
 
 

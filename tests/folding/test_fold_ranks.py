@@ -23,6 +23,8 @@ from tensorfold.folding import rank_search as search
 from tensorfold.methods import auto
 from tensorfold.utils.distributed import Ranks, schedule
 
+pytestmark = pytest.mark.forks
+
 ENTRIES = [
     {"targets": "embedding", "method": "low-rank", "rank": 8},
     {"targets": "mlp", "method": "kronecker", "keep": 0.5, "permute": "hidden", "scalars": True},

@@ -18,6 +18,8 @@ from tensorfold.healing.heal import heal
 from tensorfold.healing.log import Reporter, StepLog
 from tensorfold.hf.loading import save
 
+pytestmark = pytest.mark.forks
+
 SETTINGS = {"steps": 24, "batch": 4, "block": 32, "lr": 3e-3, "validation_fraction": 0.1, "save_every": 4}
 
 

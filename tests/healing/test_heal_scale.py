@@ -17,6 +17,8 @@ import tensorfold
 from tensorfold.errors import InputError
 from tensorfold.healing.heal import heal
 
+pytestmark = pytest.mark.forks
+
 EXAMPLES = Path(__file__).parents[2] / "examples" / "accelerate"
 SETTINGS = {
     "steps": 20, "batch": 8, "micro_batch": 2, "block": 32, "lr": 2e-3, "validation_fraction": 0.1, "kl": 0.5,

@@ -11,6 +11,8 @@ from tensorfold.utils import atomic_files as cache
 from tensorfold.utils.atomic_files import atomic_directory, cache_directory, write_file
 from tensorfold.utils.claims import claimed
 
+pytestmark = pytest.mark.forks
+
 
 def names(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir())
