@@ -33,7 +33,12 @@ class Scheduling(LoadFileScheduling):
         return super().remove_node(node)
 
     def _reschedule(self, node: WorkerController) -> None:
-        """Give the worker files until it can begin, and where there are none left say so."""
+        """Give the worker files until it can begin, and where there are none left say so.
+
+        A worker that has only just been started, and has not collected its tests yet, is asked about again when it has.
+        """
+        if node not in self.registered_collections:
+            return
         super()._reschedule(node)
         while self.workqueue and not node.shutting_down and self._pending_of(self.assigned_work[node]) < _HELD:
             self._assign_work_unit(node)

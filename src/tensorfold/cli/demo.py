@@ -49,9 +49,9 @@ def run_demo(out: Path) -> None:
 
     asked = order()
     source = find_model(asked.model)
+    outcome = Pipeline(asked, out).run()  # what is refused leaves standard output empty
     if source.stored is not None:
         print(f"The weights of {asked.model} are {source_line(source.stored)}.")
-    outcome = Pipeline(asked, out).run()
     print(outcome)
     tokenizer = source.tokenizer()
     for row in (outcome.rows[0], outcome.rows[-1]):
