@@ -6,7 +6,7 @@ as it is.
 
 The layer should answer x̃ with W x + d. The matrix that does so with the least squared error is the ridge regression
 
-    W̄ = (W A + D + W R) (C + R)⁻¹        A = E[x x̃ᵀ],  C = E[x̃ x̃ᵀ],  D = E[d x̃ᵀ],  R = μ diag C + ν tr C / n
+    W̄ = (W A + D + W R) (C + R)⁻¹        A = E[x x̃ᵀ],  C = E[x̃ x̃ᵀ],  D = E[d x̃ᵀ],  R = μ diag C + ν I tr C / n
 
 whose ridge R (n × n, diagonal) pulls it towards W, or towards W in a new basis where the inputs' basis was changed: μ
 by each input's own variance, ν by the mean of all, so that what is known of inputs which this text hardly moves stays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -174,12 +175,12 @@ class Pipeline:
         self.steps.run("texts", f"texts: {names}", settings, work, folder)
 
     def _stamps(self) -> list[Any]:
-        """Sizes of the files that the texts are in, so that a changed one is read anew."""
+        """Hashes of the files that the texts are in, so that a changed one is read anew."""
         from tensorfold.calibration.own_text import SELF
         from tensorfold.data.texts import locate
 
         found = [locate(text, split) for text in self.order.texts if text != SELF for split in ("validation", "test")]
-        return [[file.stat().st_size for file in each.files or ()] for each in found]
+        return [[hashlib.sha256(file.read_bytes()).hexdigest() for file in each.files or ()] for each in found]
 
     def _file(self, part: str) -> str:
         return str(self.out / "text" / f"{part}.jsonl")
