@@ -108,6 +108,7 @@ def _configs():
         OPTConfig,
         PhiConfig,
         Qwen2Config,
+        Qwen3MoeConfig,
     )
 
     tokens = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -122,6 +123,9 @@ def _configs():
         "gpt_neox": lambda: GPTNeoXConfig(intermediate_size=48, **common),
         "gemma3": lambda: Gemma3TextConfig(head_dim=8, **gated),
         "phi": lambda: PhiConfig(intermediate_size=48, **common),
+        "qwen3_moe": lambda: Qwen3MoeConfig(
+            moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, head_dim=8, **gated
+        ),
         "mistral": lambda: MistralConfig(**gated),
     }
 
@@ -149,6 +153,15 @@ def dense_directory(tiny, tokenizer, tmp_path_factory) -> Path:
     """A tiny tied Llama with its tokenizer, as ``save_pretrained`` writes them. Not to be changed."""
     path = tmp_path_factory.mktemp("models") / "dense"
     tiny("llama").save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def mixture_directory(tiny, tokenizer, tmp_path_factory) -> Path:
+    """A tiny Qwen3 mixture of experts with its tokenizer. Not to be changed."""
+    path = tmp_path_factory.mktemp("models") / "mixture"
+    tiny("qwen3_moe").save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 

@@ -25,6 +25,7 @@ PARSED = {
 # What is written there -> what is run in its place. DENSE is a tiny model's directory, TEXT a small file.
 SUBSTITUTES = {
     "smollm2-135m": "DENSE",
+    "Qwen/Qwen3-30B-A3B": "MIXTURE",
     "python-docs": "TEXT",
     "WIKITEXT-2-VALID": "TEXT",
     "--train TRAIN": "--train TEXT",

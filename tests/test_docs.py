@@ -108,7 +108,9 @@ def test_the_notebook_runs(workplace, dense_directory, capsys):
 
 
 @pytest.mark.parametrize("document", HOW_TO)
-def test_a_how_to_page_runs_from_top_to_bottom(document, command, workplace, dense_directory, text_file):
+def test_a_how_to_page_runs_from_top_to_bottom(
+    document, command, workplace, dense_directory, mixture_directory, text_file
+):
     """Commands and Python in their order, each going on from what was written before it."""
     scope: dict = {}
     for block in blocks(document):
@@ -116,7 +118,8 @@ def test_a_how_to_page_runs_from_top_to_bottom(document, command, workplace, den
             exec(stand_in(block.text, dense_directory, text_file), scope)
         for written in block.commands:
             if written.startswith("tensorfold ") and reason_to_parse_only(written) is None:
-                outcome = command(*words(stand_in(written, dense_directory, text_file))[1:])
+                run = stand_in(written, dense_directory, text_file).replace("MIXTURE", str(mixture_directory))
+                outcome = command(*words(run)[1:])
                 assert outcome.status == 0, f"{written}\n{outcome.err}"
 
 

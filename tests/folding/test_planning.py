@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 import tensorfold
 from tensorfold import MPO, InputError, Kronecker, LowRank, Recipe, Rule
 from tensorfold.folding.plan import skeleton
-from tensorfold.models.anatomy import blocks, count_parameters, match, matrices
+from tensorfold.models.anatomy import blocks, count_parameters, matrices
+from tensorfold.models.targets import match
 from tensorfold.recipes.recipe import shipped_recipes
 
 

@@ -15,7 +15,8 @@ from tensorfold.export.engine_model import open_exported
 from tensorfold.export.tracing import PACKAGES
 from tensorfold.healing.setup import choose_trained
 from tensorfold.hf.dense import plain_model
-from tensorfold.models.anatomy import count_parameters, match, matrices
+from tensorfold.models.anatomy import count_parameters, matrices
+from tensorfold.models.targets import match
 from tensorfold.nn import MPOEmbedding, TokenMPSEmbedding, TokenMPSHead
 from tensorfold.recipes.settings import HealSettings
 

@@ -33,8 +33,8 @@ TargetNames = Annotated[
     str | None,
     typer.Option(
         "--targets",
-        help="With --keep, or plan --shapes: mlp, attention, embedding, positions, all-linear, or suffixes, "
-        "comma-separated. Default: mlp.",
+        help="With --keep, or plan --shapes: mlp, attention, experts, embedding, positions, all-linear, or "
+        "suffixes, comma-separated. Default: mlp.",
     ),
 ]
 Untie = Annotated[

@@ -54,7 +54,8 @@ def _list_shapes(
     from tensorfold.hf.sources import find_model
     from tensorfold.hf.surgery import untie_head
     from tensorfold.methods.shapes import shape_rows, shape_table
-    from tensorfold.models.anatomy import match, matrices
+    from tensorfold.models.anatomy import matrices
+    from tensorfold.models.targets import match
 
     if model is None or recipe is not None or keep is not None:
         raise InputError("plan --shapes: needed a MODEL, at most --targets and --untie; leave out --recipe and --keep.")

@@ -73,7 +73,7 @@ def batches(
         stages = [list(block)] if block else []
         if any(each.staged for each in effort) and block:
             stages = stream.stages(index, {name: matrix.module for name, matrix in block.items()})
-            stages = _undivided(stages, together)
+            stages = _undivided(stages, [*together, *_same_layer(block)])
         for stage in stages:
             yield Stage([block[name] for name in stage], stream, index, stage is stages[-1], reference, found)
         if index < max(inside):
@@ -89,6 +89,15 @@ def _reordered_together(model: PreTrainedModel, planned: Plan) -> list[set[str]]
     families = [[matrix.name for matrix in (*units.ups, units.down)] for units in hidden_units(model, matrices(model))]
     reordered = {name for name, method in planned.methods.items() if method.reorders_hidden}
     return [set(family) for family in families if reordered & set(family)]
+
+
+def _same_layer(block: Mapping[str, Matrix]) -> list[set[str]]:
+    """Names of the experts of every tensor: they are given different tokens of the same states."""
+    families: dict[str, set[str]] = {}
+    for name, matrix in block.items():
+        if matrix.group == "experts":
+            families.setdefault(name.rpartition(".")[0], set()).add(name)
+    return list(families.values())
 
 
 def _undivided(stages: list[list[str]], families: list[set[str]]) -> list[list[str]]:

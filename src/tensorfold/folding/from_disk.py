@@ -137,6 +137,8 @@ def plan_stream(source: Source, recipe: Recipe) -> Stream:
     stored = find_stored(source.path)
     check_foldable(stored.model)
     planned, chosen = prepare(stored.model, recipe)
+    if planned.split:
+        raise NotStoredError("the recipe takes experts of one tensor apart.")
     check_uses(stored.model, recipe, planned, recipe.calibrate is not None)
     for name, matrix in chosen.items():
         check_method(planned.methods[name], name, planned, calibrated=False)

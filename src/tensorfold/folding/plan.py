@@ -14,7 +14,7 @@ from tensorfold.algebra.specs.registry import check_size
 from tensorfold.algebra.specs.structure import Structure
 from tensorfold.errors import InputError, SpecError
 from tensorfold.folding.tables import module_table
-from tensorfold.hf.surgery import keep_layers, split_linear, untie_head, without_weights
+from tensorfold.hf.surgery import keep_layers, split_linear, take_experts_apart, untie_head, without_weights
 from tensorfold.hf.ties import check_sayable, disagreement
 from tensorfold.methods import Method
 from tensorfold.methods.auto import Auto
@@ -27,10 +27,11 @@ from tensorfold.models.anatomy import (
     count_parameters,
     empty_model,
     is_plain_linear,
-    match,
     matrices,
 )
+from tensorfold.models.experts import fused_experts
 from tensorfold.models.sizes import stored_bytes
+from tensorfold.models.targets import match
 from tensorfold.recipes.recipe import Recipe, Rule
 from tensorfold.utils.torch_modes import in_usual_modes
 
@@ -218,8 +219,9 @@ def prepare(model: PreTrainedModel, recipe: Recipe, said: str | None = None) -> 
         *_warnings(specs),
     )
     bytes_ = {name: matrix.parameter.nbytes for name, matrix in chosen.items()}
-    # A table multiplies where a head is tied to it, and nowhere else.
-    multiplying = {name: m for name, m in chosen.items() if m.kind == "linear" or m.tied_head is not None}
+    # A table multiplies where a head is tied to it, and nowhere else; experts only for the tokens sent to them.
+    linear = {name: m for name, m in chosen.items() if m.kind == "linear" and m.group != "experts"}
+    multiplying = {**linear, **{name: m for name, m in chosen.items() if m.tied_head is not None}}
     macs = {name: matrix.parameter.numel() for name, matrix in multiplying.items()}
     return Plan(
         before,
@@ -254,8 +256,12 @@ def carry_out(model: PreTrainedModel, recipe: Recipe, planned: Plan) -> dict[str
         untie_head(model)
     if recipe.layers is not None:
         keep_layers(model, recipe.layers)
+    fused = fused_experts(model)
     for name, sizes in planned.split.items():
-        split_linear(model, name, sizes)
+        if name in fused:
+            take_experts_apart(model, name)
+        else:
+            split_linear(model, name, sizes)
     available = matrices(model)
     return {name: available[name] for name in planned.modules}
 
@@ -267,7 +273,7 @@ def _assign(
     methods: dict[str, Method] = {}
     split: dict[str, list[int]] = {}
     budgets = []
-    available = matrices(model)
+    available, apart = matrices(model), fused_experts(model)
     for place, rule in enumerate(recipe.fold):
         before = set(methods)
         targets = match(rule.targets, available, model)
@@ -278,6 +284,10 @@ def _assign(
                 continue
             if rule.split is None:
                 methods[name] = rule.method
+                if (fused := available[name].fused) is not None:
+                    split[fused] = [available[name].out_features] * apart[fused].experts
+            elif available[name].fused is not None:
+                raise InputError(f"split: {name} is one of the experts of a tensor; leave out split, they are parted.")
             else:
                 check_unshared(model, [available[name]])
                 parts = split_linear(model, name, rule.split)

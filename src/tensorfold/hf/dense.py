@@ -14,6 +14,7 @@ from tensorfold.hf.ties import settled_config
 from tensorfold.models.anatomy import check_no_adapter, dense_weight
 from tensorfold.models.linear_maps import check_weights, orientation
 from tensorfold.nn import FoldedModule, FoldedTable, StackedLinear
+from tensorfold.nn.experts import ExpertStack
 
 
 def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -68,9 +69,14 @@ def become_plain(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Pr
         InputError: The model is in int8, or quantised by something else.
     """
     plain = plain_model(model)
-    for name in _replaced(model):  # and no others, on which hooks may hang
-        model.set_submodule(name, plain.get_submodule(name))
-    for own in ("_tied_weights_keys", "resize_token_embeddings"):
+    for name, module in _replaced(model).items():  # and no others, on which hooks may hang
+        if isinstance(module, ExpertStack):
+            owner, _, attribute = name.rpartition(".")
+            del model.get_submodule(owner)._modules[attribute]
+            setattr(model.get_submodule(owner), attribute, plain.get_parameter(name))
+        else:
+            model.set_submodule(name, plain.get_submodule(name))
+    for own in ("_tied_weights_keys", "resize_token_embeddings", "_weight_conversions"):
         model.__dict__.pop(own, None)
     model.all_tied_weights_keys = plain.all_tied_weights_keys
     return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
@@ -112,6 +118,9 @@ def _plain_state(model: PreTrainedModel, plain: PreTrainedModel) -> dict[str, Te
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
     products: dict[int, Tensor] = {}  # by first core: a tied head is multiplied out once
     for name, module in replaced.items():
+        if isinstance(module, ExpertStack):
+            state[name] = module.to_dense()
+            continue
         key = id(next(module.parameters()))
         if key not in products:
             transposed = orientation(plain.get_submodule(name)) == "in-out"
@@ -126,7 +135,8 @@ def _plain_state(model: PreTrainedModel, plain: PreTrainedModel) -> dict[str, Te
 
 def _replaced(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Folded modules and matrices that were split into parts, by name; parts of a matrix are not listed."""
-    ours = {name: module for name, module in model.named_modules() if isinstance(module, FoldedModule | StackedLinear)}
+    kinds = FoldedModule | StackedLinear | ExpertStack
+    ours = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     return {name: module for name, module in ours.items() if name.rpartition(".")[0] not in ours}
 
 

@@ -13,8 +13,9 @@ from tensorfold.algebra.solvers.solve import Factors
 from tensorfold.algebra.specs.registry import check_size
 from tensorfold.algebra.specs.structure import Structure
 from tensorfold.errors import InputError
-from tensorfold.hf.surgery import mark_initialised, split_linear
+from tensorfold.hf.surgery import mark_initialised, split_linear, take_experts_apart
 from tensorfold.models.anatomy import Matrix, embedding_scale, matrices
+from tensorfold.models.experts import fused_experts
 from tensorfold.nn import StructuredLinear, StructuredTable, linear_class, table_class
 
 Folded = StructuredLinear | StructuredTable
@@ -106,8 +107,17 @@ def install(
     Raises:
         InputError: The configuration names a module that the model lacks, or gives it another shape.
     """
+    available, fused = matrices(model), fused_experts(model)
     for name, sizes in split.items():
-        if name not in matrices(model):
+        if name in fused:
+            if sizes != [fused[name].matrix_shape[0]] * fused[name].experts:
+                raise InputError(
+                    f"checkpoint: {name} is split into {len(sizes)} experts, but the model's configuration makes it "
+                    f"{fused[name].experts}; they do not belong together."
+                )
+            take_experts_apart(model, name)
+            continue
+        if name not in available:
             raise InputError(f"checkpoint: its configuration splits {name!r}, which {type(model).__name__} lacks.")
         split_linear(model, name, sizes)
     available = matrices(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tensorfold.hf.config import TensorfoldConfig
+from tensorfold.models.experts import fused_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +26,7 @@ def for_model(config: TensorfoldConfig, model: PreTrainedModel) -> TensorfoldCon
     saved_as = getattr(model.config, "architectures", None) or [type(model).__name__]
     if type(model).__name__ in saved_as:
         return config
-    there = {name for name, _ in model.named_modules()}
+    there = {*(name for name, _ in model.named_modules()), *fused_experts(model)}
     prefix = f"{model.base_model_prefix}."
 
     def here(name: str) -> str | None:

@@ -59,6 +59,11 @@ class TensorfoldQuantizer(HfQuantizer):
                 tied.share_orders(model.get_submodule(table))
         return model
 
+    def update_weight_conversions(self, weight_conversions: Any, model: PreTrainedModel) -> Any:
+        from tensorfold.hf.conversions import without_folded_experts
+
+        return without_folded_experts(model, super().update_weight_conversions(weight_conversions, model))
+
     def is_serializable(self) -> bool:
         return True
 
@@ -110,9 +115,12 @@ def mark_folded(
 
 def mark(model: PreTrainedModel, config: TensorfoldConfig) -> None:
     """Give a model in memory a description of its folded modules, and the quantizer that writes it."""
+    from tensorfold.hf.conversions import keep_expert_names
+
     model.config.quantization_config = config
     model.hf_quantizer = TensorfoldQuantizer(config, pre_quantized=True)
     model.quantization_method = NAME  # type: ignore[assignment]
+    keep_expert_names(model)
     _own_resizing(model)
     _lift_restrictions(model, config)
 

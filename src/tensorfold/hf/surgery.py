@@ -18,8 +18,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tensorfold.errors import InputError, pass_on_memory
 from tensorfold.models.anatomy import Matrix, blocks, dense_weight, is_plain_linear, matrices
+from tensorfold.models.experts import fused_experts
 from tensorfold.models.tied_heads import is_promised, tied_head
 from tensorfold.nn import StackedLinear
+from tensorfold.nn.experts import ExpertLinears
 
 _LAYER_INDEX = re.compile(r"layer_?(idx|id|index|number)$")
 
@@ -235,6 +237,44 @@ def mark_initialised(model: PreTrainedModel, name: str) -> None:
             owners[0]._init_weights(parent)
         except AttributeError:
             parent._is_hf_initialized = True  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def take_experts_apart(model: PreTrainedModel, name: str) -> None:
+    """Replace a tensor with the matrices of all experts by a linear layer for each; the model's function stays.
+
+    The layers are called ``NAME.0``, ``NAME.1``, …; biases and the router stay what they are.
+
+    Args:
+        model: Model that is changed in place.
+        name: Full name of the tensor, one of :func:`tensorfold.models.experts.fused_experts`.
+    """
+    fused = fused_experts(model)[name]
+    rows, columns = fused.matrix_shape
+    layers = []
+    for expert in range(fused.experts):
+        layer = nn.Linear(columns, rows, bias=False, device="meta")
+        layer.weight = nn.Parameter(fused.weight(expert).clone(memory_format=torch.contiguous_format))
+        layer.requires_grad_(fused.tensor.requires_grad)
+        layer._is_hf_initialized = True  # type: ignore[assignment]
+        layers.append(layer)
+    del fused.owner._parameters[fused.attribute]
+    put_experts(model, name, ExpertLinears(layers, fused.turned))
+
+
+def put_experts(model: PreTrainedModel, name: str, stack: nn.Module) -> None:
+    """Put a stack of experts in the place of the tensor that it stands for, or of another stack.
+
+    Args:
+        model: Model that is changed in place.
+        name: Full name of the tensor.
+        stack: An ``ExpertStack``.
+    """
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    stack.train(module.training)
+    module._modules[attribute] = stack
+    mark_initialised(model, name)
 
 
 @dataclass(frozen=True)

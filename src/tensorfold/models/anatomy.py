@@ -1,4 +1,4 @@
-"""Anatomy of a decoder-only transformer: its blocks, its foldable matrices, and the targets that name them.
+"""Anatomy of a decoder-only transformer: its blocks and its foldable matrices.
 
 No architecture is known by name. Blocks are the list of modules beside the table that text enters by; a linear layer
 below something called attention is attention, any other linear layer in a block is MLP.
@@ -19,22 +19,18 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tensorfold.errors import InputError, pass_on_memory
 from tensorfold.models.direct_reads import is_read_directly
-from tensorfold.models.linear_maps import check_weights, orientation, other_weights
+from tensorfold.models.experts import fused_experts, stacks
+from tensorfold.models.linear_maps import check_weights, orientation
 from tensorfold.models.tied_heads import tied_head
 from tensorfold.nn import FoldedModule
-from tensorfold.utils.validation import nearest
 
-Targets = str | list[str] | Mapping[str, str]
 Kind = Literal["linear", "embedding"]
-GROUPS = ("mlp", "attention", "embedding", "positions", "all-linear")
-
 ALREADY_FOLDED = "the model is already folded; start from the dense model, or heal and evaluate this one."
 
 # Far more than any model has; a damaged configuration with millions would take hours to build even without weights.
 _MOST_BLOCKS = 10_000
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_NOTHING = "targets: {!r} matches nothing in this model; {}{}"
 
 
 @dataclass(frozen=True)
@@ -47,8 +43,11 @@ class Matrix:
         out_features: Rows; the vocabulary of a table.
         in_features: Columns; the width of a table.
         kind: ``linear`` or ``embedding``.
-        group: ``mlp``, ``attention``, ``embedding``, ``positions``, or ``""`` for none.
+        group: ``mlp``, ``attention``, ``embedding``, ``positions``, ``experts`` for one that was or is in one tensor
+            with others, or ``""`` for none.
         tied_head: Name of the output head that shares a table's weight, if one does.
+        fused: Name of the tensor with all experts of a layer that the weight is a view of; the module is then a
+            stand-in beside the model. None for a weight of its own.
     """
 
     name: str
@@ -58,6 +57,7 @@ class Matrix:
     kind: Kind
     group: str
     tied_head: str | None = None
+    fused: str | None = None
 
     @property
     def parameter(self) -> Tensor:
@@ -284,6 +284,7 @@ def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
     except InputError:
         in_block = None
     positions = context_length(model.config)
+    apart = stacks(model)
     out = {}
     for name, module in model.named_modules():
         owners = [name, names[id(head)]] if tied and module is embedding else [name]
@@ -301,75 +302,22 @@ def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
             inside = in_block is not None and name.startswith(in_block)
             gate = rows == 1  # a single number a token, such as a shared expert's gate, is not worth factors
             group = "" if not inside or gate else "attention" if _ATTENTION.search(name) else "mlp"
+            group = "experts" if name.rpartition(".")[0] in apart else group
             out[name] = Matrix(name, module, rows, columns, "linear", group)
+    return {**out, **_fused(model)}
+
+
+def _fused(model: PreTrainedModel) -> dict[str, Matrix]:
+    """Matrices of experts that share a tensor, by the names that they have once they are taken apart."""
+    out = {}
+    for name, fused in fused_experts(model).items():
+        rows, columns = fused.matrix_shape
+        for expert in range(fused.experts):
+            stand_in = nn.Linear(columns, rows, bias=False, device="meta")
+            stand_in.weight = nn.Parameter(fused.weight(expert), fused.tensor.requires_grad)
+            own = f"{name}.{expert}"
+            out[own] = Matrix(own, stand_in, rows, columns, "linear", "experts", fused=name)
     return out
-
-
-def match(targets: Targets, available: Mapping[str, Matrix], model: PreTrainedModel | None = None) -> list[str]:
-    """Select matrices by targets, in model order.
-
-    Args:
-        targets: ``mlp``, ``attention``, ``embedding``, ``positions`` (a learned table that is a plain ``nn.Embedding``
-            with a row for each position), ``all-linear`` (every linear layer in the blocks, not the output head), a
-            list of these and of name suffixes, or ``{"regex": pattern}`` searched in the full name.
-        available: Foldable matrices by name.
-        model: Model whose other weights a message names; None for none.
-
-    Returns:
-        Names of the matrices.
-
-    Raises:
-        InputError: Unknown group, bad pattern, or nothing matches.
-    """
-    if isinstance(targets, Mapping):
-        if set(targets) != {"regex"} or not isinstance(targets["regex"], str):
-            raise InputError(f'targets: got {dict(targets)!r}; needed {{regex: "pattern"}}.')
-        try:
-            pattern = re.compile(targets["regex"])
-        except re.error as error:
-            raise InputError(f"targets: {targets['regex']!r} is not a regular expression: {error}.") from None
-        names = [name for name in available if pattern.search(name)]
-        missed = next((head for head in _tied_heads(available) if pattern.search(head)), str(targets))
-    else:
-        items = [item.strip() for item in targets.split(",")] if isinstance(targets, str) else list(targets)
-        chosen: set[str] = set()
-        for item in items:
-            hit = [name for name, matrix in available.items() if _selects(item, matrix)]
-            if not hit:
-                raise InputError(_NOTHING.format(item, _known(item, available), other_weights(model)))
-            chosen.update(hit)
-        names, missed = [name for name in available if name in chosen], str(targets)
-    if not names:
-        raise InputError(_NOTHING.format(targets, _known(missed, available), other_weights(model)))
-    return names
-
-
-def _selects(item: str, matrix: Matrix) -> bool:
-    if item == "all-linear":
-        return matrix.group in ("mlp", "attention")
-    if item in GROUPS:
-        return matrix.group == item
-    return _names(item, matrix.name)
-
-
-def _names(item: str, name: str) -> bool:
-    return bool(item) and (name == item or name.endswith(f".{item}"))
-
-
-def _tied_heads(available: Mapping[str, Matrix]) -> dict[str, str]:
-    """Names of tables by the names of output heads that are tied to them."""
-    return {matrix.tied_head: name for name, matrix in available.items() if matrix.tied_head is not None}
-
-
-def _known(item: str, available: Mapping[str, Matrix]) -> str:
-    if item == "positions":
-        return (
-            "needed a learned table of positions that is a plain nn.Embedding; one that shifts its index (OPT) is not."
-        )
-    for head, table in _tied_heads(available).items():
-        if _names(item, head):
-            return f"{head} is tied to {table}: target embedding, or untie them first with untie: true (--untie)."
-    return nearest(item, {*GROUPS, *(name.rpartition(".")[2] for name in available)})
 
 
 def check_unshared(model: PreTrainedModel, chosen: Iterable[Matrix]) -> None:
@@ -382,7 +330,8 @@ def check_unshared(model: PreTrainedModel, chosen: Iterable[Matrix]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for matrix in chosen:
-        names = [name for name in owners[id(matrix.parameter)] if name != f"{matrix.tied_head}.weight"]
+        weight = matrix.parameter if matrix.fused is None else model.get_parameter(matrix.fused)
+        names = [name for name in owners[id(weight)] if name != f"{matrix.tied_head}.weight"]
         if len(names) > 1:
             raise InputError(
                 f"{matrix.name}: its weight is shared by {' and '.join(names)}; folding one would break or double the "

@@ -30,7 +30,7 @@ Orientation = Literal["out-in", "in-out"]
 
 _IN, _OUT = 5, 3  # features of the stand-in
 _SIZES = {"in_features": _IN, "out_features": _OUT, "nx": _IN, "nf": _OUT}
-_STACKED = "matrices of several experts in one tensor, which are not folded yet"
+_STACKED = "matrices of several experts in one tensor, which only targets: experts, or their names, mean"
 _KNOWN: dict[tuple[Any, ...], Orientation | None] = {}  # results of trials so far, by class and settings
 
 

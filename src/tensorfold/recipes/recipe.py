@@ -23,7 +23,7 @@ from tensorfold.utils.effects import check_effects
 from tensorfold.utils.validation import check_keys, check_types, nearest
 
 if TYPE_CHECKING:
-    from tensorfold.models.anatomy import Targets
+    from tensorfold.models.targets import Targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +216,7 @@ def _rule(index: int, entry: Any) -> Rule:
         raise InputError(f"{where}: got {entry!r}; needed a mapping with targets and method.")
     if not entry.get("targets"):
         raise InputError(
-            f"{where}: no targets; needed mlp, attention, embedding, positions, all-linear, a list or a regex."
+            f"{where}: no targets; needed mlp, attention, experts, embedding, positions, all-linear, a list or a regex."
         )
     method = entry.get("method")
     if not isinstance(method, str) or method not in METHODS:
