@@ -5,8 +5,8 @@
 Model types are those of ``MODEL_FOR_CAUSAL_LM_MAPPING``, tiny, random and seeded (``tiny.py``), one variant of each and
 more of the common ones until there are ``--count``. Each runs in a forked child with limits on time and memory. What
 the dense model cannot do by itself (run, generate, come back from disk the same) is not asked of the folded one, and is
-noted. The same command goes on after an interruption; ``--only TYPE`` shows one; ``--table`` writes
-``docs/architectures.md`` from the log.
+noted. The same command goes on after an interruption; ``--only TYPE`` shows one; ``--experts`` folds the experts of the
+types that keep them in one tensor, and logs to ``experts.jsonl``; ``--table`` writes ``docs/architectures.md`` from both.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import tempfile
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -40,11 +41,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import tensorfold
 from tensorfold import Auto, Graded, Kronecker, LowRank, Recipe, Rule
 from tensorfold.errors import TensorfoldError
+from tensorfold.models.experts import fused_experts
 
 SECONDS = 120
 MEMORY = 2 * 2**30  # above what the imports take
 PARAMETERS = 2 * 10**7
 ROOT = Path(__file__).parents[2]
+EXPERTS_LOG = Path(__file__).with_name("experts.jsonl")
 COMMON = (
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "phi", "phi3", "olmo2",
     "granite", "stablelm", "starcoder2", "cohere", "smollm3", "bloom", "mpt", "codegen", "gptj", "mixtral", "qwen3_moe",
@@ -55,6 +58,11 @@ RECIPES = {
     "auto": Recipe((Rule("mlp", Auto(keep=0.5)),)),
     "auto, everything": Recipe((Rule("all-linear", Auto(keep=0.6)), Rule("embedding", Graded(keep=0.7)))),
     "auto, calibrated": Recipe((Rule("all-linear", Auto(keep=0.6, effort="low")),)),
+}
+EXPERTS = {
+    "low-rank": Recipe((Rule("experts", LowRank(keep=0.6, pivots=True)),)),
+    "kronecker": Recipe((Rule("experts", Kronecker(keep=0.6)),)),
+    "auto, calibrated": Recipe((Rule(["all-linear", "experts"], Auto(keep=0.7, effort="low")),)),
 }
 
 
@@ -102,12 +110,14 @@ def generated(model: Any, ids: torch.Tensor) -> Any:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
 
 
-def attempt(model_type: str, variant: int) -> dict[str, Any]:
+def attempt(model_type: str, variant: int, recipes: Mapping[str, Recipe]) -> dict[str, Any]:
     """Build, fold, save, load, generate; what came of it."""
     random = Random(f"{model_type}:{variant}")
-    recipe = random.choice(list(RECIPES))
+    recipe = random.choice(list(recipes))
     model, why = build(model_type, variant)
     entry: dict[str, Any] = {"recipe": recipe}
+    if recipes is EXPERTS and not (model is not None and fused_experts(model)):
+        return {**entry, "outcome": "no experts", "dense": why}
     if model is None:
         return _without_dense(model_type, variant, {**entry, "dense": why})
     ids = torch.randint(10, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -124,7 +134,7 @@ def attempt(model_type: str, variant: int) -> dict[str, Any]:
             entry["dense_round_trip"] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         try:
             text = [PROSE] if words else None
-            report = tensorfold.fold(model, RECIPES[recipe], words, text, calibration_tokens=240 if words else None)
+            report = tensorfold.fold(model, recipes[recipe], words, text, calibration_tokens=240 if words else None)
         except TensorfoldError as error:
             return {**entry, "outcome": "refused", "message": str(error)[:300]}
         entry.update(folded=len(report.modules), parameters_after=report.parameters_after)
@@ -145,7 +155,7 @@ def attempt(model_type: str, variant: int) -> dict[str, Any]:
         wrong += [f"generate: {text_now}"] if entry["generates"] is False else []
         if words is None:  # from disk to disk, the same
             try:
-                tensorfold.fold_directory(dense, RECIPES[recipe], streamed)
+                tensorfold.fold_directory(dense, recipes[recipe], streamed)
                 entry["from_disk"] = float((logits_of(tensorfold.load(streamed).eval(), ids) - first).abs().max())
                 wrong += [f"from disk to disk: {entry['from_disk']}"] if not entry["from_disk"] <= 1e-4 else []
             except TensorfoldError as error:
@@ -166,7 +176,7 @@ def _without_dense(model_type: str, variant: int, entry: dict[str, Any]) -> dict
     return {**entry, "outcome": "not built"}
 
 
-def in_child(model_type: str, variant: int, show: bool) -> dict[str, Any]:
+def in_child(model_type: str, variant: int, show: bool, recipes: Mapping[str, Recipe] = RECIPES) -> dict[str, Any]:
     """The outcome, from a forked process with limits of its own."""
     read, write = os.pipe()
     child = os.fork()
@@ -179,7 +189,7 @@ def in_child(model_type: str, variant: int, show: bool) -> dict[str, Any]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         warnings.simplefilter("ignore")
         try:
-            found = attempt(model_type, variant)
+            found = attempt(model_type, variant, recipes)
         except BaseException as error:
             if show:
                 traceback.print_exc()
@@ -204,26 +214,33 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=220)
     parser.add_argument("--only", action="append", help="this model type, with what goes wrong shown")
     parser.add_argument("--log", type=Path, default=Path(__file__).with_name("architectures.jsonl"))
+    parser.add_argument(
+        "--experts", action="store_true", help="fold experts in one tensor, of the types that have them"
+    )
     parser.add_argument("--table", action="store_true", help="write docs/architectures.md and do nothing else")
     args = parser.parse_args()
     if args.table:
-        (ROOT / "docs/architectures.md").write_text(table(read(args.log)), encoding="utf-8")
+        text = table(read(args.log), read(EXPERTS_LOG))
+        (ROOT / "docs/architectures.md").write_text(text, encoding="utf-8")
         return
+    recipes = EXPERTS if args.experts else RECIPES
+    if args.experts:
+        args.log, args.count = EXPERTS_LOG, 0
     torch.set_num_threads(1)
     if args.only:
         for name in args.only:
             for model_type, variant in cases(args.count):
                 if model_type == name:
-                    print(name, variant, json.dumps(in_child(name, variant, True), indent=1))
+                    print(name, variant, json.dumps(in_child(name, variant, True, recipes), indent=1))
         return
     done = {(entry["type"], entry["variant"]) for entry in read(args.log)} if args.log.exists() else set()
     for model_type, variant in cases(args.count):
         if (model_type, variant) in done:
             continue
-        entry = {"type": model_type, "variant": variant, **in_child(model_type, variant, False)}
+        entry = {"type": model_type, "variant": variant, **in_child(model_type, variant, False, recipes)}
         with args.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        if entry["outcome"] not in ("folded", "refused"):
+        if entry["outcome"] not in ("folded", "refused", "no experts"):
             print(entry, file=sys.stderr)
     print(Counter(entry["outcome"] for entry in read(args.log)))
 
@@ -232,8 +249,10 @@ def read(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
 
 
-def table(entries: list[dict[str, Any]]) -> str:
+def table(entries: list[dict[str, Any]], experts: list[dict[str, Any]]) -> str:
     """The page of the documentation: a row for every model type."""
+    mixtures = {entry["type"]: entry for entry in experts if entry["outcome"] != "no experts"}
+    folded = sum(entry["outcome"] == "folded" for entry in mixtures.values())
     by_type: dict[str, list[dict[str, Any]]] = {}
     for entry in entries:
         by_type.setdefault(entry["type"], []).append(entry)
@@ -251,17 +270,22 @@ def table(entries: list[dict[str, Any]]) -> str:
         "*Folded* means folded, saved, loaded by `tensorfold.load` with the same logits, and, where the dense model "
         "does, generating. *Refused* means an `InputError` that says why. *Planned only*: no tiny dense model was "
         "found that runs on token ids alone, so the fold was planned and not made; *not built*: none that can be "
-        "built, which says nothing about the type. What a recipe leaves out, such as "
-        "fused mixtures of experts, stays dense. Sizes are tiny: quality is not what this page is about.",
+        "built, which says nothing about the type. Sizes are tiny: quality is not what this page is about.",
         "",
-        "| model type | recipes tried | outcome |",
-        "|---|---|---|",
+        f"*Experts*: {len(mixtures)} types keep the experts of a layer in one tensor, which `mlp` and `all-linear` pass "
+        f"over and `experts` means. A model of each has these folded, by the recipe that is named: {folded} fold, load "
+        "with the same logits and generate where the dense model does.",
+        "",
+        "| model type | recipes tried | outcome | experts |",
+        "|---|---|---|---|",
     ]
     for name in sorted(by_type):
         mine = by_type[name]
         recipes = ", ".join(dict.fromkeys(entry.get("recipe", "") for entry in mine))
         outcomes = "; ".join(dict.fromkeys(_outcome(entry) for entry in mine))
-        lines.append(f"| `{name}` | {recipes} | {outcomes} |")
+        own = mixtures.get(name)
+        said = "" if own is None else f"{own['recipe']}: {_outcome(own).partition(' (')[0]}"
+        lines.append(f"| `{name}` | {recipes} | {outcomes} | {said} |")
     return "\n".join(lines) + "\n"
 
 

@@ -154,3 +154,17 @@ def test_one_budget_for_experts_and_the_rest_by_what_they_cost(effort, tokenizer
     assert len({choice.rank for choice in experts.values()}) > 1
     assert {report.metrics[name] for name in experts if name in report.metrics} == {"loss"}
     assert report.plan.kept <= 0.6
+
+
+@pytest.mark.parametrize("effort", ["low", "medium"])
+def test_an_expert_that_no_text_meets_is_fitted_to_its_layers_tokens(effort, tokenizer, prose):
+    model = make("DeepseekV3")
+    model.model.layers[1].mlp.gate.e_score_correction_bias[3] = -1e4
+    recipe = Recipe((Rule("experts", Auto(keep=0.6, effort=effort)),))
+    with pytest.warns(UserWarning, match=r"2 layers are not called .*experts\.gate_up_proj\.3"):
+        report = tensorfold.fold(model, recipe, tokenizer, [prose], calibration_tokens=512)
+    assert len(report.modules) == 8
+    assert report.plan.kept <= 0.6
+    plain = LowRank(keep=0.6)
+    tensorfold.fold(other := make("DeepseekV3"), Recipe((Rule("experts", plain),)), tokenizer, [prose])
+    assert len(stacks(other)) == 2

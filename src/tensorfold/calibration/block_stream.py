@@ -8,7 +8,7 @@ Notation: n input features of a layer, C its input moment (n × n), X its inputs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
@@ -165,6 +165,11 @@ class BlockStream:
         self.hidden = allocate(shape, dtype) if allocate else torch.empty(shape, dtype=dtype, device=self.device)
         self._passed: list[Passed] = []  # by window, beside the hidden states
 
+    @property
+    def width(self) -> int:
+        """Number of features of the hidden states."""
+        return int(self.hidden.shape[-1])
+
     def calls(self, index: int) -> bool:
         """Whether text goes through block ``index``: not through cross-attention to images, for one."""
         return self._chain.calls(index)
@@ -202,14 +207,20 @@ class BlockStream:
         self._passed[k:] = [rest] if index == 0 else [rest, *self._passed[k + 1 :]]
         return passed.hidden
 
-    def input_moments(self, index: int, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    def input_moments(
+        self,
+        index: int,
+        modules: Mapping[str, nn.Module],
+        all_called: bool = True,
+        tokens: dict[str, int] | None = None,
+    ) -> dict[str, Tensor]:
         """Input moments (n × n) of modules in block ``index``, by name; see :func:`input_moments`."""
 
         def forward() -> None:
             for k in range(len(self.windows)):
                 self.run(index, slice(k, k + 1))
 
-        return input_moments(forward, modules, model=self.model)
+        return input_moments(forward, modules, all_called, self.model, tokens)
 
     def advance(self, index: int) -> None:
         """Carry all hidden states through block ``index`` as it now is.
@@ -269,6 +280,7 @@ def input_moments(
     modules: Mapping[str, nn.Module],
     all_called: bool = True,
     model: nn.Module | None = None,
+    counts: dict[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """The input moment ``C = Xᵀ X / tokens`` of every module, X (tokens × n) being all inputs in one run.
 
@@ -279,6 +291,7 @@ def input_moments(
         modules: Modules to watch, by name.
         all_called: Whether a module that is never called is an error; otherwise it is left out of the result.
         model: The model that the modules are part of, to say why their inputs are not finite.
+        counts: Is given the number of vectors that each module was called with, by name.
 
     Returns:
         By name, fp32, shape (n, n).
@@ -322,8 +335,6 @@ def input_moments(
     for name in modules:
         keys = tuple(key for key in sums if name in key)
         if not sum(tokens[key] for key in keys):
-            if all_called:
-                raise InputError(f"{name}: not called on the calibration text, so it has no statistics; exclude it.")
             continue
         if keys not in averages:
             total = sums[keys[0]] if len(keys) == 1 else torch.stack([sums[key] for key in keys]).sum(0)
@@ -331,7 +342,22 @@ def input_moments(
             if not torch.isfinite(averages[keys]).all():
                 raise not_finite_inputs(name, model or modules[name])
         found[name] = averages[keys]
+        if counts is not None:
+            counts[name] = sum(tokens[key] for key in keys)
+    if all_called:
+        check_called(modules, found)
     return found
+
+
+def check_called(names: Iterable[str], found: Collection[str]) -> None:
+    """Check that all modules of some names were called.
+
+    Raises:
+        InputError: One was not; the message names it.
+    """
+    for name in names:
+        if name not in found:
+            raise InputError(f"{name}: not called on the calibration text, so it has no statistics; exclude it.")
 
 
 def not_finite_inputs(name: str, model: nn.Module) -> InputError:

@@ -58,6 +58,7 @@ class Reference:
             if parameter.dim() == 1 and not name.startswith(own)
         }
         self.stream = BlockStream(model, windows)
+        self.tokens: dict[str, int] = {}  # given to each layer of the stage that was measured last
 
     @contextmanager
     def _dense(self, index: int) -> Iterator[None]:
@@ -148,6 +149,7 @@ class Reference:
         if last:
             self.stream.position = index + 1
             self._release(index)
+        self.tokens = {name: each.tokens for name, each in sums.items()}
         return {name: each.statistics(name, towards.get(name), ridge.get(name, 0.0)) for name, each in sums.items()}
 
 
@@ -228,6 +230,8 @@ class _Sums:
         """
         if not self.tokens and self.met:  # an expert that the folded model's router sends no token to any more
             return Statistics(target=self._compensated(towards))
+        if not self.tokens and self.matrix.group == "experts":
+            return Statistics()
         if not self.tokens:
             raise InputError(f"{name}: not called on the calibration text, so it has no statistics; exclude it.")
         sums = self.input_moment, self.cross_moment, self.lack_moment

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from tensorfold.algebra.solvers.fewer_units import KeptUnits
 from tensorfold.algebra.statistics import Statistics
-from tensorfold.calibration.block_stream import BlockStream, inputs_of
+from tensorfold.calibration.block_stream import BlockStream, check_called, inputs_of
 from tensorfold.calibration.error_feedback import Reference
+from tensorfold.calibration.expert_moments import shrunk_experts
 from tensorfold.calibration.gradients import gradient_moments
 from tensorfold.folding.found import Found
 from tensorfold.folding.plan import Plan
@@ -20,6 +21,7 @@ from tensorfold.folding.refine import Refinement, refine_block
 from tensorfold.folding.text import Text
 from tensorfold.hf.modules import scale_of
 from tensorfold.hf.surgery import hidden_units
+from tensorfold.methods.base import NOTHING
 from tensorfold.models.anatomy import Matrix, by_block, dense_weight, matrices
 
 
@@ -121,6 +123,7 @@ class Stage(Batch):
         last: Whether no other layer of the block is folded after these.
         reference: The dense model beside it, where layers are fitted to its output.
         found: What a search knows of layers that share a budget.
+        tokens: How many vectors each layer was given when it was measured.
     """
 
     stream: BlockStream
@@ -128,13 +131,23 @@ class Stage(Batch):
     last: bool
     reference: Reference | None
     found: Found
+    tokens: dict[str, int] = field(default_factory=dict)
 
     def measure(self) -> dict[str, Statistics]:
         """Moments of all, and for those that share a budget feedback, gradients, starts and bases of value heads."""
         known = self._plain()
         if self.reference is not None and any(matrix.name in self.found.efforts for matrix in self.matrices):
             known |= self._corrected(self.reference)
+        known = self._with_few_tokens(known)
         return {name: self.found.completed(self._matrix(name), each) for name, each in known.items()}
+
+    def _with_few_tokens(self, known: dict[str, Statistics]) -> dict[str, Statistics]:
+        """The statistics with the moments of experts shrunk towards what their layer says."""
+        moments = {name: each.input_moment for name, each in known.items() if each.input_moment is not None}
+        shrunk = shrunk_experts(moments, self.tokens, self.matrices, self.stream.width)
+        return {name: replace(known.get(name, NOTHING), input_moment=moment) for name, moment in shrunk.items()} | {
+            name: each for name, each in known.items() if name not in shrunk
+        }
 
     def refine(self) -> Refinement | None:
         """Step the block towards the dense model's output, where an effort asks for it and all of it is folded."""
@@ -154,7 +167,9 @@ class Stage(Batch):
         modules = {matrix.name: matrix.module for matrix in self.matrices if matrix.name not in corrected}
         if not modules:
             return {}
-        moments = self.stream.input_moments(self.index, modules)
+        needed = {m.name for m in self.matrices if m.name in modules and m.group != "experts"}
+        moments = self.stream.input_moments(self.index, modules, False, self.tokens)
+        check_called(needed, moments)
         return {name: Statistics(input_moment=moment) for name, moment in moments.items()}
 
     def _corrected(self, reference: Reference) -> dict[str, Statistics]:
@@ -164,7 +179,9 @@ class Stage(Batch):
         towards = {name: turn.weight(layers[name]) for name, turn in turned.items()}
         fewer = [name for name, turn in turned.items() if isinstance(turn.basis, KeptUnits)]
         ridge = {name: self.found.efforts[name].ridge for name in layers}
-        return reference.statistics(self.stream, self.index, layers, self.last, towards, fewer, ridge)
+        found = reference.statistics(self.stream, self.index, layers, self.last, towards, fewer, ridge)
+        self.tokens.update(reference.tokens)
+        return found
 
 
 @dataclass(frozen=True, eq=False)

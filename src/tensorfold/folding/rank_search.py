@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from tensorfold.algebra.solvers.low_rank import error_curve
 from tensorfold.algebra.statistics import shrunk
 from tensorfold.calibration.block_stream import BlockStream, input_moments
+from tensorfold.calibration.expert_moments import shrunk_experts
 from tensorfold.calibration.packed_symmetric import Packed
 from tensorfold.errors import InputError
 from tensorfold.folding.budgets import (
@@ -148,7 +149,9 @@ class RankSearch:
                 replace(layer, exact=self.exact.get(layer.down.name), multiple=self.multiples[layer.down.name])
                 for layer in layers
             ]
-            moments = self._shrunk(input_moments(partial(stream.advance, index), modules, all_called=False))
+            tokens: dict[str, int] = {}
+            moments = input_moments(partial(stream.advance, index), modules, all_called=False, counts=tokens)
+            moments = self._shrunk(shrunk_experts(moments, tokens, batch.values(), stream.width))
             for name, matrix in batch.items():
                 if name in moments and name in self.gradients:
                     weight = dense_weight(matrix.module).detach()
@@ -233,7 +236,8 @@ class RankSearch:
         left = {name: matrix for name, matrix in self.members.items() if name not in self.curves}
         if left:
             stream = BlockStream(self.model, self.windows)
-            for index, batch in _at_entrances(stream, left):
+            needed = {name: matrix for name, matrix in left.items() if matrix.group != "experts"}  # have their layer's
+            for index, batch in _at_entrances(stream, needed):
                 # Found now, not when its block is folded; it names the layer.
                 input_moments(partial(stream.advance, index), {name: matrix.module for name, matrix in batch.items()})
             more = " effort: medium looks at all of the text." if len(self.sample) < len(self.windows) else ""
