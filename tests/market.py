@@ -6,6 +6,7 @@ from pathlib import Path
 from tensorfold.algebra.contraction.costs import Machine, default_machine
 from tensorfold.algebra.contraction.paths import Order
 from tensorfold.algebra.contraction.search import fastest_path
+from tensorfold.algebra.specs.expert_train import ExpertTrain
 from tensorfold.algebra.specs.graded import GradedSpec
 from tensorfold.algebra.specs.spec import Spec
 from tensorfold.algebra.specs.token_mps import TokenMPSSpec
@@ -50,6 +51,9 @@ MARKET = {
 # Every structure; one of one's own adds a row, and goes through the same tests.
 STRUCTURES = {
     **MARKET,
+    "expert-train": ExpertTrain(3, 8, 12, 5, 7),
+    "expert-train-inputs": ExpertTrain(3, 8, 12, 8, 7),
+    "expert-train-outputs": ExpertTrain(3, 8, 12, 5, 12),
     "pivoted": Spec.low_rank(31, 17, 5, pivoted=True),
     "pivoted-partial": Spec.low_rank(31, 17, 5, pivoted=True, rows=20, columns=12),
     "partial": Spec.partial(31, 17, rows=20, columns=12),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tensorfold.hf.int8 import quantize
     from tensorfold.hf.loading import load
     from tensorfold.hf.vocabulary import append_tokens
-    from tensorfold.methods import MPO, Graded, Kronecker, LowRank, TokenMPS
+    from tensorfold.methods import MPO, Graded, Kronecker, LowRank, SharedExperts, TokenMPS
     from tensorfold.methods.auto import Auto
     from tensorfold.recipes.recipe import Recipe, Rule
     from tensorfold.report.page import write_report
@@ -39,6 +39,7 @@ _HOME = {
     "InputError": "errors",
     "Kronecker": "methods",
     "LowRank": "methods",
+    "SharedExperts": "methods",
     "MPO": "methods",
     "Recipe": "recipes.recipe",
     "Rule": "recipes.recipe",
@@ -68,6 +69,7 @@ __all__ = [
     "LowRank",
     "Recipe",
     "Rule",
+    "SharedExperts",
     "Spec",
     "SpecError",
     "TensorfoldError",

@@ -6,7 +6,8 @@ Model types are those of ``MODEL_FOR_CAUSAL_LM_MAPPING``, tiny, random and seede
 more of the common ones until there are ``--count``. Each runs in a forked child with limits on time and memory. What
 the dense model cannot do by itself (run, generate, come back from disk the same) is not asked of the folded one, and is
 noted. The same command goes on after an interruption; ``--only TYPE`` shows one; ``--experts`` folds the experts of the
-types that keep them in one tensor, and logs to ``experts.jsonl``; ``--table`` writes ``docs/architectures.md`` from both.
+types that keep them in one tensor, and logs to ``experts.jsonl``; ``--table`` writes ``docs/architectures.md`` from
+both.
 """
 
 from __future__ import annotations
@@ -272,9 +273,9 @@ def table(entries: list[dict[str, Any]], experts: list[dict[str, Any]]) -> str:
         "found that runs on token ids alone, so the fold was planned and not made; *not built*: none that can be "
         "built, which says nothing about the type. Sizes are tiny: quality is not what this page is about.",
         "",
-        f"*Experts*: {len(mixtures)} types keep the experts of a layer in one tensor, which `mlp` and `all-linear` pass "
-        f"over and `experts` means. A model of each has these folded, by the recipe that is named: {folded} fold, load "
-        "with the same logits and generate where the dense model does.",
+        f"*Experts*: {len(mixtures)} types keep the experts of a layer in one tensor, which `mlp` and `all-linear` "
+        f"pass over and `experts` means. A model of each has these folded, by the recipe that is named: {folded} fold, "
+        "load with the same logits and generate where the dense model does.",
         "",
         "| model type | recipes tried | outcome | experts |",
         "|---|---|---|---|",

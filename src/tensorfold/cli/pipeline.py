@@ -26,7 +26,7 @@ from tensorfold.utils.claims import claimed
 from tensorfold.utils.records import EVALUATIONS, read_lines, read_object, record_evaluation
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from tensorfold.recipes.recipe import Recipe
 
@@ -67,14 +67,18 @@ class Order:
     tokens: int
     judged: int
 
-    @property
-    def recipe(self) -> Recipe:
-        """The fold, at a size that is still to be found."""
+    def recipe(self, config: PreTrainedConfig) -> Recipe:
+        """The fold of a dense model, at a size that is still to be found; graphs of folded experts cannot be traced."""
         from tensorfold.methods.auto import Auto
+        from tensorfold.models.anatomy import empty_model
+        from tensorfold.models.experts import fused_experts
         from tensorfold.recipes.recipe import Recipe, Rule
 
         method = Auto(keep=0.5, effort=self.effort, plain=self.plain)  # type: ignore[arg-type]
-        return Recipe(fold=(Rule("mlp" if self.plain else "all-linear", method),))
+        experts = self.engine == "transformers" and bool(fused_experts(empty_model(config)))
+        return Recipe(
+            fold=(Rule("mlp" if self.plain else ["all-linear", "experts"] if experts else "all-linear", method),)
+        )
 
 
 class Pipeline:
@@ -97,7 +101,9 @@ class Pipeline:
 
             check_packages(order.engine)
         self.source = find_runnable(order.model)
-        self.aim: Aim = aim_at(self.source.config(), order.recipe, order.engine, order.bits, order.size, order.most)
+        config = self.source.config()
+        self.recipe = order.recipe(config)
+        self.aim: Aim = aim_at(config, self.recipe, order.engine, order.bits, order.size, order.most)
         fewer = [bits for bits in COSTS[order.engine] if bits < self.aim.bits]
         self.bits = [bits for bits in (self.aim.bits, max(fewer, default=None)) if bits is not None and bits < 32]
         exports = [f"dense-{bits}" for bits in self.bits]
@@ -189,7 +195,7 @@ class Pipeline:
         from tensorfold.cli.fold import fold
 
         target, file = self.out / "folded", self.out / "recipe.yaml"
-        [rule] = self.order.recipe.fold
+        [rule] = self.recipe.fold
         entry = {
             "targets": rule.targets,
             "method": "auto",

@@ -138,13 +138,29 @@ class Stage(Batch):
         known = self._plain()
         if self.reference is not None and any(matrix.name in self.found.efforts for matrix in self.matrices):
             known |= self._corrected(self.reference)
-        known = self._with_few_tokens(known)
+        known = self._joined(self._with_few_tokens(known))
         return {name: self.found.completed(self._matrix(name), each) for name, each in known.items()}
+
+    def _joined(self, known: dict[str, Statistics]) -> dict[str, Statistics]:
+        """The statistics, those of experts that one matrix holds put together."""
+        for matrix in self.matrices:
+            own = [known.pop(part.name, NOTHING).input_moment for part in matrix.parts] if matrix.experts else []
+            met = [moment for moment in own if moment is not None]
+            if len(met) < len(own) or not met:
+                continue
+            counts = torch.tensor([self.tokens.get(part.name, 0) for part in matrix.parts], dtype=torch.float64)
+            shares = (counts / counts.sum()).to(met[0].device)
+            pooled = torch.zeros_like(met[0])
+            for share, moment in zip(shares.tolist(), met, strict=True):
+                pooled.add_(moment, alpha=share)
+            known[matrix.name] = Statistics(pooled, expert_moments=torch.stack(met), expert_shares=shares)
+        return known
 
     def _with_few_tokens(self, known: dict[str, Statistics]) -> dict[str, Statistics]:
         """The statistics with the moments of experts shrunk towards what their layer says."""
         moments = {name: each.input_moment for name, each in known.items() if each.input_moment is not None}
-        shrunk = shrunk_experts(moments, self.tokens, self.matrices, self.stream.width)
+        parts = [part for matrix in self.matrices for part in matrix.parts]
+        shrunk = shrunk_experts(moments, self.tokens, parts, self.stream.width)
         return {name: replace(known.get(name, NOTHING), input_moment=moment) for name, moment in shrunk.items()} | {
             name: each for name, each in known.items() if name not in shrunk
         }
@@ -164,7 +180,8 @@ class Stage(Batch):
     def _plain(self) -> dict[str, Statistics]:
         """The input moments of layers that are fitted to the dense weight."""
         corrected = self.found.efforts if self.reference is not None else {}
-        modules = {matrix.name: matrix.module for matrix in self.matrices if matrix.name not in corrected}
+        plain = [matrix for matrix in self.matrices if matrix.name not in corrected]
+        modules = {part.name: part.module for matrix in plain for part in matrix.parts}
         if not modules:
             return {}
         needed = {m.name for m in self.matrices if m.name in modules and m.group != "experts"}

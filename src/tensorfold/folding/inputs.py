@@ -16,7 +16,7 @@ from tensorfold.hf.modules import scale_of
 from tensorfold.hf.surgery import hidden_units
 from tensorfold.methods import Method
 from tensorfold.methods.base import Use, check_use
-from tensorfold.models.anatomy import Matrix, matrices
+from tensorfold.models.anatomy import Matrix, expert_tensors, matrices
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.recipes.recipe import Recipe
 from tensorfold.utils.distributed import Ranks
@@ -27,7 +27,7 @@ from tensorfold.utils.torch_modes import check_takes_gradients
 def checked_plan(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> Plan:
     """The plan, after finding whatever is wrong with recipe and weights before the model is touched."""
     planned = plan(model, recipe)
-    available = matrices(model)
+    available = {**matrices(model), **{n: m for n, m in expert_tensors(model).items() if n in planned.modules}}
     for name, method in planned.methods.items():
         # Of tables, text knows the one that it goes in by, and none of positions.
         known = name not in available or available[name].kind == "linear" or available[name].group == "embedding"

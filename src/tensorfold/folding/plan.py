@@ -26,8 +26,10 @@ from tensorfold.models.anatomy import (
     check_unshared,
     count_parameters,
     empty_model,
+    expert_tensors,
     is_plain_linear,
     matrices,
+    width,
 )
 from tensorfold.models.experts import fused_experts
 from tensorfold.models.sizes import stored_bytes
@@ -64,7 +66,8 @@ class Plan:
     that a checkpoint holds, stored orders included: ``other_bytes`` of all that is not targeted, and
     ``targeted_bytes`` of each targeted matrix as it was. ``dense`` are the parameters of targeted matrices that a
     search leaves as they are. ``macs_before`` are the multiply–adds a token of all linear layers, the head among them,
-    as given; ``other_macs`` those of layers that are not targeted, ``targeted_macs`` of each targeted matrix as it was.
+    as given, without experts that share a tensor, which are sent some tokens only; ``other_macs`` those of layers that
+    are not targeted, ``targeted_macs`` of each targeted matrix as it was.
     ``str(plan)`` is the table people read.
     """
 
@@ -208,9 +211,10 @@ def prepare(model: PreTrainedModel, recipe: Recipe, said: str | None = None) -> 
     if recipe.layers is not None:
         keep_layers(model, recipe.layers)
     methods, split, budgets = _assign(model, recipe)
-    chosen = {name: matrix for name, matrix in matrices(model).items() if name in methods}
+    every = {**matrices(model), **expert_tensors(model)}
+    chosen = {name: matrix for name, matrix in every.items() if name in methods}
     check_unshared(model, chosen.values())
-    specs = {name: _spec(matrix, methods[name]) for name, matrix in chosen.items()}
+    specs = {name: _spec(matrix, methods[name], width(model)) for name, matrix in chosen.items()}
     targeted = sum(matrix.parameter.numel() for matrix in chosen.values())
     after = count_parameters(model) - targeted + sum(spec.parameters for spec in specs.values())
     warnings = (
@@ -262,7 +266,7 @@ def carry_out(model: PreTrainedModel, recipe: Recipe, planned: Plan) -> dict[str
             take_experts_apart(model, name)
         else:
             split_linear(model, name, sizes)
-    available = matrices(model)
+    available = {**matrices(model), **expert_tensors(model)}
     return {name: available[name] for name in planned.modules}
 
 
@@ -279,8 +283,13 @@ def _assign(
         targets = match(rule.targets, available, model)
         excluded = match(rule.exclude, available, model) if rule.exclude is not None else []
         _check_rule(place, rule, targets, excluded, methods.keys() | split.keys())
+        if rule.method.joins_experts:
+            joined = _joined(place, rule, available, [name for name in targets if name not in excluded], methods)
+            methods.update(dict.fromkeys(joined, rule.method))
+            split.update({name: [apart[name].matrix_shape[0]] * apart[name].experts for name in joined})
+            continue
         for name in targets:
-            if name in excluded or name in methods or name in split:
+            if name in excluded or name in methods or name in split or available[name].fused in methods:
                 continue
             if rule.split is None:
                 methods[name] = rule.method
@@ -299,6 +308,31 @@ def _assign(
             linear = tuple(name for name, matrix in new.items() if matrix.kind == "linear")
             budgets += [Budget(rule.method, linear)] if linear else []
     return methods, split, tuple(budgets)
+
+
+def _joined(
+    place: int, rule: Rule, available: Mapping[str, Matrix], targets: Collection[str], taken: Collection[str]
+) -> list[str]:
+    """Names of the tensors all of whose experts are targets of a rule, and folded by no rule before it.
+
+    Raises:
+        InputError: A target is no expert, or not all experts of its tensor are targets.
+    """
+    where = f"recipe: fold[{place}] (targets: {rule.targets}): {rule.method.name}"
+    members: dict[str, list[str]] = {}
+    for name, matrix in available.items():
+        if matrix.fused is not None:
+            members.setdefault(matrix.fused, []).append(name)
+    out: dict[str, None] = {}
+    for name in targets:
+        tensor = available[name].fused
+        if tensor is None:
+            raise InputError(f"{where} folds all experts of a tensor together, and {name} is in none; exclude it.")
+        if not set(members[tensor]) <= set(targets):
+            raise InputError(f"{where} folds all experts of {tensor} together; needed all of them among its targets.")
+        if tensor not in taken and not set(members[tensor]) & set(taken):
+            out[tensor] = None
+    return list(out)
 
 
 def _check_rule(
@@ -330,7 +364,7 @@ def _warnings(specs: Mapping[str, Structure]) -> Iterator[str]:
             yield f"{name}: {spec} reaches rank {spec.attainable_matrix_rank} of {full} at most"
 
 
-def _spec(matrix: Matrix, method: Method) -> Structure:
+def _spec(matrix: Matrix, method: Method, states: int) -> Structure:
     if method.tables_only and matrix.kind != "embedding":
         raise SpecError(
             f"{matrix.name}: {method.name} folds embedding tables, and this is a linear layer; use it with "
@@ -342,7 +376,11 @@ def _spec(matrix: Matrix, method: Method) -> Structure:
             "layer; use it with targets: embedding or positions, and order: own here."
         )
     try:
-        spec = method.spec(matrix.out_features, matrix.in_features)
+        if matrix.experts:
+            rows = matrix.out_features // matrix.experts
+            spec = method.spec_of_experts(matrix.experts, rows, matrix.in_features, states)
+        else:
+            spec = method.spec(matrix.out_features, matrix.in_features)
         check_size(spec)
         return spec
     except SpecError as error:

@@ -119,7 +119,7 @@ def _plain_state(model: PreTrainedModel, plain: PreTrainedModel) -> dict[str, Te
     products: dict[int, Tensor] = {}  # by first core: a tied head is multiplied out once
     for name, module in replaced.items():
         if isinstance(module, ExpertStack):
-            state[name] = module.to_dense()
+            state[name] = module.tensor()
             continue
         key = id(next(module.parameters()))
         if key not in products:

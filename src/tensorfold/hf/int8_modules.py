@@ -14,6 +14,7 @@ from tensorfold.hf.modules import set_module
 from tensorfold.models.anatomy import dense_weight, embedding_scale, is_plain_linear
 from tensorfold.models.tied_heads import tied_head
 from tensorfold.nn import FoldedModule
+from tensorfold.nn.experts import ExpertStack
 from tensorfold.nn.int8 import Int8Embedding, Int8Folded, Int8Linear
 
 Int8 = Int8Linear | Int8Embedding | Int8Folded
@@ -48,7 +49,7 @@ def int8_targets(model: PreTrainedModel) -> list[str]:
     inside: tuple[str, ...] = ()
     found = []
     for name, module in model.named_modules():
-        if name == head or name.startswith(inside or "\0"):
+        if name == head or name.startswith(inside or "\0") or isinstance(module, ExpertStack):  # its own layers can
             continue
         if isinstance(module, FoldedModule):
             inside = (*inside, f"{name}.")

@@ -13,10 +13,11 @@ from tensorfold.algebra.solvers.solve import Factors
 from tensorfold.algebra.specs.registry import check_size
 from tensorfold.algebra.specs.structure import Structure
 from tensorfold.errors import InputError
-from tensorfold.hf.surgery import mark_initialised, split_linear, take_experts_apart
-from tensorfold.models.anatomy import Matrix, embedding_scale, matrices
+from tensorfold.hf.surgery import mark_initialised, put_experts, split_linear, take_experts_apart
+from tensorfold.models.anatomy import Matrix, embedding_scale, expert_tensors, matrices
 from tensorfold.models.experts import fused_experts
 from tensorfold.nn import StructuredLinear, StructuredTable, linear_class, table_class
+from tensorfold.nn.experts import ExpertStack
 
 Folded = StructuredLinear | StructuredTable
 
@@ -77,6 +78,10 @@ def swap(model: PreTrainedModel, matrix: Matrix, module: Folded) -> None:
         matrix: Matrix whose module is replaced.
         module: Folded module.
     """
+    if isinstance(module, ExpertStack):
+        module.turned = getattr(matrix.module, "turned", False)
+        put_experts(model, matrix.name, module)
+        return
     set_module(model, matrix.name, module)
     if matrix.tied_head is None:
         return
@@ -120,7 +125,7 @@ def install(
         if name not in available:
             raise InputError(f"checkpoint: its configuration splits {name!r}, which {type(model).__name__} lacks.")
         split_linear(model, name, sizes)
-    available = matrices(model)
+    available = {**matrices(model), **expert_tensors(model)}
     for name, spec in specs.items():
         matrix = available.get(name)
         if matrix is None:

@@ -275,6 +275,7 @@ def put_experts(model: PreTrainedModel, name: str, stack: nn.Module) -> None:
     stack.train(module.training)
     module._modules[attribute] = stack
     mark_initialised(model, name)
+    model._no_split_modules = {*(model._no_split_modules or ()), type(stack).__name__}  # computed at once
 
 
 @dataclass(frozen=True)

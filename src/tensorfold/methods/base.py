@@ -60,12 +60,14 @@ class Method(ABC):
     Attributes:
         name: Name in recipes.
         tables_only: Whether the method folds embeddings and no linear layers.
+        joins_experts: Whether the method folds all experts of a tensor together, by ``spec_of_experts``.
         needs: By setting, what other settings must be for it to have an effect; settings without an entry always have.
         needs_of_use: By setting, what the use must be for it to have an effect.
     """
 
     name: ClassVar[str]
     tables_only: ClassVar[bool] = False
+    joins_experts: ClassVar[bool] = False
     needs: ClassVar[Needs] = {}
     needs_of_use: ClassVar[Needs] = {}
 
@@ -84,6 +86,10 @@ class Method(ABC):
         Raises:
             SpecError: No spec of this kind meets the settings; the message names the nearest that would.
         """
+
+    def spec_of_experts(self, experts: int, out_features: int, in_features: int, width: int) -> Structure:
+        """Spec for a tensor of experts, of methods that join them; ``width`` is that of the states between blocks."""
+        raise NotImplementedError
 
     def concrete(self, group: str) -> Method:
         """Method that folds a matrix of a group: ``mlp``, ``attention``, ``embedding``, ``positions`` or ``""``."""

@@ -23,6 +23,7 @@ from tensorfold.models.experts import fused_experts, stacks
 from tensorfold.models.linear_maps import check_weights, orientation
 from tensorfold.models.tied_heads import tied_head
 from tensorfold.nn import FoldedModule
+from tensorfold.nn.experts import ExpertLinears, ExpertStack
 
 Kind = Literal["linear", "embedding"]
 ALREADY_FOLDED = "the model is already folded; start from the dense model, or heal and evaluate this one."
@@ -46,6 +47,8 @@ class Matrix:
         group: ``mlp``, ``attention``, ``embedding``, ``positions``, ``experts`` for one that was or is in one tensor
             with others, or ``""`` for none.
         tied_head: Name of the output head that shares a table's weight, if one does.
+        experts: Number of experts of which the matrix holds all, one below the other; 0 for one of its own. Its module
+            is then the experts taken apart, or a stand-in with the tensor itself.
         fused: Name of the tensor with all experts of a layer that the weight is a view of; the module is then a
             stand-in beside the model. None for a weight of its own.
     """
@@ -58,13 +61,26 @@ class Matrix:
     group: str
     tied_head: str | None = None
     fused: str | None = None
+    experts: int = 0
 
     @property
     def parameter(self) -> Tensor:
-        """Weight as its module stores it."""
+        """Weight as its module stores it; of several experts a tensor of their shapes with the first one's numbers."""
+        if isinstance(self.module, ExpertLinears):
+            first: Tensor = self.parts[0].parameter
+            return first.expand(self.experts, *first.shape)
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    @property
+    def parts(self) -> list[Matrix]:
+        """The matrix itself, or those of the experts that it holds."""
+        if not isinstance(self.module, ExpertLinears):
+            return [self]
+        shape = self.module.matrix_shape
+        children = self.module.named_children()
+        return [Matrix(f"{self.name}.{key}", child, *shape, "linear", "experts") for key, child in children]
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -74,6 +90,8 @@ class Matrix:
 
 def dense_weight(module: nn.Module) -> Tensor:
     """Weight of a module as (out, in), a view: GPT-2's ``Conv1D``, which stores (in, out), is transposed here alone."""
+    if isinstance(module, ExpertStack):
+        return module.matrices().flatten(0, 1)
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.T if orientation(module) == "in-out" else weight
@@ -164,6 +182,12 @@ def context_length(config: Any) -> int | None:
         config = config.get_text_config()
     named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # the latter is MPT's
     return next((each for each in named if each is not None and each > 0), None)
+
+
+def width(model: PreTrainedModel) -> int:
+    """Number of features of the states between blocks, by the configuration or the input table; 0 where unknown."""
+    stated = getattr(model.config.get_text_config(), "hidden_size", None)
+    return stated if isinstance(stated, int) else 0
 
 
 def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -317,6 +341,21 @@ def _fused(model: PreTrainedModel) -> dict[str, Matrix]:
             stand_in.weight = nn.Parameter(fused.weight(expert), fused.tensor.requires_grad)
             own = f"{name}.{expert}"
             out[own] = Matrix(own, stand_in, rows, columns, "linear", "experts", fused=name)
+    return out
+
+
+def expert_tensors(model: PreTrainedModel) -> dict[str, Matrix]:
+    """All experts of a tensor as one matrix (E·m, n), by the name of the tensor; folded ones are left out."""
+    out = {}
+    for name, fused in fused_experts(model).items():
+        stand_in = nn.Module()
+        stand_in.weight = fused.tensor
+        rows, columns = fused.matrix_shape
+        out[name] = Matrix(name, stand_in, fused.experts * rows, columns, "linear", "experts", experts=fused.experts)
+    for name, stack in stacks(model).items():
+        if isinstance(stack, ExpertLinears) and not any(isinstance(each, FoldedModule) for each in stack.children()):
+            rows, columns = stack.matrix_shape
+            out[name] = Matrix(name, stack, stack.experts * rows, columns, "linear", "experts", experts=stack.experts)
     return out
 
 

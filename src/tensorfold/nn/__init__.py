@@ -3,6 +3,7 @@
 from tensorfold.nn.base import FoldedModule, FoldedTable
 from tensorfold.nn.cached_matrices import cache_matrices
 from tensorfold.nn.embedding import MPOEmbedding
+from tensorfold.nn.expert_train import SharedExpertsLinear
 from tensorfold.nn.graded import GradedEmbedding, GradedHead
 from tensorfold.nn.linear import MPOLinear
 from tensorfold.nn.machine_speeds import calibrate_machine
@@ -17,6 +18,7 @@ __all__ = [
     "GradedHead",
     "MPOEmbedding",
     "MPOLinear",
+    "SharedExpertsLinear",
     "StackedLinear",
     "StructuredLinear",
     "StructuredTable",

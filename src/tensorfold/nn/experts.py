@@ -50,7 +50,7 @@ class ExpertStack(nn.Module):
         """The matrices W_e, shape (E, m, n), multiplied out."""
         raise NotImplementedError
 
-    def to_dense(self) -> Tensor:
+    def tensor(self) -> Tensor:
         """The tensor as the model kept it: (E, m, n), or (E, n, m) if ``turned``."""
         found = self.matrices()
         return found.mT.contiguous() if self.turned else found
@@ -96,8 +96,8 @@ class ExpertStack(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the parameters."""
-        return next(self.parameters()).dtype
+        """Dtype of the parameters in floating point."""
+        return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
 
     @property
     def device(self) -> torch.device:
@@ -132,6 +132,8 @@ class ExpertLinears(ExpertStack):
         self.turned = turned
         for index, layer in enumerate(layers):
             self.add_module(str(index), layer)
+        first: Any = self._modules["0"]
+        self._matrix_shape = first.out_features, first.in_features  # in int8 a layer does not say
 
     @property
     def experts(self) -> int:
@@ -139,8 +141,7 @@ class ExpertLinears(ExpertStack):
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        first: Any = self._modules["0"]
-        return first.out_features, first.in_features
+        return self._matrix_shape
 
     def product(self, expert: int, x: Tensor) -> Tensor:
         layer = self._modules[str(expert)]

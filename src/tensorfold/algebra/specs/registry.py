@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tensorfold.algebra.specs.expert_train import ExpertTrain  # noqa: F401  (known by its kind)
 from tensorfold.algebra.specs.graded import GradedSpec
 from tensorfold.algebra.specs.spec import Spec
 from tensorfold.algebra.specs.structure import STRUCTURES, Structure
