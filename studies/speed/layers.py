@@ -72,11 +72,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--log", type=Path, default=LOG)
     parser.add_argument("--rivals", action="store_true", help="Beside tensorly-torch and pyfastkron, if installed.")
+    parser.add_argument("--dtype", default="float32", help="Of weights and vectors, such as bfloat16; its own log.")
     parser.add_argument("--quick", action="store_true", help="One system, few tokens, to see that it runs.")
     given = parser.parse_args()
     rivals, versions = installed() if given.rivals else ([], [])
     log = LOG.with_name("rivals.jsonl") if given.rivals and given.log == LOG else given.log
-    tensorfold.nn.calibrate_machine()
+    if given.dtype != "float32" and log == LOG:
+        log = LOG.with_name(f"layers-{given.dtype}.jsonl")
+    dtype = getattr(torch, given.dtype)
+    torch.set_default_dtype(dtype)
+    tensorfold.nn.calibrate_machine(dtype=dtype)
     tokens, most = ((1, 16), 1) if given.quick else (TOKENS, given.rounds)
     done = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     seen = {(entry["kind"], entry["spec"], entry["bias"], entry["parameters"]) for entry in done}

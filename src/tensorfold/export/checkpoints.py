@@ -18,7 +18,7 @@ from tensorfold.hf.dense import plain_model
 from tensorfold.hf.int8 import quantize
 from tensorfold.hf.loading import load
 from tensorfold.models.anatomy import count_parameters
-from tensorfold.models.modes import evaluation_mode
+from tensorfold.models.modes import as_it_was_on_failure, evaluation_mode
 from tensorfold.utils.atomic_files import check_target
 from tensorfold.utils.torch_modes import in_usual_modes
 
@@ -98,7 +98,7 @@ def export_int8(
     """Write ``model`` with its weights in int8, see :func:`tensorfold.quantize`; whole or not at all.
 
     Args:
-        model: Folded or not; is in int8 afterwards.
+        model: Folded or not; is in int8 afterwards, or as it was where that fails.
         out, tokenizer, name: As for :func:`export_dense`.
 
     Raises:
@@ -109,8 +109,8 @@ def export_int8(
     check_target(Path(out))
     with evaluation_mode(model):
         inputs, expected = expected_logits(model, "int8")
-        bytes_before = quantize(model).bytes_before
-        with writing(out) as partial:
+        with as_it_was_on_failure(model), writing(out) as partial:
+            bytes_before = quantize(model).bytes_before
             model.save_pretrained(partial)
             text = _INT8_README.format(name=name, before=bytes_before, version=version())
             write_beside(partial, model, tokenizer, text)

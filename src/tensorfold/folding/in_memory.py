@@ -18,7 +18,7 @@ from tensorfold.algebra.solvers.fewer_units import KeptUnits
 from tensorfold.errors import InputError
 from tensorfold.folding.batches import Batch, batches
 from tensorfold.folding.found import Found
-from tensorfold.folding.hidden_order import align_hidden_units
+from tensorfold.folding.hidden_order import align_hidden_units, order_folded_units, unit_families
 from tensorfold.folding.inputs import check_same, checked_plan, identity
 from tensorfold.folding.plan import Plan, carry_out
 from tensorfold.folding.rank_search import search_ranks
@@ -103,6 +103,7 @@ def fold(
         store = _agree(ranks, model, recipe, text, checkpoint)
         chosen = carry_out(model, recipe, planned)  # from here on the model changes
         ties.settle(model)
+        families = unit_families(model)
         with evaluation_mode(model), torch.no_grad(), _Progress(ranks, len(chosen), progress) as bar:
             planned, found = search_ranks(model, planned, chosen, text, ranks, store, bar.works_on)
             chosen = {name: matrix for name, matrix in chosen.items() if name in planned.modules}
@@ -113,6 +114,7 @@ def fold(
         if _left_plain(model, planned, chosen, found):
             planned = planned.of_plain(model)
         elif chosen:
+            order_folded_units(model, families)
             tied = {matrix.name: matrix.tied_head for matrix in chosen.values() if matrix.tied_head is not None}
             mark_folded(model, planned.modules, tied, planned.split)
     text.note_in(model)

@@ -1,4 +1,4 @@
-"""Evaluation mode of a model, for as long as a context is open."""
+"""Contexts that give a model back as it was: its evaluation mode, and all of it where something fails."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 from torch import nn
+
+_TABLES = ("_modules", "_parameters", "_buffers")
 
 
 @contextmanager
@@ -24,3 +26,23 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in model.modules():
             module.training = before.get(module, whole)
+
+
+@contextmanager
+def as_it_was_on_failure(model: nn.Module) -> Iterator[None]:
+    """Give a model back its modules, weights, attributes and configuration if what is done meanwhile fails.
+
+    Modules that are replaced meanwhile stay in memory until the context closes.
+    """
+    owners = [*model.modules(), *(config for config in [getattr(model, "config", None)] if config is not None)]
+    before = [
+        (owner, {name: dict(value) if name in _TABLES else value for name, value in vars(owner).items()})
+        for owner in owners
+    ]
+    try:
+        yield
+    except BaseException:
+        for owner, attributes in before:
+            vars(owner).clear()
+            vars(owner).update(attributes)
+        raise

@@ -10,18 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorfold.algebra.contraction.apply import add_bias, apply
+from tensorfold.algebra.contraction.apply import add_bias, apply, stored_factors
 from tensorfold.algebra.contraction.paths import ContractionPath, Order
+from tensorfold.algebra.contraction.pivots import first_of_pivots, from_pivots, read_first
+from tensorfold.algebra.contraction.vector import of_chain, of_part, of_pivots
 from tensorfold.algebra.precision import as_given, product_dtype
 from tensorfold.algebra.solvers.solve import factorize
 from tensorfold.algebra.specs.spec import Spec
 from tensorfold.algebra.specs.structure import Structure
 from tensorfold.errors import SpecError
 from tensorfold.nn.machine_speeds import path_for
+from tensorfold.nn.prepared import Function, Prepared
 from tensorfold.nn.structured import StructuredLinear
 from tensorfold.utils.validation import check_types
-
-_FEW, _TILE = 64, 512  # tokens from which pivots are computed in tiles, and tokens of a tile
 
 
 class MPOLinear(StructuredLinear):
@@ -49,6 +50,8 @@ class MPOLinear(StructuredLinear):
     spec: Spec
     way: Order | str | None = None
     _matrix: tuple[tuple[object, ...], Tensor] | None = None
+    _prepared: Prepared | None = None
+    _settled: tuple[int | None, int | None] = (None, None)
 
     @classmethod
     def from_dense(cls, weight: Tensor, spec: Spec, bias: Tensor | None = None, metric: Tensor | None = None) -> Self:
@@ -75,11 +78,17 @@ class MPOLinear(StructuredLinear):
         Raises:
             InputError: ``way`` is none of those that there are.
         """
+        if not torch.compiler.is_compiling() and self._prepared is not None and self.way is None:
+            function = self._prepared.function_for(input)
+            if function is not None:
+                return function(input)
         return self.cores(self._outputs, input)
 
     def _outputs(self, x: Tensor) -> Tensor:
         cores = self.cores.tensors()
         training = torch.is_grad_enabled() and (x.requires_grad or any(core.requires_grad for core in cores))
+        if not training and not torch.compiler.is_compiling():
+            self._prepare(x, cores)
         if self.spec.has_pivot_rows and not self.holds_matrix:  # there is one way only
             return self._from_pivots(x, cores, training)
         path = path_for(self.spec, math.prod(x.shape[:-1]), training, x.device, x.dtype, self.way)
@@ -112,44 +121,69 @@ class MPOLinear(StructuredLinear):
         if product_dtype(x) is torch.float16:
             with as_given(x.device.type):
                 return self._from_pivots(x.float(), [core.float() for core in cores], training).half()
-        rank, others, pivots = self.spec.ranks[0], *cores
+        rank, (others, pivots) = self.spec.ranks[0], cores
         others, pivots = others.reshape(-1, rank), pivots.reshape(rank, -1)
+        first, reads = self._settled
         if self.in_order is not None:
-            x = x.index_select(-1, self.in_order)
+            x = x.index_select(-1, self.in_order) if reads is None else x[..., :reads]
         # Products into given memory know neither gradients nor autocast.
-        plain = x.dtype == pivots.dtype and not (training or torch.is_autocast_enabled(x.device.type))
-        if plain and not torch.compiler.is_compiling() and math.prod(x.shape[:-1]) >= _FEW:
-            y = self._in_tiles(x, others.T, pivots.T)
-        else:
-            known = F.linear(x, pivots)
-            parts = [known, F.linear(known, others)]
-            if self.out_features > rank + len(others):
-                parts.append(known.new_zeros(*known.shape[:-1], 1))
-            y = torch.cat(parts, dim=-1).index_select(-1, self.out_position)
+        plain = not training and x.dtype == pivots.dtype and not torch.compiler.is_compiling()
+        plain = plain and not torch.is_autocast_enabled(x.device.type)
+        y = from_pivots(x.reshape(-1, x.shape[-1]), others, pivots, self.out_position, first, plain)
+        y = y.reshape(*x.shape[:-1], self.spec.out_features)
         return y if self.bias is None else add_bias(y, self.bias)
 
-    def _in_tiles(self, x: Tensor, others: Tensor, pivots: Tensor) -> Tensor:
-        """``[I; T] S x`` in the outputs' own order, in tiles of tokens that stay in the processor's cache meanwhile.
+    @torch.no_grad()
+    def _prepare(self, x: Tensor, cores: list[Tensor]) -> None:
+        """Prepare what can be for further inputs like these."""
+        stays = self._prepared is not None and self._prepared.is_current() and self._prepared.dtype is x.dtype
+        ready = x.is_cpu and x.dtype == cores[0].dtype and x.dtype is not torch.float16
+        if stays or not ready or self.way is not None or self.holds_matrix or torch.is_autocast_enabled("cpu"):
+            return
+        sources = [(self.cores, name) for name in self.cores._parameters]
+        if len(sources) != len(cores) or any(tensor.is_inference() for tensor in self._sources()):
+            return
+        cores = [core.detach() for core in cores]
+        one, many = self._of_pivots(x, cores) if self.spec.has_pivot_rows else self._of_chain(x, cores)
+        orders = [(self, name) for name in ("bias", "out_position", "in_order")]
+        self._prepared = Prepared(x, [*sources, *orders], self.cores, one, many)
 
-        Args:
-            x: Shape (..., in).
-            others: Tᵀ, (r, out − r).
-            pivots: Sᵀ, (in, r).
+    def _of_pivots(self, x: Tensor, cores: list[Tensor]) -> tuple[Function, Function]:
+        """Functions of one vector and of many."""
+        rank, position, order, bias = self.spec.ranks[0], self.out_position, self.in_order, self.bias
+        assert position is not None
+        others, pivots = cores[0].reshape(-1, rank), cores[1].reshape(rank, -1)
+        first, reads = first_of_pivots(position, rank, rank + len(others)), read_first(order)
+
+        def many(x: Tensor) -> Tensor:
+            flat = x.reshape(-1, x.shape[-1])
+            if order is not None:
+                flat = flat.index_select(1, order) if reads is None else flat[:, :reads]
+            y = from_pivots(flat, others, pivots, position, first, True).reshape(*x.shape[:-1], -1)
+            return y if bias is None else y.add_(bias)
+
+        return of_pivots(others, pivots, position, first, order, bias, x.dim()), many
+
+    def _of_chain(self, x: Tensor, cores: list[Tensor]) -> tuple[Function | None, Function | None]:
+        """Functions of one vector and of many, where the path takes the cores as they are."""
+        if self.spec.sites == 1 and self.spec.is_partial:
+            part = of_part(cores[0][0, :, :, 0], self.out_position, self.in_order, self.bias)
+            return part, part
+        if self.spec.reordered or self.scalars is not None:
+            return None, None
+        path = path_for(self.spec, 1, False, x.device, x.dtype)
+        stored = stored_factors(cores, path)
+        return None if stored is None else of_chain(stored, self.spec, path, self.bias, x.dim()), None
+
+    def settle_orders(self, settled: bool) -> None:
+        """Let graphs that are traced from now on take stored orders that are runs for what they are, or no longer.
+
+        In a graph nobody could tell whether orders have changed since; elsewhere they are looked at.
         """
-        flat, rank, order = x.reshape(-1, x.shape[-1]), self.spec.ranks[0], self.out_position
-        assert order is not None
-        made = rank + others.shape[1]
-        size = min(len(flat), _TILE if x.device.type == "cpu" else len(flat))
-        y = flat.new_empty(len(flat), self.out_features)
-        space = flat.new_zeros(size, min(made + 1, self.out_features))  # with a zero behind, where outputs are zero
-        for start in range(0, len(flat), max(size, 1)):
-            part = flat[start : start + size]
-            outputs = space[: len(part)]
-            known = outputs[:, :rank]
-            torch.mm(part, pivots, out=known)
-            torch.mm(known, others, out=outputs[:, rank:made])
-            torch.index_select(outputs, -1, order, out=y[start : start + size])
-        return y.reshape(*x.shape[:-1], self.out_features)
+        self._settled = (None, None)
+        if settled and self.spec.has_pivot_rows and self.out_position is not None:
+            first = first_of_pivots(self.out_position, self.spec.ranks[0], self.spec.kept_sizes[0])
+            self._settled = first, read_first(self.in_order)
 
     def chosen(self, tokens: int, training: bool = False) -> ContractionPath:
         """Contraction path of this many vectors through the layer on its own device; ``str`` names it."""
@@ -174,7 +208,7 @@ class MPOLinear(StructuredLinear):
         return 0.0 if self.way is not None else max(path.seconds - path.dense, 0.0)
 
     def hold_matrix(self, hold: bool) -> None:
-        self.holds_matrix, self._matrix = hold, None
+        self.holds_matrix, self._matrix, self._prepared = hold, None, None
 
     def _sources(self) -> list[Tensor]:
         """Tensors that the matrix is made of: cores, scalars and orders."""
@@ -199,4 +233,4 @@ class MPOLinear(StructuredLinear):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_matrix": None}
+        return {**self.__dict__, "_matrix": None, "_prepared": None}

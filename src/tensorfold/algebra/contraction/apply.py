@@ -87,13 +87,25 @@ def add_bias(y: Tensor, bias: Tensor) -> Tensor:
 
 def _product(state: Tensor, cores: Sequence[Tensor], step: Step, tokens: int, bias: Tensor | None = None) -> Tensor:
     """State after one step of a path: the axes of its form's equation in memory, in any shape that views them."""
+    return multiply(state, _factor(cores, step), step, tokens, bias)
+
+
+def _factor(cores: Sequence[Tensor], step: Step) -> Tensor:
+    """Core of a step as a matrix (d, c)."""
     core = merge(cores, step.tree)
     if step.core_axes is not None:
         core = core.permute(step.core_axes)
     core = core.reshape(step.c, step.d).T if step.transposed else core.reshape(step.d, step.c)
-    if step.more_d or step.more_c:
-        core = F.pad(core, (0, step.more_c, 0, step.more_d))
-    return multiply(state, core, step, tokens, bias)
+    return F.pad(core, (0, step.more_c, 0, step.more_d)) if step.more_d or step.more_c else core
+
+
+def stored_factors(cores: Sequence[Tensor], path: ContractionPath) -> list[Tensor] | None:
+    """Cores of all steps as matrices (d, c) that are views of the stored ones; None where a step has to copy them."""
+    if not all(isinstance(step.tree, int) and not (step.more_d or step.more_c) for step in path.steps):
+        return None
+    factors = [_factor(cores, step) for step in path.steps]
+    addresses = {core.untyped_storage().data_ptr() for core in cores}
+    return factors if all(each.untyped_storage().data_ptr() in addresses for each in factors) else None
 
 
 def merge(cores: Sequence[Tensor], tree: Any) -> Tensor:

@@ -30,11 +30,12 @@ from torch import Tensor
 from tensorfold.algebra.specs.spec import Spec
 
 
-def with_pivots(cores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+def with_pivots(cores: Sequence[Tensor], among: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
     """Rewrite ``U V`` as ``[I; T] S`` by reordering its rows; the matrix does not change.
 
     Args:
         cores: U and V as cores of a low-rank spec, (1, out, 1, r) and (r, 1, in, 1), both of full rank r.
+        among: Rows that may become pivots, int64, at least r of them; None for all.
 
     Returns:
         ``[I; T]`` and S as cores of these shapes, whose product is ``W[order]``; and ``order``, int64, (out,): the
@@ -42,9 +43,11 @@ def with_pivots(cores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """
     left, right = cores[0][0, :, 0].double(), cores[1][:, 0, :, 0].double()  # (out, r), (r, in)
     q, _ = torch.linalg.qr(left)  # (out, r)
-    _, found = scipy.linalg.qr(q.T.cpu().numpy(), mode="r", pivoting=True, check_finite=False)
+    open_to_choice = q if among is None else q[among]
+    _, found = scipy.linalg.qr(open_to_choice.T.cpu().numpy(), mode="r", pivoting=True, check_finite=False)
     rank = left.shape[1]
-    pivots = torch.from_numpy(found[:rank].astype("int64")).sort().values.to(left.device)
+    chosen = torch.from_numpy(found[:rank].astype("int64")).to(left.device)
+    pivots = (chosen if among is None else among.to(chosen)[chosen]).sort().values
     others = torch.ones(len(left), dtype=torch.bool, device=left.device)
     others[pivots] = False
     order = torch.cat([pivots, others.nonzero()[:, 0]])
