@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from tensorfold.data.tokens import table_rows
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
-from tensorfold.nn import FoldedModule, MPOLinear
+from tensorfold.nn import FoldedModule
 
 PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -220,18 +220,17 @@ def _chained(model: PreTrainedModel) -> Iterator[None]:
     """Folded layers go through their cores: a matrix that is multiplied out would be a constant of the graph."""
     folded = [module for module in model.modules() if isinstance(module, FoldedModule) and "chain" in module.ways]
     before = {module: module.way for module in folded}
-    ordered = [module for module in folded if isinstance(module, MPOLinear)]
     for module in before:
         module.way = "chain"
-    for layer in ordered:
-        layer.settle_orders(True)
+    for module in folded:
+        module.settle_orders(True)
     try:
         yield
     finally:
         for module, way in before.items():
             module.way = way
-        for layer in ordered:
-            layer.settle_orders(False)
+        for module in folded:
+            module.settle_orders(False)
 
 
 @contextmanager

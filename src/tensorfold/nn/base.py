@@ -95,6 +95,12 @@ class FoldedModule(StoresOrders, ABC):
     def hold_matrix(self, hold: bool) -> None:
         """Keep the dense matrix between forwards without gradients, or drop it; no effect where none can be kept."""
 
+    def settle_orders(self, settled: bool) -> None:
+        """Let graphs that are traced from now on take stored orders that are runs for what they are, or no longer.
+
+        In a graph nobody could tell whether orders have changed since; elsewhere they are looked at.
+        """
+
     def seconds_saved(self, tokens: int) -> float:
         """Estimated seconds that a kept matrix saves in one forward of this many tokens; 0 where none can be kept."""
         return 0.0

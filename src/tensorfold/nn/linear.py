@@ -176,10 +176,6 @@ class MPOLinear(StructuredLinear):
         return None if stored is None else of_chain(stored, self.spec, path, self.bias, x.dim()), None
 
     def settle_orders(self, settled: bool) -> None:
-        """Let graphs that are traced from now on take stored orders that are runs for what they are, or no longer.
-
-        In a graph nobody could tell whether orders have changed since; elsewhere they are looked at.
-        """
         self._settled = (None, None)
         if settled and self.spec.has_pivot_rows and self.out_position is not None:
             first = first_of_pivots(self.out_position, self.spec.ranks[0], self.spec.kept_sizes[0])

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from tensorfold.algebra.solvers.pivots import with_pivots
-from tensorfold.nn.linear import MPOLinear
+from tensorfold.nn.base import FoldedModule
 
 _WORSE = 2.0  # times the norm of T that other pivots may cost; a larger T magnifies the rounding of the pivots
 
 
 @torch.no_grad()
-def order_units(ups: Sequence[nn.Module], down: nn.Module) -> bool:
+def order_units(ups: Sequence[Any], down: Any) -> bool:
     """Bring the hidden units of a folded MLP into the order of the module's docstring, in place.
 
     Args:
@@ -32,19 +32,19 @@ def order_units(ups: Sequence[nn.Module], down: nn.Module) -> bool:
         False, and nothing is changed, where a layer is of a kind whose outputs or inputs are in an order of its own,
         or none has an order to save.
     """
-    folded = [layer for layer in (*ups, down) if isinstance(layer, MPOLinear)]
+    folded = [layer for layer in (*ups, down) if _is_folded(layer)]
     if not any(layer.spec.reordered for layer in folded if layer is not down or "in" in layer.spec.reordered):
         return False
     if not all(_movable(layer) for layer in (*ups, down)):
         return False
-    units = down.in_features if isinstance(down, MPOLinear) else _weight(down).shape[1]
-    lost = {_lost(layer) for layer in ups if isinstance(layer, MPOLinear) and "out" in layer.spec.reordered}
+    units = down.in_features if _is_folded(down) else _weight(down).shape[1]
+    lost = {_lost(layer) for layer in ups if _is_folded(layer) and "out" in layer.spec.reordered}
     if len(lost) > 1:
         return False
     gone = torch.tensor(sorted(lost.pop() if lost else ()), dtype=torch.int64)
     order: list[Tensor] = []
     for layer in ups:
-        if isinstance(layer, MPOLinear) and layer.spec.has_pivot_rows:
+        if _is_folded(layer) and layer.spec.has_pivot_rows:
             taken = torch.cat(order) if order else gone[:0]
             own = _pivots(layer)
             if torch.isin(own, taken).any():
@@ -62,13 +62,17 @@ def order_units(ups: Sequence[nn.Module], down: nn.Module) -> bool:
     return True
 
 
-def _movable(layer: nn.Module) -> bool:
+def _is_folded(layer: nn.Module) -> bool:
+    return isinstance(layer, FoldedModule)
+
+
+def _movable(layer: Any) -> bool:
     """Whether outputs and inputs of a layer may change places: dense, in part or whole, or low rank with pivots."""
-    if not isinstance(layer, MPOLinear):
+    if not _is_folded(layer):
         weight = getattr(layer, "weight", None)
         return isinstance(weight, Tensor) and weight.dim() == 2
     spec = layer.spec
-    return spec.has_pivot_rows or (spec.sites == 1 and spec.is_partial)
+    return bool(spec.is_chain and (spec.has_pivot_rows or (spec.sites == 1 and spec.is_partial)))
 
 
 def _weight(layer: Any) -> Tensor:
@@ -77,28 +81,28 @@ def _weight(layer: Any) -> Tensor:
     return weight if isinstance(layer, nn.Linear) else weight.T
 
 
-def _position(layer: MPOLinear) -> Tensor:
-    assert layer.out_position is not None
-    return layer.out_position.cpu()
+def _position(layer: Any) -> Tensor:
+    position: Tensor = layer.out_position
+    return position.cpu()
 
 
-def _made(layer: MPOLinear) -> int:
-    return layer.spec.kept_sizes[0]
+def _made(layer: Any) -> int:
+    return int(layer.spec.kept_sizes[0])
 
 
-def _lost(layer: MPOLinear) -> tuple[int, ...]:
+def _lost(layer: Any) -> tuple[int, ...]:
     """Outputs that are zero."""
     return tuple((_position(layer) >= _made(layer)).nonzero()[:, 0].tolist())
 
 
-def _pivots(layer: MPOLinear) -> Tensor:
+def _pivots(layer: Any) -> Tensor:
     """Outputs that are pivots, in their order."""
     position, rank = _position(layer), layer.spec.ranks[0]
     found = (position < rank).nonzero()[:, 0]
     return found[position[found].argsort()]
 
 
-def _choose_pivots(layer: MPOLinear, taken: Tensor) -> None:
+def _choose_pivots(layer: Any, taken: Tensor) -> None:
     """Take other outputs than those taken for pivots, in place, unless too few are left or they are much worse."""
     position, rank, made = _position(layer), layer.spec.ranks[0], _made(layer)
     row_of = position.clone()
@@ -116,7 +120,6 @@ def _choose_pivots(layer: MPOLinear, taken: Tensor) -> None:
     place = torch.cat([order.argsort(), torch.tensor([made])])  # new row of each old one
     layer.cores[0].copy_(new)
     layer.cores[1].copy_(cores[1])
-    assert layer.out_position is not None
     layer.out_position.copy_(place[position])
 
 
@@ -125,7 +128,7 @@ def _order_outputs(layer: Any, order: Tensor) -> None:
     bias = getattr(layer, "bias", None)
     if bias is not None:
         bias.copy_(bias[order.to(bias.device)])
-    if not isinstance(layer, MPOLinear):
+    if not _is_folded(layer):
         weight = _weight(layer)
         weight.copy_(weight[order.to(weight.device)])
         return
@@ -135,13 +138,12 @@ def _order_outputs(layer: Any, order: Tensor) -> None:
     core = layer.cores[0]
     core.copy_(core[:, (position[others] - rank).to(core.device)])
     position[others] = torch.arange(rank, made)
-    assert layer.out_position is not None
     layer.out_position.copy_(position)
 
 
 def _order_inputs(layer: Any, order: Tensor) -> None:
     """``order``: old input at each place, int64, (in,)."""
-    if not isinstance(layer, MPOLinear):
+    if not _is_folded(layer):
         weight = _weight(layer)
         weight.copy_(weight[:, order.to(weight.device)])
         return
