@@ -11,6 +11,7 @@ from transformers import (
     MptConfig,
     OpenAIGPTConfig,
     RwkvConfig,
+    XLMConfig,
 )
 
 import tensorfold
@@ -88,3 +89,11 @@ def test_fewer_positions_than_the_configuration_says(tokenizer, prose, monkeypat
     model.config.max_position_embeddings = 100
     with pytest.raises(InputError, match="BertLMHeadModel does not run on 100 tokens at a time"):
         tensorfold.fold(model, LowRank(keep=0.5), tokenizer, [prose], calibration_tokens=300)
+
+
+def test_parts_of_a_block_in_lists_beside_each_other_belong_to_it():
+    """XLM keeps attention in one list of modules and its MLPs in another."""
+    config = XLMConfig(emb_dim=32, n_layers=2, n_heads=4, n_words=300, max_position_embeddings=64, causal=True)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    report = tensorfold.fold(model, Recipe((Rule("mlp", LowRank(keep=0.5)),)))
+    assert sorted(report.modules) == [f"transformer.ffns.{k}.lin{n}" for k in (0, 1) for n in (1, 2)]

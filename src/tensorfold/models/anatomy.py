@@ -224,6 +224,19 @@ def blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return best, model.get_submodule(best)  # type: ignore[return-value]
 
 
+def _beside_blocks(model: PreTrainedModel) -> list[str]:
+    """Names of the list of blocks and of lists that hold parts of the same blocks beside it, such as XLM's MLPs."""
+    try:
+        name, chain = blocks(model)
+    except InputError:
+        return []
+    owner = name.rpartition(".")[0]
+    beside = model.get_submodule(owner).named_children()
+    same = [key for key, each in beside if isinstance(each, nn.ModuleList) and len(each) == len(chain)]
+    lists = [f"{owner}.{key}" if owner else key for key in same]
+    return [each for each in lists if each == name or _are_blocks(model.get_submodule(each))]  # type: ignore[arg-type]
+
+
 def _are_blocks(chain: nn.ModuleList) -> bool:
     """Whether a list of modules is one of blocks: all have modules inside, and a linear layer is somewhere below them.
 
@@ -303,10 +316,7 @@ def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     tied = tied_head(model) is not None
-    try:
-        in_block = blocks(model)[0] + "."
-    except InputError:
-        in_block = None
+    in_block = tuple(f"{name}." for name in _beside_blocks(model))
     positions = context_length(model.config)
     apart = stacks(model)
     out = {}
@@ -323,7 +333,7 @@ def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
             out[name] = Matrix(name, module, rows, columns, "embedding", "positions" if rows == positions else "")
         elif is_plain_linear(module) and not (tied and module is head):
             rows, columns = dense_weight(module).shape
-            inside = in_block is not None and name.startswith(in_block)
+            inside = name.startswith(in_block)
             gate = rows == 1  # a single number a token, such as a shared expert's gate, is not worth factors
             group = "" if not inside or gate else "attention" if _ATTENTION.search(name) else "mlp"
             group = "experts" if name.rpartition(".")[0] in apart else group
