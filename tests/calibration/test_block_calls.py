@@ -27,8 +27,10 @@ from transformers import (
 import tensorfold
 from tensorfold import Auto, Graded, InputError, LowRank, Recipe, Rule
 from tensorfold.calibration.block_stream import BlockStream, calibration_windows, input_moments
+from tensorfold.calibration.gradient_walk import walk_gradient_moments
+from tensorfold.calibration.gradients import gradient_moments
 from tensorfold.healing.blockwise import heal_blocks
-from tensorfold.models.anatomy import by_block, matrices
+from tensorfold.models.anatomy import blocks, by_block, matrices
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.recipes.settings import HealSettings
 
@@ -98,6 +100,23 @@ def test_every_layer_of_every_block_is_measured_on_its_inputs_in_the_whole_model
             for layer, moment in stream.input_moments(index, met).items():
                 torch.testing.assert_close(moment, expected[layer], rtol=1e-4, atol=1e-6, msg=layer)
     assert len(inside) == len(stream.blocks)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_go_back_by_all_that_blocks_hand_on(name):
+    model, found = make(name), {}
+    windows = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    inside = by_block({n: m for n, m in matrices(model).items() if m.kind == "linear"}, blocks(model)[0])
+    modules = {n: m.module for batch in inside.values() for n, m in batch.items()}
+    with evaluation_mode(model):
+        expected = gradient_moments(model, windows, modules)
+        walk_gradient_moments(
+            model, windows, modules, 0, False, lambda shape, dtype: torch.empty(shape, dtype=dtype), found.update
+        )
+    assert found.keys() == expected.keys()
+    for layer, moment in expected.items():
+        scale = float(moment.values.abs().max())
+        torch.testing.assert_close(found[layer].values, moment.values, rtol=1e-3, atol=1e-5 * scale, msg=layer)
 
 
 @pytest.mark.parametrize(

@@ -241,18 +241,28 @@ class BlockChain:
 
         with ExitStack() as hooks:
             if before is not None:
-                hidden = before.hidden.movedim(0, self._axis)
-                nothing = torch.zeros_like(hidden)
-                *early, last = (k for k in self._forms if k < index)
-                for k in early:
-                    hooks.enter_context(forward_replaced(self.blocks[k], self._known(k, Passed(nothing))))
-                known = self._known(last, Passed(hidden, before.others, before.shared))
-                hooks.enter_context(forward_replaced(self.blocks[last], known))
+                hooks.enter_context(self.known_before(index, before))
             hooks.callback(self.blocks[index].register_forward_pre_hook(enter, with_kwargs=True).remove)
             hooks.callback(self.blocks[index].register_forward_hook(leave, with_kwargs=True).remove)
             with suppress(_StopForward):
                 self.model(windows, use_cache=False)
         return found[0]
+
+    @contextmanager
+    def known_before(self, index: int, before: Passed) -> Iterator[None]:
+        """Let no block before ``index`` compute anything while the context is open: together they return ``before``.
+
+        With the number of blocks as index, only what lies behind them is left to compute: the last norm and the head.
+        """
+        hidden = before.hidden.movedim(0, self._axis)
+        nothing = torch.zeros_like(hidden)
+        *early, last = (k for k in self._forms if k < index)
+        with ExitStack() as hooks:
+            for k in early:
+                hooks.enter_context(forward_replaced(self.blocks[k], self._known(k, Passed(nothing))))
+            known = self._known(last, Passed(hidden, before.others, before.shared))
+            hooks.enter_context(forward_replaced(self.blocks[last], known))
+            yield
 
     def check(self, windows: Tensor) -> None:
         """Compare the hidden states of blocks that are run one by one with those of the whole model.

@@ -5,7 +5,7 @@ Notation: m output features of a layer, G its gradient moment (m × m), g (m) th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -57,11 +57,35 @@ def gradient_moments(
     """
     sums: dict[str, Packed] = {}
     check_ids(model, windows, "calibration")
-    pieces = [
+    pieces = pieces_of(model, windows, prefix)
+    with gradients_watched(model, modules, sums, rounded), _recomputing(model):
+        for piece in pieces:
+            logits = next_token_logits(model, piece[None])
+            logits.backward(gradient_at(logits, piece, prefix))
+    averaged(sums, pieces, model)
+    return sums
+
+
+def pieces_of(model: PreTrainedModel, windows: Tensor, prefix: int) -> list[Tensor]:
+    """The pieces of 256 tokens that one backward pass takes, each with the prefix of its window; shape (length,)."""
+    return [
         begin(row[:prefix].tolist(), part)
         for parts in windows[:, prefix:].to(model.device).split(_WINDOW, dim=1)
         for row, part in zip(windows, parts, strict=True)
     ]
+
+
+@contextmanager
+def gradients_watched(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], sums: dict[str, Packed], rounded: bool
+) -> Iterator[None]:
+    """Add gradients at the outputs of modules to ``sums`` while the context is open, in which activations have them.
+
+    Args:
+        modules: Modules that return one tensor, shape (..., m), by name.
+        sums: Grows by ``Σ g gᵀ`` of every module that a backward pass reaches.
+        rounded: Whether matrix products may take bfloat16 inputs, see :func:`gradient_moments`.
+    """
 
     def watch(name: str) -> Callable[..., Any]:
         def add(gradient: Tensor) -> None:
@@ -88,17 +112,21 @@ def gradient_moments(
         hooks.callback(model.get_input_embeddings().register_forward_hook(root).remove)
         for name, module in modules.items():
             hooks.callback(module.register_forward_hook(watch(name)).remove)
-        hooks.enter_context(_recomputing(model))
         if rounded and model.device.type == "cpu" and model.dtype == torch.float32 and multiplies_bfloat16():
             hooks.enter_context(torch.autocast("cpu", torch.bfloat16))
-        for piece in pieces:
-            logits = next_token_logits(model, piece[None])
-            logits.backward(_gradient_at(logits, piece, prefix))
+        yield
+
+
+def averaged(sums: Mapping[str, Packed], pieces: Sequence[Tensor], model: PreTrainedModel) -> None:
+    """Divide sums over the tokens of all pieces by their number, in place.
+
+    Raises:
+        InputError: A sum holds NaN or infinity; the message names its module.
+    """
     for name, moment in sums.items():
         if not torch.isfinite(moment.values).all():
             raise InputError(f"{name}: the loss's gradients there hold NaN or infinity; {why_not_finite(model)}.")
         moment.divide(sum(len(piece) for piece in pieces))
-    return sums
 
 
 def next_token_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -121,7 +149,7 @@ def next_token_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _gradient_at(logits: Tensor, piece: Tensor, prefix: int) -> Tensor:
+def gradient_at(logits: Tensor, piece: Tensor, prefix: int) -> Tensor:
     """The gradient ``softmax(logits) − one-hot(next token)`` of the loss, shape (1, length, vocabulary).
 
     It holds two tensors of that shape where autograd would hold four. Predictions at the first ``prefix`` positions,
