@@ -21,6 +21,7 @@ from tensorfold.calibration.block_calls import BlockChain, Passed, check_finite,
 from tensorfold.data.tokens import Encoder, begin, check_ids
 from tensorfold.errors import InputError
 from tensorfold.models.anatomy import blocks
+from tensorfold.utils.activation_store import ActivationStore
 from tensorfold.utils.finite import why_not_finite
 
 WINDOW = 1024  # tokens; most in a calibration window
@@ -152,7 +153,7 @@ class BlockStream:
     def __init__(
         self, model: PreTrainedModel, windows: Tensor, allocate: Allocate | None = None, batch: int = 1
     ) -> None:
-        self.model = model
+        self.model, self._allocate = model, allocate
         self.name, self.blocks = blocks(model)
         self.device = next(model.get_input_embeddings().parameters()).device
         check_ids(model, windows, "calibration")
@@ -196,7 +197,7 @@ class BlockStream:
     def pass_on(self, index: int, k: int) -> Tensor:
         """Replace the hidden states of window ``k`` by those behind block ``index``, and return them.
 
-        Whoever has done so for every window sets ``position`` to ``index + 1``.
+        Whoever has done so for every window calls :meth:`stand_behind`.
 
         Returns:
             Shape (1, length, width).
@@ -230,7 +231,13 @@ class BlockStream:
         """
         for k in range(len(self.windows)):
             check_finite(self.pass_on(index, k), f"{self.name}.{index}", self.model)
+        self.stand_behind(index)
+
+    def stand_behind(self, index: int) -> None:
+        """Set the position behind block ``index``, once the states of every window are those there."""
         self.position = index + 1
+        if isinstance(self._allocate, ActivationStore):
+            self._allocate.let_go(self.hidden)
 
     def advance_to(self, index: int) -> None:
         """Carry the hidden states to the entrance of block ``index``, through the blocks before it as they now are."""

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from tensorfold.algebra.solvers.fewer_units import compensated
 from tensorfold.algebra.statistics import Means, Statistics
 from tensorfold.calibration.block_calls import input_of
-from tensorfold.calibration.block_stream import BlockStream, not_finite_inputs
+from tensorfold.calibration.block_stream import Allocate, BlockStream, not_finite_inputs
 from tensorfold.errors import InputError
 from tensorfold.models.anatomy import Matrix, dense_weight
 from tensorfold.utils.memory import release_file_pages
@@ -46,9 +46,16 @@ class Reference:
         model: Still dense. Its modules in ``chosen`` are replaced later; the reference keeps them.
         windows: Token ids, shape (windows, length).
         chosen: Matrices that will be folded, by name.
+        allocate: As for :class:`BlockStream`.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Tensor, chosen: Mapping[str, Matrix]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Tensor,
+        chosen: Mapping[str, Matrix],
+        allocate: Allocate | None = None,
+    ) -> None:
         self.model, self.chosen = model, chosen
         # Norms and biases of modules that stay, which a refinement changes in place.
         own = tuple(f"{name}." for name in chosen)
@@ -57,7 +64,7 @@ class Reference:
             for name, parameter in model.named_parameters()
             if parameter.dim() == 1 and not name.startswith(own)
         }
-        self.stream = BlockStream(model, windows)
+        self.stream = BlockStream(model, windows, allocate)
         self.tokens: dict[str, int] = {}  # given to each layer of the stage that was measured last
 
     @contextmanager
@@ -147,7 +154,7 @@ class Reference:
                     lack = (dense_out - dense[name][0].output) - (folded_out - folded[name][0].output)
                 sums[name].add(dense[name], folded[name], lack, self.stream.windows.shape[1])
         if last:
-            self.stream.position = index + 1
+            self.stream.stand_behind(index)
             self._release(index)
         self.tokens = {name: each.tokens for name, each in sums.items()}
         return {name: each.statistics(name, towards.get(name), ridge.get(name, 0.0)) for name, each in sums.items()}

@@ -2,9 +2,9 @@
 
 The hidden states that enter every block are computed once, from the first block to the last, and kept; then each block
 is computed again from the states that enter it, and its gradients are taken back to these. The sums are those of one
-backward pass through the whole model (:func:`~.gradients.gradient_moments`), to the last bit; what differs is that every
-block's weights are needed twice in all, not twice for every piece of the text, and that the moments of one block are
-finished before those of the next begin.
+backward pass through the whole model (:func:`~.gradients.gradient_moments`), to the last bit; what differs is that
+every block's weights are needed twice in all, not twice for every piece of the text, and that the moments of one block
+are finished before those of the next begin.
 """
 
 from __future__ import annotations

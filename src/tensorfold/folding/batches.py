@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from tensorfold.algebra.solvers.fewer_units import KeptUnits
 from tensorfold.algebra.statistics import Statistics
-from tensorfold.calibration.block_stream import BlockStream, check_called, inputs_of
+from tensorfold.calibration.block_stream import Allocate, BlockStream, check_called, inputs_of
 from tensorfold.calibration.error_feedback import Reference
 from tensorfold.calibration.expert_moments import shrunk_experts
 from tensorfold.calibration.gradients import gradient_moments
@@ -45,7 +45,12 @@ class Batch:
 
 
 def batches(
-    model: PreTrainedModel, chosen: Mapping[str, Matrix], planned: Plan, text: Text, found: Found
+    model: PreTrainedModel,
+    chosen: Mapping[str, Matrix],
+    planned: Plan,
+    text: Text,
+    found: Found,
+    allocate: Allocate | None = None,
 ) -> Iterator[Batch]:
     """Every chosen matrix once: all of them in one batch if there is no text.
 
@@ -53,6 +58,9 @@ def batches(
     block is measured on what the folded blocks before it pass on. Blocks with layers that share a budget come in parts,
     in the order in which they are applied, where their effort asks for it; an MLP whose hidden units are reordered is
     never divided, since its matrices follow one order.
+
+    Args:
+        allocate: Makes the tensors for the states between blocks; on the model's device if None.
     """
     windows = text.windows
     if windows is None:
@@ -62,12 +70,12 @@ def batches(
     linears = {name: matrix for name, matrix in chosen.items() if matrix.kind == "linear"}
     effort = [found.efforts[name] for name in linears if name in found.efforts]
     # Made before anything is folded: it keeps the dense modules.
-    reference = Reference(model, windows, linears) if any(each.feedback for each in effort) else None
+    reference = Reference(model, windows, linears, allocate) if any(each.feedback for each in effort) else None
     if tables:
         yield Tables(tables, model, planned, text)
     if not linears:
         return
-    stream = BlockStream(model, windows)
+    stream = BlockStream(model, windows, allocate)
     inside = by_block(linears, stream.name)
     together = _reordered_together(model, planned)
     for index in range(max(inside, default=-1) + 1):

@@ -35,6 +35,7 @@ from tensorfold.methods import Method
 from tensorfold.methods.base import NOTHING
 from tensorfold.models.anatomy import Matrix, check_foldable, dense_weight
 from tensorfold.models.modes import evaluation_mode
+from tensorfold.models.residency import Residency
 from tensorfold.recipes.recipe import Recipe
 from tensorfold.utils.block_checkpoints import BlockCheckpoints
 from tensorfold.utils.distributed import Ranks
@@ -90,6 +91,20 @@ def fold(
             checkpoint. Found before anything is changed, but for NaN or infinity in activations and gradients.
         Exception: What another rank raised, on all of them.
     """
+    return fold_resident(model, recipe, tokenizer, calibration, calibration_tokens, checkpoint, progress, Residency())
+
+
+def fold_resident(
+    model: PreTrainedModel,
+    recipe: Recipe | Method | Mapping[str, Any] | str | Path,
+    tokenizer: Any,
+    calibration: Iterable[str] | None,
+    calibration_tokens: int | None,
+    checkpoint: str | Path | None,
+    progress: bool,
+    residency: Residency,
+) -> FoldReport:
+    """The fold of :func:`fold`, with as much of the model in memory as ``residency`` says; the same bytes with any."""
     started = time.monotonic()
     check_foldable(model)
     check_types("fold", checkpoint=(checkpoint, str | Path | None))
@@ -97,19 +112,20 @@ def fold(
     with ranks.together():
         recipe = Recipe.of(recipe)
         text = read_text(model, recipe, tokenizer, calibration, calibration_tokens)
-        planned = checked_plan(model, recipe, text.windows is not None)
+        planned = checked_plan(model, recipe, text.windows is not None, residency)
         text = text.counted(model, planned, tokenizer)
         check_described(model)
-        store = _agree(ranks, model, recipe, text, checkpoint)
+        store = _agree(ranks, model, recipe, text, checkpoint, residency)
         chosen = carry_out(model, recipe, planned)  # from here on the model changes
         ties.settle(model)
         families = unit_families(model)
         with evaluation_mode(model), torch.no_grad(), _Progress(ranks, len(chosen), progress) as bar:
-            planned, found = search_ranks(model, planned, chosen, text, ranks, store, bar.works_on)
+            planned, found = search_ranks(model, planned, chosen, text, ranks, store, bar.works_on, residency)
             chosen = {name: matrix for name, matrix in chosen.items() if name in planned.modules}
             bar.has(len(chosen))
-            run = _Run(model, planned, ranks, store, bar)
-            for index, batch in enumerate(batches(model, chosen, planned, text, found), start=_FIRST_BATCH):
+            run = _Run(model, planned, ranks, store, bar, residency)
+            parts = batches(model, chosen, planned, text, found, residency.activations)
+            for index, batch in enumerate(parts, start=_FIRST_BATCH):
                 run.fold(index, batch)
         if _left_plain(model, planned, chosen, found):
             planned = planned.of_plain(model)
@@ -132,16 +148,23 @@ def fold(
 
 
 def _agree(
-    ranks: Ranks, model: PreTrainedModel, recipe: Recipe, text: Text, checkpoint: str | Path | None
+    ranks: Ranks,
+    model: PreTrainedModel,
+    recipe: Recipe,
+    text: Text,
+    checkpoint: str | Path | None,
+    residency: Residency,
 ) -> BlockCheckpoints | None:
     """Find out if all ranks have been given the same; alone, the checkpoint of this very fold, if one is kept."""
     if checkpoint is not None and text.windows is None:
         raise InputError("fold: checkpoint has no effect here; it needs calibration text, without which none is kept.")
+    if ranks.count == 1 and checkpoint is None:
+        return None
+    given = identity(model, recipe, text, residency)
     if ranks.count > 1:
-        check_same(ranks, identity(model, recipe, text))
+        check_same(ranks, given)
     elif checkpoint is not None:
-        key = hash_json({**identity(model, recipe, text), "layout": _LAYOUT})
-        return BlockCheckpoints(Path(checkpoint), key, "fold")
+        return BlockCheckpoints(Path(checkpoint), hash_json({**given, "layout": _LAYOUT}), "fold")
     return None
 
 
@@ -214,6 +237,7 @@ class _Run:
     ranks: Ranks
     store: BlockCheckpoints | None
     bar: _Progress
+    residency: Residency
     errors: dict[str, float] = field(default_factory=dict)
     refinements: dict[str, Refinement] = field(default_factory=dict)
 
@@ -239,6 +263,8 @@ class _Run:
         if store and saved is None:
             outcome = {} if refined is None else {"block": refined.block, "errors": [refined.before, refined.after]}
             store.save(index, kept, outcome)
+        if store and self.residency.is_partial:
+            self.residency.keep_in_file({key.removeprefix(_REFINED): t for key, t in store.mapped(index).items()})
         release_heap()
 
     def _refined(self, batch: Batch) -> Refinement | None:

@@ -18,13 +18,16 @@ from tensorfold.methods import Method
 from tensorfold.methods.base import Use, check_use
 from tensorfold.models.anatomy import Matrix, expert_tensors, matrices
 from tensorfold.models.modes import evaluation_mode
+from tensorfold.models.residency import Residency
 from tensorfold.recipes.recipe import Recipe
 from tensorfold.utils.distributed import Ranks
 from tensorfold.utils.fingerprints import describe_configuration, hash_tensor, saved_tensors
 from tensorfold.utils.torch_modes import check_takes_gradients
 
+_ROWS = 4096  # of a weight, looked at together
 
-def checked_plan(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> Plan:
+
+def checked_plan(model: PreTrainedModel, recipe: Recipe, calibrated: bool, residency: Residency = Residency()) -> Plan:
     """The plan, after finding whatever is wrong with recipe and weights before the model is touched."""
     planned = plan(model, recipe)
     available = {**matrices(model), **{n: m for n, m in expert_tensors(model).items() if n in planned.modules}}
@@ -38,10 +41,10 @@ def checked_plan(model: PreTrainedModel, recipe: Recipe, calibrated: bool) -> Pl
         check_budgets(model, planned)
         _check_loss(model, planned, available)
     chosen = available if recipe.changes_modules else {name: available[name] for name in planned.modules}
-    for matrix in chosen.values():
+    for matrix in residency.each(chosen.values()):
         if matrix.parameter.is_meta:
             raise InputError(f"{matrix.name}: has no weights (meta device); load the model's weights first.")
-        if not torch.isfinite(matrix.parameter.detach()).all():
+        if not all(bool(rows.isfinite().all()) for rows in matrix.parameter.detach().split(_ROWS)):
             raise InputError(f"{matrix.name}: its weight holds NaN or infinity; repair the checkpoint or exclude it.")
         if matrix.kind == "embedding" and matrix.name in planned.modules:
             scale_of(matrix)
@@ -102,14 +105,16 @@ def identity_of(recipe: Recipe) -> str:
     return repr((recipe.fold, recipe.layers, recipe.untie))
 
 
-def identity(model: PreTrainedModel, recipe: Recipe, text: Text) -> dict[str, object]:
+def identity(
+    model: PreTrainedModel, recipe: Recipe, text: Text, residency: Residency = Residency()
+) -> dict[str, object]:
     """All that decides the result of a fold, by name."""
     given: dict[str, object] = {
         "recipe": identity_of(recipe),
         "calibration text": [None if part is None else hash_tensor(part) for part in (text.windows, text.counts)],
         "configuration": describe_configuration(model.config),
     }
-    return {**given, **{name: hash_tensor(tensor) for name, tensor in saved_tensors(model)}}
+    return {**given, **{name: hash_tensor(tensor) for name, tensor in residency.each(saved_tensors(model))}}
 
 
 def check_same(ranks: Ranks, given: dict[str, object], what: str = "model, recipe and text") -> None:

@@ -39,6 +39,7 @@ from tensorfold.folding.text import Text
 from tensorfold.folding.value_heads import ValueHeads, free, value_heads
 from tensorfold.methods.auto import EFFORTS, Effort
 from tensorfold.models.anatomy import Matrix, by_block, dense_weight
+from tensorfold.models.residency import Residency
 from tensorfold.utils.block_checkpoints import BlockCheckpoints
 from tensorfold.utils.distributed import Ranks
 
@@ -54,6 +55,7 @@ def search_ranks(
     ranks: Ranks,
     store: BlockCheckpoints | None = None,
     works_on: Callable[[str], None] = lambda _: None,
+    residency: Residency = Residency(),
 ) -> tuple[Plan, Found]:
     """Divide every budget of the plan among its layers; those outside the blocks keep their equal shares.
 
@@ -63,6 +65,7 @@ def search_ranks(
     Args:
         store: Gradients are read from its block 0 and choices from its block 1, or written there.
         works_on: Told what is being measured.
+        residency: Which of the weights are in memory.
 
     Returns:
         The plan with the ranks chosen, without the layers that stay dense; and what was found on the way.
@@ -70,7 +73,10 @@ def search_ranks(
     budgets = searched(model, planned)
     if text.windows is None or not budgets:
         return planned, Found()
-    found = RankSearch(model, planned, chosen, budgets, text.windows, len(text.prefix), ranks, works_on).run(store)
+    search = RankSearch(
+        model, planned, chosen, budgets, text.windows, len(text.prefix), ranks, works_on, residency=residency
+    )
+    found = search.run(store)
     choices = found.choices.items()
     return planned.with_specs({n: None if c.dense else spec_of(chosen[n], c) for n, c in choices}), found
 
@@ -102,6 +108,7 @@ class RankSearch:
     gradients: Mapping[str, Packed] = field(default_factory=dict)
     curves: dict[str, Tensor] = field(default_factory=dict)
     families: list[tuple[Family, list[Smaller]]] = field(default_factory=list)
+    residency: Residency = field(default_factory=Residency)
 
     def __post_init__(self) -> None:
         self.efforts: dict[str, Effort] = {
@@ -117,7 +124,7 @@ class RankSearch:
     def run(self, store: BlockCheckpoints | None) -> Found:
         """All steps, or what a checkpoint holds of them."""
         self.works_on("gradients")
-        stored = take_gradients(self.model, self.sample, self.prefix, self.members, store)
+        stored = take_gradients(self.model, self.sample, self.prefix, self.members, store, self.residency)
         self.gradients = stored.moments
         kept = store.load(_BLOCK) if store else None
         if kept is not None:
@@ -136,7 +143,7 @@ class RankSearch:
         """Error curves of the members, and of value heads where their size may change the number of parameters."""
         # Orders of heads and units are stored, so that a budget of bytes would have to count them.
         counted = {name for budget in self.budgets if budget.method.budget != "bytes" for name in budget.names}
-        stream = BlockStream(self.model, self.sample)
+        stream = BlockStream(self.model, self.sample, self.residency.activations)
         for index, batch in _at_entrances(stream, self.members):
             self.works_on(f"curves of {stream.name}.{index}")
             modules = {name: matrix.module for name, matrix in batch.items()}
@@ -192,7 +199,7 @@ class RankSearch:
             if not (choice.dense or choice.rows or choice.columns)
         }
         fitted: dict[str, list[Tensor]] = {}
-        stream = BlockStream(self.model, self.sample) if tried else None
+        stream = BlockStream(self.model, self.sample, self.residency.activations) if tried else None
         for index, batch in _at_entrances(stream, tried) if stream is not None else ():
             modules = {name: matrix.module for name, matrix in batch.items()}
             moments = self._shrunk(input_moments(partial(stream.advance, index), modules))  # type: ignore[union-attr]
@@ -235,7 +242,7 @@ class RankSearch:
         """
         left = {name: matrix for name, matrix in self.members.items() if name not in self.curves}
         if left:
-            stream = BlockStream(self.model, self.windows)
+            stream = BlockStream(self.model, self.windows, self.residency.activations)
             needed = {name: matrix for name, matrix in left.items() if matrix.group != "experts"}  # have their layer's
             for index, batch in _at_entrances(stream, needed):
                 # Found now, not when its block is folded; it names the layer.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensorfold.calibration.block_stream import BlockStream
+from tensorfold.calibration.gradient_walk import walk_gradient_moments
 from tensorfold.calibration.gradients import gradient_moments
 from tensorfold.calibration.packed_symmetric import Packed, numbers
 from tensorfold.errors import pass_on_memory
 from tensorfold.models.anatomy import Matrix
+from tensorfold.models.residency import Residency
 from tensorfold.utils.block_checkpoints import BlockCheckpoints
 from tensorfold.utils.memory import release_heap
 
@@ -41,12 +43,14 @@ def take_gradients(
     prefix: int,
     layers: Mapping[str, Matrix],
     store: BlockCheckpoints | None,
+    residency: Residency,
 ) -> StoredGradients:
     """The gradient moments of ``layers`` on the windows, from the checkpoint if it has them.
 
     Args:
         windows: Token ids, shape (windows, length).
         prefix: How many tokens at the beginning of every window are the tokenizer's.
+        residency: Which of the weights are in memory: of one block, the moments are taken block by block.
     """
     names = {name: f"{k:04d}" for k, name in enumerate(layers)}
     stored = store.load(_BLOCK) if store else None
@@ -54,18 +58,23 @@ def take_gradients(
         kept, place = stored[1], store.folder("gradients")
         sizes = {name: (layers[name].out_features, layers[name].parameter.device) for name in kept}
         return StoredGradients({name: Packed(*sizes[name], path=place / file) for name, file in kept.items()})
-    BlockStream(model, windows)  # names the block whose activations are not finite, which gradients cannot
+    BlockStream(
+        model, windows, residency.activations
+    )  # names the block whose activations are not finite, which gradients cannot
     folder = None if store else tempfile.TemporaryDirectory()
     place = store.folder("gradients") if store else Path(folder.name if folder else "")
     found: dict[str, Packed] = {}
-    for part in _passes(model, layers):  # each on the disk before the next
-        new = _moments(model, windows, {name: layers[name].module for name in part}, prefix)
+
+    def keep(new: Mapping[str, Packed]) -> None:
         for name, packed in new.items():
             if store or packed.values.device.type == "cpu":
                 packed.spill(place / names[name])
             found[name] = packed
-        del new
+
+    for part in [list(layers)] if residency.is_partial else _passes(model, layers):  # each on the disk before the next
+        _moments(model, windows, {name: layers[name].module for name in part}, prefix, residency, keep)
         release_heap()
+    found = {name: found[name] for name in layers if name in found}
     if store:
         kept = {name: names[name] for name in found}
         store.save(_BLOCK, {}, kept, [place / file for file in kept.values()])
@@ -73,14 +82,26 @@ def take_gradients(
 
 
 def _moments(
-    model: PreTrainedModel, windows: Tensor, modules: Mapping[str, nn.Module], prefix: int
-) -> dict[str, Packed]:
+    model: PreTrainedModel,
+    windows: Tensor,
+    modules: Mapping[str, nn.Module],
+    prefix: int,
+    residency: Residency,
+    keep: Callable[[dict[str, Packed]], None],
+) -> None:
     """Moments by a rounded pass; by an exact one for models whose code bears no dtypes that autocast has changed."""
+
+    def take(rounded: bool) -> None:
+        if residency.activations is None:
+            keep(gradient_moments(model, windows, modules, prefix, rounded))
+        else:
+            walk_gradient_moments(model, windows, modules, prefix, rounded, residency.activations, keep)
+
     try:
-        return gradient_moments(model, windows, modules, prefix, rounded=True)
+        take(rounded=True)
     except RuntimeError as error:
         pass_on_memory(error)
-    return gradient_moments(model, windows, modules, prefix)
+        take(rounded=False)
 
 
 def _passes(model: PreTrainedModel, layers: Mapping[str, Matrix]) -> list[list[str]]:

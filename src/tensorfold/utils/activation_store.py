@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tensorfold.errors import TensorfoldError
 from tensorfold.utils.atomic_files import cache_directory, is_disk_full
+from tensorfold.utils.memory import drop_file_pages
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class ActivationStore:
     def __init__(self, limit_mb: int, directory: Path | None = None) -> None:
         self._free = limit_mb * 10**6
         self._directory = directory
+        self._mapped_at: set[int] = set()  # addresses
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Allocate a tensor with undefined values.
@@ -43,6 +45,11 @@ class ActivationStore:
             self._free -= size
             return torch.empty(shape, dtype=dtype)
         return self._mapped(shape, dtype, size)
+
+    def let_go(self, tensor: Tensor) -> None:
+        """Take a tensor that this store mapped out of the process's memory; its values stay in the file."""
+        if tensor.data_ptr() in self._mapped_at:
+            drop_file_pages(tensor)
 
     def _mapped(self, shape: tuple[int, ...], dtype: torch.dtype, size: int) -> Tensor:
         directory = cache_directory("activations") if self._directory is None else self._directory
@@ -62,6 +69,7 @@ class ActivationStore:
             raise
         finally:
             os.unlink(name)  # the mapping keeps the contents
+        self._mapped_at.add(tensor.data_ptr())
         log.info("activations of %.0f MB are kept in a file at %s", size / 1e6, directory)
         return tensor
 
