@@ -1,7 +1,8 @@
 """Folding from disk to disk: the model is never in memory, only one matrix at a time and what its fit needs.
 
 Without calibration text no matrix depends on another, so each is read from the checkpoint's shards, fitted and written
-to new ones, and every other weight is copied through.
+to new ones, and every other weight is copied through. With text, blocks depend on those before them: see
+:mod:`tensorfold.folding.out_of_core`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import logging
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from tensorfold.errors import InputError
 from tensorfold.folding.inputs import check_method, check_same, check_uses, identity_of
+from tensorfold.folding.out_of_core import fold_out_of_core
 from tensorfold.folding.plan import Plan, prepare
 from tensorfold.folding.result import FoldReport
 from tensorfold.folding.solve import Solved, cost_of, solve_matrix
@@ -66,46 +68,62 @@ def fold_directory(
     recipe: Recipe | Method | Mapping[str, Any] | str | Path,
     out: str | Path,
     *,
+    calibration: Iterable[str] | None = None,
+    calibration_tokens: int | None = None,
     progress: bool = False,
 ) -> FoldReport:
-    """Fold a checkpoint into a new directory, weight by weight, without calibration and without loading the model.
+    """Fold a checkpoint into a new directory without ever holding the model in memory.
 
-    The result is what :func:`tensorfold.fold` makes of the loaded model, and is written whole or not at all. Memory is
-    bounded by the largest matrix that is folded and the work space of its fit. Under ``torchrun`` every rank has to
-    call this; they divide the matrices, and the first one writes.
+    The result is what :func:`tensorfold.fold` makes of the loaded model, and is written whole or not at all. Without
+    calibration text the fold goes weight by weight: memory is bounded by the largest matrix that is folded and the work
+    space of its fit. With text it goes block by block: memory is bounded by one block, its moments and the work space
+    of their decomposition; what is finished lies in the directory ``OUT.fold``, from which the same call goes on after
+    an interruption, and which is gone at the end. Under ``torchrun`` every rank has to call this; they divide the
+    matrices, and the first one writes.
 
     Args:
         source: A directory with safetensors, or a hub id that has been downloaded; as ``MODEL`` of the command line.
-        recipe: As for :func:`tensorfold.fold`; one that needs no text.
+        recipe: As for :func:`tensorfold.fold`; the text that it names is not read.
         out: Directory to write; must not exist, or be empty.
+        calibration: Documents of calibration text; the tokenizer is the one beside the model.
+        calibration_tokens: How many tokens of it; the recipe's number, else 24,000.
         progress: Show a progress bar on standard error, on the first rank.
 
     Raises:
         InputError: The model or the recipe cannot be used, or not in this way: it reorders hidden units, or unties,
             drops or splits parts of the model, or the weights are not stored as the model has them. The message says
             what it is; :func:`tensorfold.fold` and the model's ``save_pretrained`` do all of this.
-        TensorfoldError: The disk is full.
+        TensorfoldError: The disk is full, or has not the room that a calibrated fold needs.
     """
     check_types("fold_directory", source=(source, str | Path), out=(out, str | Path))
     check_target(Path(out))
     recipe = Recipe.of(recipe)
-    if recipe.calibrate is not None:
+    if recipe.calibrate is not None and calibration is None:
         warnings.warn(
-            f"the recipe calibrates on {recipe.calibrate.text!r}, but fold_directory reads no text: folding without.",
+            f"the recipe calibrates on {recipe.calibrate.text!r}, but fold_directory reads no text: folding without. "
+            "Give it as calibration.",
             stacklevel=2,
         )
+    if calibration is None and calibration_tokens is not None:
+        raise InputError("fold_directory: calibration_tokens has no effect here; it needs calibration.")
     found = find_model(str(source))
+
+    def card(report: FoldReport) -> dict[str, Any]:
+        text = f"{report.calibration_tokens} tokens of the text given" if report.calibration_tokens else None
+        return model_facts(found, recipe.name or repr(recipe.fold), report, text)
+
     try:
+        if calibration is not None:
+            return fold_out_of_core(
+                found, recipe, Path(out), found.tokenizer(), calibration, calibration_tokens, card, MAX_SHARD_BYTES,
+                progress,
+            )  # fmt: skip
         stream = plan_stream(found, recipe)
     except NotStoredError as error:
         raise InputError(
             f"fold_directory: {error} Load the model and use tensorfold.fold and save_pretrained instead."
         ) from error
     tokenizer, _ = found.tokenizer_beside()
-
-    def card(report: FoldReport) -> dict[str, Any]:
-        return model_facts(found, recipe.name or repr(recipe.fold), report)
-
     return fold_stream(stream, Path(out), tokenizer, card, progress)
 
 

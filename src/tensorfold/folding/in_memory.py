@@ -35,7 +35,7 @@ from tensorfold.methods import Method
 from tensorfold.methods.base import NOTHING
 from tensorfold.models.anatomy import Matrix, check_foldable, dense_weight
 from tensorfold.models.modes import evaluation_mode
-from tensorfold.models.residency import Residency
+from tensorfold.models.residency import WHOLE, Residency
 from tensorfold.recipes.recipe import Recipe
 from tensorfold.utils.block_checkpoints import BlockCheckpoints
 from tensorfold.utils.distributed import Ranks
@@ -91,7 +91,7 @@ def fold(
             checkpoint. Found before anything is changed, but for NaN or infinity in activations and gradients.
         Exception: What another rank raised, on all of them.
     """
-    return fold_resident(model, recipe, tokenizer, calibration, calibration_tokens, checkpoint, progress, Residency())
+    return fold_resident(model, recipe, tokenizer, calibration, calibration_tokens, checkpoint, progress, WHOLE)
 
 
 def fold_resident(

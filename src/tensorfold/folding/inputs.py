@@ -18,7 +18,7 @@ from tensorfold.methods import Method
 from tensorfold.methods.base import Use, check_use
 from tensorfold.models.anatomy import Matrix, expert_tensors, matrices
 from tensorfold.models.modes import evaluation_mode
-from tensorfold.models.residency import Residency
+from tensorfold.models.residency import WHOLE, Residency
 from tensorfold.recipes.recipe import Recipe
 from tensorfold.utils.distributed import Ranks
 from tensorfold.utils.fingerprints import describe_configuration, hash_tensor, saved_tensors
@@ -27,7 +27,7 @@ from tensorfold.utils.torch_modes import check_takes_gradients
 _ROWS = 4096  # of a weight, looked at together
 
 
-def checked_plan(model: PreTrainedModel, recipe: Recipe, calibrated: bool, residency: Residency = Residency()) -> Plan:
+def checked_plan(model: PreTrainedModel, recipe: Recipe, calibrated: bool, residency: Residency = WHOLE) -> Plan:
     """The plan, after finding whatever is wrong with recipe and weights before the model is touched."""
     planned = plan(model, recipe)
     available = {**matrices(model), **{n: m for n, m in expert_tensors(model).items() if n in planned.modules}}
@@ -105,9 +105,7 @@ def identity_of(recipe: Recipe) -> str:
     return repr((recipe.fold, recipe.layers, recipe.untie))
 
 
-def identity(
-    model: PreTrainedModel, recipe: Recipe, text: Text, residency: Residency = Residency()
-) -> dict[str, object]:
+def identity(model: PreTrainedModel, recipe: Recipe, text: Text, residency: Residency = WHOLE) -> dict[str, object]:
     """All that decides the result of a fold, by name."""
     given: dict[str, object] = {
         "recipe": identity_of(recipe),

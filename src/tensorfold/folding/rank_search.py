@@ -39,7 +39,7 @@ from tensorfold.folding.text import Text
 from tensorfold.folding.value_heads import ValueHeads, free, value_heads
 from tensorfold.methods.auto import EFFORTS, Effort
 from tensorfold.models.anatomy import Matrix, by_block, dense_weight
-from tensorfold.models.residency import Residency
+from tensorfold.models.residency import WHOLE, Residency
 from tensorfold.utils.block_checkpoints import BlockCheckpoints
 from tensorfold.utils.distributed import Ranks
 
@@ -55,7 +55,7 @@ def search_ranks(
     ranks: Ranks,
     store: BlockCheckpoints | None = None,
     works_on: Callable[[str], None] = lambda _: None,
-    residency: Residency = Residency(),
+    residency: Residency = WHOLE,
 ) -> tuple[Plan, Found]:
     """Divide every budget of the plan among its layers; those outside the blocks keep their equal shares.
 

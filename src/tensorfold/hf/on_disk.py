@@ -16,8 +16,11 @@ from transformers.utils.hub import cached_file
 from tensorfold.errors import InputError, pass_on_memory, reason
 from tensorfold.hf.checks import check_files, shards
 from tensorfold.hf.loading import load_config
-from tensorfold.models.anatomy import empty_model
+from tensorfold.hf.shard_writer import ShardWriter
+from tensorfold.models.anatomy import count_parameters, empty_model
+from tensorfold.utils.memory import release_file_pages
 
+_PIECE = 2**20  # numbers written at a time
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -120,6 +123,25 @@ def save_configuration(model: PreTrainedModel, directory: Path) -> None:
     model.config.save_pretrained(directory)
     if model.can_generate():
         model.generation_config.save_pretrained(directory)
+
+
+def save_in_pieces(model: PreTrainedModel, directory: Path, max_bytes: int) -> None:
+    """Write weights and configuration as ``save_pretrained`` does, without more than a piece of a weight in memory.
+
+    Args:
+        model: Folded; its parameters may be mapped from files, which are not written to.
+        directory: Directory that is there.
+        max_bytes: Most bytes of a file.
+    """
+    own = own_tensors(model)
+    with ShardWriter(directory, own, count_parameters(model), max_bytes) as writer:
+        for name, tensor in own.items():
+            flat = tensor.detach().reshape(-1)
+            for start in range(0, flat.numel(), _PIECE):
+                piece = flat[start : start + _PIECE]
+                writer.write(name, piece, start)
+                release_file_pages(piece)
+    save_configuration(model, directory)
 
 
 def _directory(path: str) -> Path:

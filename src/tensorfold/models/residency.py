@@ -42,6 +42,9 @@ class Residency:
         """Take parameters, by name in the model, from tensors of the same values that are mapped from a file."""
 
 
+WHOLE = Residency()
+
+
 class OneBlock(Residency):
     """The weights of one block of a model are in memory, and nothing of the others.
 

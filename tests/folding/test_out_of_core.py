@@ -1,0 +1,82 @@
+"""Calibrated folding block by block: the bytes of the fold in memory, from a model that is never in memory."""
+
+import json
+
+import pytest
+import torch
+
+import tensorfold
+from tensorfold import Auto, Graded, LowRank, Recipe, Rule
+from tensorfold.folding.from_disk import model_facts
+from tensorfold.folding.out_of_core import fold_out_of_core
+from tensorfold.hf.loading import save
+from tensorfold.hf.sources import find_model
+
+TOKENS = 256
+AUTO = Rule("all-linear", Auto(keep=0.6))
+RECIPES = {
+    "auto": Recipe((AUTO,)),
+    "low-rank": Recipe((Rule("all-linear", LowRank(keep=0.5)),)),
+    "table": Recipe((Rule("embedding", Graded(keep=0.5)), AUTO)),
+}
+
+
+@pytest.fixture
+def checkpoint(tiny, tokenizer, tmp_path):
+    def make(architecture, dtype=torch.float32, shard="1GB", **settings):
+        path = tmp_path / "dense"
+        tiny(architecture, **settings).to(dtype).save_pretrained(path, max_shard_size=shard)
+        tokenizer.save_pretrained(path)
+        return path
+
+    return make
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def in_memory(path, recipe, prose, out):
+    source = find_model(str(path))
+    model, tokenizer = source.model(), source.tokenizer()
+    report = tensorfold.fold(model, recipe, tokenizer, [prose], calibration_tokens=TOKENS)
+    save(model, tokenizer, out, model_facts(source, "own", report))
+    return report
+
+
+def block_by_block(path, recipe, prose, out):
+    source = find_model(str(path))
+
+    def card(report):
+        return model_facts(source, "own", report)
+
+    return fold_out_of_core(source, recipe, out, source.tokenizer(), [prose], TOKENS, card, 10**9)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "recipe", "dtype"),
+    [("llama", "auto", torch.float32), ("llama", "auto", torch.bfloat16), ("gpt2", "auto", torch.float32),
+     ("gemma3", "table", torch.float32), ("opt", "low-rank", torch.float32), ("phi", "auto", torch.float32)],
+)  # fmt: skip
+def test_the_files_are_those_of_the_fold_in_memory(checkpoint, prose, tmp_path, architecture, recipe, dtype):
+    path = checkpoint(architecture, dtype)
+    before = in_memory(path, RECIPES[recipe], prose, tmp_path / "memory")
+    after = block_by_block(path, RECIPES[recipe], prose, tmp_path / "blocks")
+    assert {**after.to_dict(), "seconds": 0} == {**before.to_dict(), "seconds": 0}
+    assert contents(tmp_path / "blocks") == contents(tmp_path / "memory")
+    assert not (tmp_path / "blocks.fold").exists()
+    assert tensorfold.load(tmp_path / "blocks").dtype == dtype
+
+
+def test_shards_are_read_and_left_as_they_are(checkpoint, prose, tmp_path):
+    path = checkpoint("llama", shard="40KB", num_hidden_layers=3)
+    assert len(list(path.glob("*.safetensors"))) > 2
+    was = contents(path)
+    report = tensorfold.fold_directory(
+        path, RECIPES["auto"], tmp_path / "out", calibration=[prose], calibration_tokens=TOKENS
+    )
+    assert contents(path) == was
+    assert tensorfold.load(tmp_path / "out").num_parameters() == report.parameters_after
+    assert (
+        "256 tokens of the text given" in json.loads((tmp_path / "out" / "tensorfold.json").read_text())["calibration"]
+    )
