@@ -49,6 +49,9 @@ WITHOUT = {
         (("m", "--out", "o", "--recipe", "krony-81m", "--tokens", "5000"), "--calibrate TEXT"),
         (("m", "--out", "o", "--recipe", "demo", "--calibrate", "none", "--tokens", "5000"), "--calibrate TEXT"),
     ],
+    ("fold", "low_memory"): [
+        (("m", "--out", "o", "--keep", ".6", "--calibrate", "none", "--low-memory"), "--calibrate TEXT"),
+    ],
     ("eval", "text"): [(("m", "--protocol", "lm-eval", "--tasks", "t", "--text", "x"), "not lm-eval")],
     ("eval", "max_tokens"): [(("m", "--protocol", "lm-eval", "--tasks", "t", "--max-tokens", "9"), "not lm-eval")],
     ("eval", "against"): [(("m", "--protocol", "lm-eval", "--tasks", "t", "--against", "n"), "not lm-eval")],

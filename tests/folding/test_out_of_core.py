@@ -11,6 +11,7 @@ from tensorfold.folding.from_disk import model_facts
 from tensorfold.folding.out_of_core import fold_out_of_core
 from tensorfold.hf.loading import save
 from tensorfold.hf.sources import find_model
+from tensorfold.utils.block_checkpoints import BlockCheckpoints
 
 TOKENS = 256
 AUTO = Rule("all-linear", Auto(keep=0.6))
@@ -80,3 +81,62 @@ def test_shards_are_read_and_left_as_they_are(checkpoint, prose, tmp_path):
     assert (
         "256 tokens of the text given" in json.loads((tmp_path / "out" / "tensorfold.json").read_text())["calibration"]
     )
+
+
+@pytest.fixture
+def fold(dense_directory, text_file):
+    return "fold", dense_directory, "--keep", "0.6", "--tokens", "256", "--calibrate", text_file, "--out"
+
+
+def test_the_command_line(fold, command, tmp_path, monkeypatch):
+    assert command(*fold, tmp_path / "memory").status == 0
+    assert command(*fold, tmp_path / "blocks", "--low-memory").status == 0
+    assert contents(tmp_path / "blocks") == contents(tmp_path / "memory")
+    monkeypatch.setattr("tensorfold.folding.in_memory.fold", None)
+    monkeypatch.setattr("tensorfold.folding.out_of_core.memory_bytes", lambda: 1000)  # a model larger than memory
+    assert command(*fold, tmp_path / "chosen").status == 0
+    assert contents(tmp_path / "chosen") == contents(tmp_path / "memory")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [(("--untie",), "unties"), (("--plain",), "plain makes narrower"), (("--dtype", "bfloat16"), "leave out --dtype"),
+     (("--calibrate", "self"), "give a text")],
+)  # fmt: skip
+def test_what_cannot_go_block_by_block_says_so(fold, refused, tmp_path, options, says):
+    refused(*fold, tmp_path / "out", "--low-memory", *options, says=["--low-memory", says])
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_is_refused_on_a_disk_without_room(fold, command, tmp_path, monkeypatch):
+    monkeypatch.setattr("tensorfold.folding.out_of_core.disk_need", lambda *_: 10**18)
+    done = command(*fold, tmp_path / "out", "--low-memory")
+    assert done.status != 0
+    assert "needs up to 1000000000.0 GB" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+class Killed(BaseException):
+    """What no code catches."""
+
+
+def test_nothing_is_lost_by_kills(checkpoint, prose, tmp_path, monkeypatch):
+    """Killed after every block that is saved, the fold goes on from there, to the same bytes."""
+    path, save_block, saved = checkpoint("llama"), BlockCheckpoints.save, []
+    in_memory(path, RECIPES["auto"], prose, tmp_path / "memory")
+
+    def save_and_die(self, index, *given, **options):
+        save_block(self, index, *given, **options)
+        saved.append(index)
+        raise Killed
+
+    monkeypatch.setattr(BlockCheckpoints, "save", save_and_die)
+    kills = 0
+    while not (tmp_path / "blocks").exists():
+        try:
+            block_by_block(path, RECIPES["auto"], prose, tmp_path / "blocks")
+        except Killed:
+            kills += 1
+    assert kills == len(saved) == len(set(saved)) > 5
+    assert contents(tmp_path / "blocks") == contents(tmp_path / "memory")
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["blocks", "dense", "memory"]

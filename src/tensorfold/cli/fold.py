@@ -74,6 +74,14 @@ def fold(
             "text nor a recipe is given.",
         ),
     ] = None,
+    low_memory: Annotated[
+        bool,
+        typer.Option(
+            "--low-memory",
+            help="With --calibrate TEXT: hold one block of the model in memory at a time, and the rest on the disk. "
+            "Default: where the weights are larger than half of the memory. The files are the same.",
+        ),
+    ] = False,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
@@ -83,8 +91,9 @@ def fold(
     """
     from tensorfold.calibration.own_text import SELF, check_text, documents_of, label_of
     from tensorfold.errors import TensorfoldError
-    from tensorfold.folding.from_disk import fold_stream, model_facts
+    from tensorfold.folding.from_disk import MAX_SHARD_BYTES, fold_stream, model_facts
     from tensorfold.folding.in_memory import fold as fold_model
+    from tensorfold.folding.out_of_core import fold_out_of_core
     from tensorfold.folding.plan import plan
     from tensorfold.folding.result import FoldReport
     from tensorfold.hf.loading import save
@@ -107,11 +116,12 @@ def fold(
         if unasked and tokenizer is None:
             text = None
         stream = None if text or dtype else _stream(source, chosen)
-        loaded = source.model(None if dtype is None else dtype.value) if stream is None else None
+        low = text is not None and _goes_by_blocks(low_memory, source, chosen, text, dtype is not None)
+        loaded = source.model(None if dtype is None else dtype.value) if stream is None and not low else None
         bar = sys.stderr.isatty()
         documents, reason = None, None
-        if text is not None and loaded is not None:
-            if text == SELF:
+        if text is not None and stream is None:
+            if text == SELF and loaded is not None:
                 plan(loaded, chosen)  # what cannot be folded is refused before the model writes
             tokens = tokens or (_UNASKED if unasked else (chosen.calibrate or CalibrateSettings()).tokens)
             try:
@@ -127,6 +137,9 @@ def fold(
 
         if stream is not None:
             report = fold_stream(stream, out, tokenizer, card, bar)
+        elif low:
+            assert documents is not None  # self is refused, and named texts raise
+            report = fold_out_of_core(source, chosen, out, tokenizer, documents, tokens, card, MAX_SHARD_BYTES, bar)
         else:
             partial = Path(f"{out}.fold") if text else None
             options: dict[str, Any] = {"calibration_tokens": tokens, "checkpoint": partial, "progress": bar}
@@ -158,6 +171,36 @@ def _stream(source: Source, recipe: Recipe) -> Stream | None:
     except NotStoredError as error:
         log.debug("the model is loaded whole: %s", error)
         return None
+
+
+def _goes_by_blocks(asked: bool, source: Source, recipe: Recipe, text: str, converts: bool) -> bool:
+    """Whether a calibrated fold holds one block at a time: where it is asked for, or the memory is small and it can.
+
+    Raises:
+        InputError: It is asked for and cannot be done.
+    """
+    from tensorfold.calibration.own_text import SELF
+    from tensorfold.errors import InputError
+    from tensorfold.folding.out_of_core import check_out_of_core, is_large
+    from tensorfold.hf.on_disk import NotStoredError
+
+    if not asked and (text == SELF or converts or not is_large(source)):
+        return False
+    if text == SELF:
+        raise InputError(
+            "--low-memory: the model writes the calibration text itself, for which it has to be in memory; give a text "
+            "with --calibrate TEXT."
+        )
+    if converts:
+        raise InputError("--low-memory: weights go through as stored; leave out --dtype, or convert the model first.")
+    try:
+        check_out_of_core(source, recipe)
+    except NotStoredError as error:
+        if asked:
+            raise InputError(f"--low-memory: {error} Fold without it, on a machine that holds the model.") from error
+        log.warning("the model is held in memory: %s", error)
+        return False
+    return True
 
 
 def _label(

@@ -59,6 +59,7 @@ NEEDS: Mapping[str, Needs] = {
         "plain": (_NO_PLAIN, _CALIBRATION),
         "calibrate": ALWAYS,
         "tokens": (_CALIBRATION,),
+        "low_memory": (_CALIBRATION,),
     },
     "heal": {
         **_MODEL,

@@ -33,7 +33,7 @@ from tensorfold.recipes.recipe import Recipe
 from tensorfold.utils.activation_store import ActivationStore
 from tensorfold.utils.claims import claimed
 from tensorfold.utils.distributed import Ranks
-from tensorfold.utils.memory import is_file_mapped
+from tensorfold.utils.memory import is_file_mapped, memory_bytes
 from tensorfold.utils.torch_modes import in_usual_modes
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,12 @@ def check_out_of_core(source: Source, recipe: Recipe) -> Plan:
     if any(isinstance(rule.method, Auto) and rule.method.plain for rule in recipe.fold):
         raise NotStoredError("plain makes narrower MLPs of all blocks at its end, in memory.")
     return plan(find_stored(source.path).model, recipe)
+
+
+def is_large(source: Source) -> bool:
+    """Whether the weight files of a model on this machine are larger than half of the machine's memory."""
+    files = Path(source.path).glob("*.safetensors") if Path(source.path).is_dir() else ()
+    return 2 * sum(file.stat().st_size for file in files) > memory_bytes()
 
 
 @in_usual_modes

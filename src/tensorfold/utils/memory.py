@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
+import os
 import sys
 from contextlib import suppress
 
@@ -47,6 +49,14 @@ def _advise(tensor: Tensor, advice: int) -> None:
     length = (tensor.data_ptr() + tensor.numel() * tensor.element_size() - start) // _PAGE * _PAGE
     if length > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
+
+
+def memory_bytes() -> float:
+    """Bytes of memory that the machine has; infinite where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 
 def release_heap() -> None:
