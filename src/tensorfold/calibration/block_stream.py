@@ -21,7 +21,7 @@ from tensorfold.calibration.block_calls import BlockChain, Passed, check_finite,
 from tensorfold.data.tokens import Encoder, begin, check_ids
 from tensorfold.errors import InputError
 from tensorfold.models.anatomy import blocks
-from tensorfold.utils.activation_store import ActivationStore
+from tensorfold.utils.activation_store import let_go
 from tensorfold.utils.finite import why_not_finite
 
 WINDOW = 1024  # tokens; most in a calibration window
@@ -236,8 +236,7 @@ class BlockStream:
     def stand_behind(self, index: int) -> None:
         """Set the position behind block ``index``, once the states of every window are those there."""
         self.position = index + 1
-        if isinstance(self._allocate, ActivationStore):
-            self._allocate.let_go(self.hidden)
+        let_go(self._allocate, self.hidden)
 
     def advance_to(self, index: int) -> None:
         """Carry the hidden states to the entrance of block ``index``, through the blocks before it as they now are."""

@@ -24,6 +24,7 @@ from tensorfold.calibration.gradients import averaged, gradient_at, gradients_wa
 from tensorfold.calibration.packed_symmetric import Packed
 from tensorfold.data.tokens import check_ids
 from tensorfold.models.anatomy import blocks
+from tensorfold.utils.activation_store import let_go
 
 
 def walk_gradient_moments(
@@ -90,7 +91,7 @@ class _Walk:
     def __init__(
         self, model: PreTrainedModel, name: str, chain: nn.ModuleList, pieces: list[Tensor], allocate: Allocate
     ) -> None:
-        self.model, self.pieces, self.count = model, pieces, len(chain)
+        self.model, self.pieces, self.count, self.allocate = model, pieces, len(chain), allocate
         first: dict[int, Tensor] = {}
         self.rows: list[int] = []  # of a piece among those of its length
         many: dict[int, int] = {}
@@ -115,6 +116,7 @@ class _Walk:
             after = self.chains[len(piece)].run(index, piece[None], before)
             behind.hidden[len(piece)][self.rows[k]] = after.hidden[0].detach()
             behind.rest[k] = _detached(after)
+        self._let_go(index)
 
     def through_head(self, prefix: int) -> None:
         """Take the loss's gradients back to what leaves the last block."""
@@ -125,6 +127,7 @@ class _Walk:
                 logits = next_token_logits(self.model, piece[None])
             logits.backward(gradient_at(logits, piece, prefix))  # type: ignore[no-untyped-call]
             self._hand_on(k, leaves)
+        self._let_go(self.count)
 
     def backward(self, index: int) -> None:
         """Take the gradients of all pieces from behind block ``index`` to what enters it."""
@@ -138,6 +141,7 @@ class _Walk:
             torch.autograd.backward([tensor for tensor, _ in outputs], [gradient for _, gradient in outputs])
             if leaves is not None:
                 self._hand_on(k, leaves)
+        self._let_go(index)
 
     def _entering(self, index: int, k: int) -> tuple[Passed | None, Passed | None]:
         """What piece ``k`` enters block ``index`` with, and the leaves that it is made of; nothing before the first."""
@@ -152,6 +156,12 @@ class _Walk:
         )
         # No leaves: some blocks write into what they are given.
         return Passed(leaves.hidden.clone(), tree_map(_own, leaves.others), tree_map(_own, leaves.shared)), leaves
+
+    def _let_go(self, index: int) -> None:
+        """Take the states at the entrance of block ``index`` out of memory, and the gradients, where they are files."""
+        for states in (self.borders[index], self.gradients):
+            for tensor in states.hidden.values():
+                let_go(self.allocate, tensor)
 
     def _hand_on(self, k: int, leaves: Passed | None) -> None:
         assert leaves is not None

@@ -22,6 +22,7 @@ from tensorfold.errors import InputError
 from tensorfold.models.anatomy import blocks
 from tensorfold.utils.finite import why_not_finite
 
+_POSITIONS = 32  # whose predictions are in memory in fp32
 _WINDOW = 256  # tokens in a backward pass, which holds their logits and the activations of one block
 
 
@@ -152,14 +153,15 @@ def next_token_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 def gradient_at(logits: Tensor, piece: Tensor, prefix: int) -> Tensor:
     """The gradient ``softmax(logits) − one-hot(next token)`` of the loss, shape (1, length, vocabulary).
 
-    It holds two tensors of that shape where autograd would hold four. Predictions at the first ``prefix`` positions,
-    and at the last, which has no next token, have gradient zero.
+    Beside it a few positions are in memory in fp32. Predictions at the first ``prefix`` positions, and at the last,
+    which has no next token, have gradient zero.
     """
-    gradient = logits.float().softmax(-1)
-    gradient[0, torch.arange(len(piece) - 1, device=piece.device), piece[1:]] -= 1
-    gradient[0, -1] = 0
-    gradient[0, :prefix] = 0
-    return gradient.to(logits.dtype)
+    gradient = torch.zeros_like(logits)
+    for positions in torch.arange(prefix, len(piece) - 1, device=piece.device).split(_POSITIONS):
+        part = logits[0, positions].float().softmax(-1)  # (positions, vocabulary)
+        part[torch.arange(len(positions), device=piece.device), piece[positions + 1]] -= 1
+        gradient[0, positions] = part.to(logits.dtype)
+    return gradient
 
 
 def multiplies_bfloat16() -> bool:

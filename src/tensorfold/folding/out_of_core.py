@@ -33,7 +33,7 @@ from tensorfold.recipes.recipe import Recipe
 from tensorfold.utils.activation_store import ActivationStore
 from tensorfold.utils.claims import claimed
 from tensorfold.utils.distributed import Ranks
-from tensorfold.utils.memory import is_file_mapped, memory_bytes
+from tensorfold.utils.memory import is_file_mapped, memory_bytes, return_large_blocks
 from tensorfold.utils.torch_modes import in_usual_modes
 
 log = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ def fold_out_of_core(
             _check_mapped(model)
             _check_room(model, planned, partial, recipe, tokens)
             partial.mkdir(parents=True, exist_ok=True)
+            return_large_blocks()
             with OneBlock(model, ActivationStore(0, partial)) as residency:
                 report = fold_resident(model, recipe, tokenizer, documents, tokens, partial, progress, residency)
             if ranks.is_first:

@@ -74,6 +74,12 @@ class ActivationStore:
         return tensor
 
 
+def let_go(allocate: object, tensor: Tensor) -> None:
+    """Take a tensor out of memory where an :class:`ActivationStore` made it; others stay."""
+    if isinstance(allocate, ActivationStore):
+        allocate.let_go(tensor)
+
+
 def _reserve(handle: int, size: int) -> None:
     """Reserve disk space for a file: writing to a mapped file on a full disk would kill the process by a signal."""
     if hasattr(os, "posix_fallocate"):
