@@ -263,8 +263,9 @@ class _Run:
         if store and saved is None:
             outcome = {} if refined is None else {"block": refined.block, "errors": [refined.before, refined.after]}
             store.save(index, kept, outcome)
-        if store and self.residency.is_partial:
-            self.residency.keep_in_file({key.removeprefix(_REFINED): t for key, t in store.mapped(index).items()})
+        names = [m.name for m in batch.matrices]
+        folded = [f"{name}.{key}" for name in names for key, _ in self.model.get_submodule(name).named_parameters()]
+        self.residency.keep_in_file([*folded, *(refined.parameters if refined is not None else ())])
         release_heap()
 
     def _refined(self, batch: Batch) -> Refinement | None:

@@ -6,7 +6,7 @@ What keeps a model out of memory is therefore only that pages which are no longe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar
 
@@ -38,8 +38,8 @@ class Residency:
         """Every weight in turn; the caller is done with one when it asks for the next."""
         return iter(weights)
 
-    def keep_in_file(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take parameters, by name in the model, from tensors of the same values that are mapped from a file."""
+    def keep_in_file(self, names: Iterable[str]) -> None:
+        """Move parameters, by name in the model, to where they need no memory while they are not used."""
 
 
 WHOLE = Residency()
@@ -57,6 +57,8 @@ class OneBlock(Residency):
     """
 
     is_partial = True
+
+    activations: ActivationStore
 
     def __init__(self, model: PreTrainedModel, activations: ActivationStore) -> None:
         self.model, self.activations = model, activations
@@ -91,14 +93,16 @@ class OneBlock(Residency):
             if id(weight) in known:
                 drop_file_pages(weight)
 
-    def keep_in_file(self, tensors: Mapping[str, Tensor]) -> None:
-        """Let parameters be those of a file, so that their own memory is free."""
+    def keep_in_file(self, names: Iterable[str]) -> None:
+        """Move parameters to mapped files, which begin at a page: products of them give the same bits as in memory."""
         parameters = dict(self.model.named_parameters())
-        for name in tensors.keys() & parameters.keys():
-            parameters[name].data = tensors[name]
-            self._kept[id(parameters[name])] = tensors[name]
+        for name in parameters.keys() & set(names):
+            own = parameters[name]
+            kept = self.activations(tuple(own.shape), own.dtype)
+            own.data = kept.copy_(own.detach())
+            self._kept[id(own)] = kept
             if not name.startswith(f"{self._name}."):
-                self._kept_outside.append(tensors[name])
+                self._kept_outside.append(kept)
         release_heap()
 
     def _enter(self, index: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -107,11 +107,6 @@ class BlockCheckpoints:
             (partial / _CORES).write_bytes(content)
             (partial / _SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
         self._previous = digest
-
-    def mapped(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a block that has been loaded or saved, mapped from its file."""
-        with safe_open(self._path(index) / _CORES, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
 
     def _digest(self, content: bytes, files: Iterable[str]) -> str:
         """SHA-256 of a block's serialised tensors and of the files that belong to it."""
