@@ -131,6 +131,20 @@ def test_the_files_do_not_depend_on_the_number_of_ranks(kind, fold_arguments, on
         assert sorted(name for names in solved for name in names) == sorted(modules)
 
 
+def test_block_by_block_on_two_ranks(dense_directory, text_file, on_ranks, command, tmp_path):
+    fold = ["fold", str(dense_directory), "--keep", "0.6", "--tokens", "256", "--calibrate", str(text_file), "--out"]
+    assert command(*fold, tmp_path / "memory").status == 0
+    out = tmp_path / "two"
+    outcomes = on_ranks(2, lambda _: run([*fold, str(out), "--low-memory"]))
+    assert [status for status, *_ in outcomes] == [0, 0], outcomes
+    assert contents(out) == contents(tmp_path / "memory")
+    assert not out.with_name("two.fold").exists()
+    names = json.loads((out / "tensorfold.json").read_text())["modules"]
+    solved = [{n for n in names if f"rank {rank} of 2: {n}\n" in log} for rank, (*_, log) in enumerate(outcomes)]
+    assert all(solved)
+    assert solved[0] | solved[1] == set(names)
+
+
 def test_torchrun(fold_arguments, command, tmp_path):
     assert command(*fold_arguments["calibrated"], "--out", tmp_path / "plain").status == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]

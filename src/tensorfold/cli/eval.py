@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensorfold.cli.options import TEXT_HELP, Dtype, Json, ModelOrRecipe
+from tensorfold.cli.options import TEXT_HELP, Device, Dtype, Json, ModelOrRecipe
 from tensorfold.cli.output import emit
 from tensorfold.errors import InputError
 
@@ -49,6 +49,7 @@ def evaluate(
         ),
     ] = None,
     dtype: Dtype = None,
+    device: Device = None,
     record: Annotated[
         bool, typer.Option("--record", help="Record the result in the model's directory, for tensorfold report.")
     ] = False,
@@ -89,7 +90,7 @@ def evaluate(
     sources = [find_runnable(name) for name in (model, against) if name is not None]
     results = []
     for source in sources:
-        loaded = source.model(None if dtype is None else dtype.value)
+        loaded = source.model(None if dtype is None else dtype.value, device)
         results.append(measure(loaded, source.tokenizer(), protocol=protocol, **judge))
         del loaded
     if record:

@@ -14,6 +14,7 @@ import typer
 from tensorfold.cli.given import recipe_of, source_of
 from tensorfold.cli.options import (
     OWN_TEXT_HELP,
+    Device,
     Dtype,
     Json,
     Keep,
@@ -83,6 +84,7 @@ def fold(
         ),
     ] = False,
     dtype: Dtype = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Fold a model and write the smaller one. Under torchrun, the processes divide the matrices among themselves.
@@ -100,9 +102,12 @@ def fold(
     from tensorfold.recipes.settings import CalibrateSettings
     from tensorfold.utils.atomic_files import check_target
     from tensorfold.utils.claims import claimed
+    from tensorfold.utils.devices import check_solves
     from tensorfold.utils.distributed import Ranks
 
     check_target(out)
+    check_solves(device)
+    elsewhere = device not in (None, "cpu")
     chosen = recipe_of(recipe, keep, targets, untie, effort, plain, multiple)
     unasked = calibrate is None and recipe is None  # text is the default, since without any a model is ruined
     if calibrate == "none":
@@ -115,9 +120,9 @@ def fold(
         tokenizer, absent = (source.tokenizer(), None) if text and not unasked else source.tokenizer_beside()
         if unasked and tokenizer is None:
             text = None
-        stream = None if text or dtype else _stream(source, chosen)
-        low = text is not None and _goes_by_blocks(low_memory, source, chosen, text, dtype is not None)
-        loaded = source.model(None if dtype is None else dtype.value) if stream is None and not low else None
+        stream = None if text or dtype or elsewhere else _stream(source, chosen)
+        low = text is not None and _goes_by_blocks(low_memory, source, chosen, text, dtype is not None or elsewhere)
+        loaded = source.model(dtype and dtype.value, device) if stream is None and not low else None
         bar = sys.stderr.isatty()
         documents, reason = None, None
         if text is not None and stream is None:
@@ -192,7 +197,7 @@ def _goes_by_blocks(asked: bool, source: Source, recipe: Recipe, text: str, conv
             "with --calibrate TEXT."
         )
     if converts:
-        raise InputError("--low-memory: weights go through as stored; leave out --dtype, or convert the model first.")
+        raise InputError("--low-memory: weights go through as stored, on the CPU; leave out --dtype and --device.")
     try:
         check_out_of_core(source, recipe)
     except NotStoredError as error:

@@ -55,4 +55,12 @@ Multiple = Annotated[
 Dtype = Annotated[
     DtypeChoice | None, typer.Option("--dtype", help="Load the weights in this type. Default: as stored.")
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="Compute there: cpu, cuda, cuda:1, mps, xpu. Default: cpu. 'auto' divides a model that is larger than one "
+        "card over all of them and the memory; not for fold.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]

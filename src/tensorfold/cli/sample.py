@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tensorfold.cli.options import Dtype, Json, Model
+from tensorfold.cli.options import Device, Dtype, Json, Model
 
 
 def sample(
@@ -28,6 +28,7 @@ def sample(
         int | None, typer.Option("--top-k", min=1, help="Draw from this many likeliest tokens. Default: from all.")
     ] = None,
     dtype: Dtype = None,
+    device: Device = None,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Equal seeds give equal text.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -39,7 +40,7 @@ def sample(
     from tensorfold.export.engine_model import find_runnable
 
     source = find_runnable(model)
-    loaded, tokenizer = source.model(None if dtype is None else dtype.value), source.tokenizer()
+    loaded, tokenizer = source.model(None if dtype is None else dtype.value, device), source.tokenizer()
     ids = prompt_ids(tokenizer, prompt, loaded)
     count = new_tokens(tokens, len(ids), loaded)
     drawn: dict[str, Any] = {"do_sample": False}

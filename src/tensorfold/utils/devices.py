@@ -1,0 +1,54 @@
+"""Devices by the names that users give them."""
+
+from __future__ import annotations
+
+import torch
+
+from tensorfold.errors import InputError
+
+AUTO = "auto"  # over all accelerators and the memory, as accelerate divides a model
+
+
+def check_device(name: str | None) -> str | None:
+    """Check that a device is there; None and ``auto`` always are.
+
+    Args:
+        name: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``xpu``, ``auto``, or None.
+
+    Raises:
+        InputError: It is no device's name, or this machine has no such device; the message names those that it has.
+    """
+    if name is None or name == AUTO:
+        return name
+    there = _there()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    named = None if device is None else f"{device.type}:{device.index or 0}"
+    if named not in there and (device is None or device.type != "cpu"):
+        raise InputError(f"device {name!r}: not on this machine, which has {', '.join(there)}; needed one of these.")
+    return name
+
+
+def check_solves(name: str | None) -> str | None:
+    """Check that a fold can compute on a device: that there is one, and that it has float64.
+
+    Raises:
+        InputError: It cannot.
+    """
+    if check_device(name) == AUTO:
+        raise InputError(
+            "device 'auto': a fold computes on one device; name it, such as cuda. eval and sample take auto."
+        )
+    if name is not None and torch.device(name).type == "mps":
+        raise InputError("device 'mps': has no float64, in which matrices are decomposed; fold on cpu, and run on mps.")
+    return name
+
+
+def _there() -> list[str]:
+    """Names of the devices of this machine."""
+    if not torch.accelerator.is_available():
+        return ["cpu"]
+    kind = torch.accelerator.current_accelerator()
+    return ["cpu", *(f"{kind.type if kind else ''}:{index}" for index in range(torch.accelerator.device_count()))]
