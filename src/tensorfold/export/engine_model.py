@@ -195,7 +195,8 @@ class EngineSource(Source):
         """The graph, ready to run.
 
         Raises:
-            InputError: A type or another device than the CPU is asked for, what runs the engine is not installed, or the files are damaged.
+            InputError: A type or another device than the CPU is asked for, what runs the engine is not installed, or
+                the files are damaged.
         """
         if dtype not in (None, "auto", "float32", torch.float32):
             raise InputError(
