@@ -190,6 +190,14 @@ class Outcome:
 
 
 @pytest.fixture
+def exact_products(monkeypatch) -> None:
+    """Products of float32 matrices round nothing, as on a processor without instructions for bfloat16."""
+    from tensorfold.utils import torch_modes
+
+    monkeypatch.setattr(torch_modes, "multiplies_bfloat16", lambda: False)
+
+
+@pytest.fixture
 def student(folded_directory):
     import tensorfold
 

@@ -185,6 +185,7 @@ def test_moments_of_a_layer_that_is_called_twice_are_of_both_calls(twice):
     torch.testing.assert_close(moments["once"], x.T @ x / 50)
 
 
+@pytest.mark.usefixtures("exact_products")
 def test_a_layer_that_is_called_twice_is_fitted_to_both_calls(twice):
     windows = torch.randint(5, 290, (4, 30), generator=torch.Generator().manual_seed(1))
     dense = copy.deepcopy(twice)
@@ -222,6 +223,7 @@ def test_models_with_such_layers_are_folded(twice, tokenizer, prose, effort, mon
     assert any(name.endswith("again") for name in report.choices)
 
 
+@pytest.mark.usefixtures("exact_products")
 def test_what_lies_behind_a_stage_runs_once(tiny):
     """On the first window, which shows that every layer is called once; later ones end with the stage."""
     model, windows = tiny("llama").eval(), torch.randint(5, 290, (4, 30), generator=torch.Generator().manual_seed(1))

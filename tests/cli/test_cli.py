@@ -72,6 +72,24 @@ def test_plan_needs_no_weights(command, tmp_path, dense_directory):
     assert command("plan", tmp_path, "--keep", "0.5", "--json") == with_weights
 
 
+def test_plan_says_what_a_size_means(command, dense_directory):
+    whole = json.loads(command("plan", dense_directory, "--keep", "0.5", "--json").out)["parameters_before"]
+    outcome = command("plan", dense_directory, "--size", "0.8", "--json")
+    found = json.loads(outcome.out)
+    assert outcome.status == 0
+    assert found["parameters_before"] == whole
+    assert 0.75 * whole < found["parameters_after"] <= 0.8 * whole
+    assert found["macs_after"] < found["macs_before"]
+    assert found["bytes_about"] == 4 * found["parameters_after"]
+    same = json.loads(command("plan", dense_directory, "--bytes", str(found["bytes_about"]), "--json").out)
+    assert same["bits"] == 32
+    assert 0.95 * found["parameters_after"] < same["parameters_after"] <= found["parameters_after"]
+    shown = command("plan", dense_directory, "--size", "0.8")
+    assert "multiply–adds a token" in shown.out
+    assert command("plan", dense_directory, "--size", "0.8", "--keep", "0.5").status == 2
+    assert command("plan", "--size", "0.8").status == 2
+
+
 def test_fold_writes_a_model_that_plan_announced(command, dense_directory, recipe_file, tmp_path):
     out = tmp_path / "deep" / "folded"
     planned = json.loads(command("plan", dense_directory, "--recipe", recipe_file, "--json").out)

@@ -39,6 +39,8 @@ WITHOUT = {
         (("m", "--recipe", "demo", "--multiple", "8"), "--keep"),
         (("m", "--shapes", "--multiple", "8"), "--keep"),
     ],
+    ("plan", "to"): [(("m", "--keep", ".5", "--to", "onnx"), "--size or --bytes")],
+    ("plan", "bits"): [(("m", "--keep", ".5", "--bits", "8"), "--size or --bytes")],
     ("fold", "multiple"): [(("m", "--out", "o", "--recipe", "demo", "--multiple", "8"), "method: auto or low-rank")],
     ("fold", "plain"): [
         (("m", "--out", "o", "--keep", ".6", "--calibrate", "none", "--plain"), "--calibrate TEXT"),
@@ -98,6 +100,7 @@ def test_every_setting_states_its_need():
 OTHER = {  # values other than the default, where none can be derived
     "micro_batch": 4, "windows": "random", "schedule": "linear", "betas": (0.8, 0.9), "precision": "bf16",
     "train": "cores", "select": "last", "evaluate_every": 3, "save_every": 3, "patience": 2, "lr": 0.5,
+    "lr_sweep": (1e-3, 1e-4),
 }  # fmt: skip
 SWITCH = {  # settings that break a condition, by the condition
     "steps above 0": {"steps": 0, "blockwise_tokens": 64},
@@ -106,6 +109,7 @@ SWITCH = {  # settings that break a condition, by the condition
     "schedule: cosine": {"schedule": "constant"},
     "cross_entropy above 0": {"cross_entropy": 0.0, "kl": 1.0},
     "kl above 0": {"ffn": 1.0},
+    "no lr_sweep, which chooses it": {"lr_sweep": (1e-3, 1e-4)},
 }
 
 

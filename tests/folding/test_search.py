@@ -147,6 +147,7 @@ def test_two_rules_have_two_budgets(tiny, tokenizer, prose):
         assert 0.9 * keep < spent / dense <= keep
 
 
+@pytest.mark.usefixtures("exact_products")
 def test_biases_take_up_what_means_lack(tiny, tokenizer, prose):
     """Behind every block the folded model's states have the dense model's mean on the text, to rounding."""
     model = tiny("gpt2").eval()

@@ -100,11 +100,8 @@ def test_training_needs_something_to_train(teacher):
 
 
 def test_the_best_step_by_validation_is_kept(folded_directory, tokenizer, text_file, tmp_path):
-    out = tmp_path / "out"
-    report = heal(
-        tensorfold.load(folded_directory), text_file, tokenizer=tokenizer, out=out,
-        **{**FAST, "steps": 30, "lr": 0.5, "warmup": 20}, evaluate_every=3, schedule="constant",
-    )  # fmt: skip
+    out, rising = tmp_path / "out", {**FAST, "steps": 30, "lr": 0.6, "warmup": 30, "evaluate_every": 3}
+    report = heal(tensorfold.load(folded_directory), text_file, tokenizer=tokenizer, out=out, **rising)
     validated = {r["step"]: r["validation_loss"] for r in log_of(out) if "validation_loss" in r}
     assert list(validated) == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30]
     best = min((loss, step) for step, loss in validated.items())
@@ -115,10 +112,7 @@ def test_the_best_step_by_validation_is_kept(folded_directory, tokenizer, text_f
     assert held_out_loss(kept, text_file, tokenizer, 16, 0.1) == pytest.approx(report.validation_loss, rel=1e-5)
     assert not (tmp_path / "out.heal").exists()
     last = tensorfold.load(folded_directory)
-    report = heal(
-        last, text_file, tokenizer=tokenizer, **{**FAST, "steps": 30, "lr": 0.5, "warmup": 20},
-        evaluate_every=3, schedule="constant", select="last",
-    )  # fmt: skip
+    report = heal(last, text_file, tokenizer=tokenizer, **rising, select="last")
     assert (report.step, report.validation_loss) == (30, validated[30])
 
 

@@ -89,7 +89,7 @@ def test_a_refusal_keeps_what_an_earlier_run_had_finished(
 ):
     run = {"tokenizer": tokenizer, "out": tmp_path / "out", **FAST, **BLOCKS}
     with monkeypatch.context() as patch:
-        patch.setattr("tensorfold.healing.run.Run._end_to_end", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("tensorfold.healing.run.Run.end_to_end", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             heal(student, text_file, teacher, **run)
     found = tree(tmp_path)

@@ -34,6 +34,7 @@ from tensorfold.calibration.block_stream import Allocate, BlockStream, not_finit
 from tensorfold.errors import InputError
 from tensorfold.models.anatomy import Matrix, dense_weight
 from tensorfold.utils.memory import release_file_pages
+from tensorfold.utils.torch_modes import rounded_products
 
 RIDGE = 0.1  # μ, chosen on held-out windows of a calibration text; see studies/smollm2
 _DIRECT = 2e-2  # relative difference that rounding of states in bf16 may make
@@ -99,7 +100,7 @@ class Reference:
     def advance_to(self, index: int) -> None:
         """Carry the dense model's hidden states to the entrance of block ``index``, through dense blocks."""
         while self.stream.position < index:
-            with self._dense(self.stream.position):
+            with self._dense(self.stream.position), rounded_products():
                 self.stream.advance(self.stream.position)
 
     def _window(self, index: int, k: int, last: bool) -> Tensor:
@@ -139,20 +140,21 @@ class Reference:
         direct = {name: _adds_to_output(stream, index, matrix.module) for name, matrix in stage.items()}
         whole = last or any(direct.values())  # whether the block's output is wanted
         once = False  # whether the first window has shown that both models call every layer once
-        for k in range(len(stream.windows)):
-            with self._dense(index):
-                dense, dense_out = _watch(partial(self._window, index, k, last), stage, stop=once and not whole)
-            run = partial(stream.run, index, slice(k, k + 1))
-            folded, folded_out = _watch(run, stage, stop=once and not any(direct.values()))
-            if k == 0:
-                once = all(len(dense[name]) == len(folded[name]) == 1 for name in stage)
-            for name in stage:
-                lack = None
-                if direct[name] and len(dense[name]) == len(folded[name]) == 1:
-                    assert dense_out is not None
-                    assert folded_out is not None
-                    lack = (dense_out - dense[name][0].output) - (folded_out - folded[name][0].output)
-                sums[name].add(dense[name], folded[name], lack, self.stream.windows.shape[1])
+        with rounded_products():
+            for k in range(len(stream.windows)):
+                with self._dense(index):
+                    dense, dense_out = _watch(partial(self._window, index, k, last), stage, stop=once and not whole)
+                run = partial(stream.run, index, slice(k, k + 1))
+                folded, folded_out = _watch(run, stage, stop=once and not any(direct.values()))
+                if k == 0:
+                    once = all(len(dense[name]) == len(folded[name]) == 1 for name in stage)
+                for name in stage:
+                    lack = None
+                    if direct[name] and len(dense[name]) == len(folded[name]) == 1:
+                        assert dense_out is not None
+                        assert folded_out is not None
+                        lack = (dense_out - dense[name][0].output) - (folded_out - folded[name][0].output)
+                    sums[name].add(dense[name], folded[name], lack, self.stream.windows.shape[1])
         if last:
             self.stream.stand_behind(index)
             self._release(index)

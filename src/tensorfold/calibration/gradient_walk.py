@@ -36,7 +36,7 @@ def walk_gradient_moments(
     allocate: Allocate,
     keep: Callable[[dict[str, Packed]], None],
 ) -> None:
-    """The moments that :func:`~.gradients.gradient_moments` gives, of modules inside the blocks, block by block.
+    """The moments that ``gradient_moments(…, drawn=True)`` gives, of modules inside the blocks, block by block.
 
     Args:
         model: In evaluation mode.
@@ -125,7 +125,7 @@ class _Walk:
             assert before is not None
             with self.chains[len(piece)].known_before(self.count, before):
                 logits = next_token_logits(self.model, piece[None])
-            logits.backward(gradient_at(logits, piece, prefix))  # type: ignore[no-untyped-call]
+            logits.backward(gradient_at(logits, piece, prefix, drawn=True))  # type: ignore[no-untyped-call]
             self._hand_on(k, leaves)
         self._let_go(self.count)
 

@@ -21,6 +21,7 @@ from tensorfold.data.tokens import begin, check_ids
 from tensorfold.errors import InputError
 from tensorfold.models.anatomy import blocks
 from tensorfold.utils.finite import why_not_finite
+from tensorfold.utils.torch_modes import multiplies_bfloat16, rounded_products
 
 _POSITIONS = 32  # whose predictions are in memory in fp32
 _WINDOW = 256  # tokens in a backward pass, which holds their logits and the activations of one block
@@ -32,11 +33,14 @@ def gradient_moments(
     modules: Mapping[str, nn.Module],
     prefix: int = 0,
     rounded: bool = False,
+    drawn: bool = False,
 ) -> dict[str, Packed]:
-    """The gradient moment ``G = Σ g gᵀ / tokens`` of every module: the empirical Fisher matrix of its output.
+    """The gradient moment ``G = Σ g gᵀ / tokens`` of every module: the Fisher matrix of its output.
 
     The loss is ``Σ −log p(next token)`` over the text, in nats. An output off by δ at one token then costs about
-    ``½ δᵀ G δ`` nats.
+    ``½ δᵀ G δ`` nats. With next tokens drawn from the model's own predictions that is, to second order, the divergence
+    from what it predicted. With those of the text it is the empirical Fisher matrix, which counts a token the more the
+    worse it was predicted (Kunstner et al., arXiv 1905.12558).
 
     Args:
         model: A causal language model.
@@ -47,6 +51,8 @@ def gradient_moments(
         rounded: Whether matrix products of a float32 model may take bfloat16 inputs where the processor has
             instructions for it, which more than halves the time. Sums stay in fp32, and what rounding adds is far below
             the spread between tokens.
+        drawn: Whether next tokens are drawn from the model's predictions, see :func:`gradient_at`, in place of the
+            text's.
 
     Returns:
         By name, symmetric, shape (m, m); without modules that are never called, such as an expert that no token is
@@ -62,7 +68,7 @@ def gradient_moments(
     with gradients_watched(model, modules, sums, rounded), _recomputing(model):
         for piece in pieces:
             logits = next_token_logits(model, piece[None])
-            logits.backward(gradient_at(logits, piece, prefix))
+            logits.backward(gradient_at(logits, piece, prefix, drawn))
     averaged(sums, pieces, model)
     return sums
 
@@ -115,6 +121,7 @@ def gradients_watched(
             hooks.callback(module.register_forward_hook(watch(name)).remove)
         if rounded and model.device.type == "cpu" and model.dtype == torch.float32 and multiplies_bfloat16():
             hooks.enter_context(torch.autocast("cpu", torch.bfloat16))
+        hooks.enter_context(rounded_products(rounded))
         yield
 
 
@@ -150,24 +157,30 @@ def next_token_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gradient_at(logits: Tensor, piece: Tensor, prefix: int) -> Tensor:
+def gradient_at(logits: Tensor, piece: Tensor, prefix: int, drawn: bool = False) -> Tensor:
     """The gradient ``softmax(logits) − one-hot(next token)`` of the loss, shape (1, length, vocabulary).
 
     Beside it a few positions are in memory in fp32. Predictions at the first ``prefix`` positions, and at the last,
     which has no next token, have gradient zero.
+
+    Args:
+        logits: Shape (1, length, vocabulary).
+        piece: Token ids, shape (length,).
+        prefix: How many tokens at its beginning the tokenizer puts before a document.
+        drawn: Whether next tokens are drawn from the logits, on the CPU and with a seed that the piece decides, in
+            place of the piece's own.
     """
     gradient = torch.zeros_like(logits)
+    places = torch.arange(1, len(piece) + 1, device=piece.device)
+    generator = torch.Generator().manual_seed(int((piece * places).sum()))
     for positions in torch.arange(prefix, len(piece) - 1, device=piece.device).split(_POSITIONS):
         part = logits[0, positions].float().softmax(-1)  # (positions, vocabulary)
-        part[torch.arange(len(positions), device=piece.device), piece[positions + 1]] -= 1
+        following = piece[positions + 1]
+        if drawn and part.isfinite().all():  # elsewhere the gradient is not finite, which is told once it is summed
+            following = torch.multinomial(part.cpu(), 1, generator=generator)[:, 0].to(piece.device)
+        part[torch.arange(len(positions), device=piece.device), following] -= 1
         gradient[0, positions] = part.to(logits.dtype)
     return gradient
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16 matrices."""
-    known = torch.cpu.get_capabilities()
-    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 @contextmanager

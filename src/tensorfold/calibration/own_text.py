@@ -25,6 +25,7 @@ from tensorfold.utils.atomic_files import cache_directory, write_file
 from tensorfold.utils.fingerprints import hash_json, hash_model
 from tensorfold.utils.finite import why_not_finite
 from tensorfold.utils.terminal import progress_bar
+from tensorfold.utils.torch_modes import rounded_products
 from tensorfold.utils.validation import check_types
 
 SELF = "self"  # the name of this text, where a TEXT is asked for; a file of that name is ./self
@@ -41,7 +42,7 @@ def own_text(
     """Documents that a model writes, sampled at temperature 1 from its own beginning of a text.
 
     A document ends with the end-of-text token, or after 256 tokens. The same model, tokenizer and seed give the same
-    documents in the same order, and fewer tokens the first of them; they are kept in the user's cache.
+    documents in the same order on one machine, and fewer tokens the first of them; they are kept in the user's cache.
 
     Args:
         model: A causal language model with a cache of keys and values; stays as it is.
@@ -150,7 +151,7 @@ def _sampled(model: PreTrainedModel, tokenizer: Any, start: tuple[int, ...], see
     cache: Any = None
     columns: list[Tensor] = []
     ended = torch.zeros(_ROWS, dtype=torch.bool)
-    with evaluation_mode(model), torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode(), rounded_products():
         while len(columns) < length and not ended.all():
             out = model(input_ids=fed, past_key_values=cache, use_cache=True)
             logits, cache = out.logits[:, -1, :known].float().cpu(), out.past_key_values  # (rows, known)

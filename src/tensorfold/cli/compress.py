@@ -70,20 +70,14 @@ def compress(
     Ends with a table of bytes, perplexities and speeds, and says so where fewer bits alone would have been better.
     """
     from tensorfold.cli.pipeline import Order, Pipeline
-    from tensorfold.cli.sizes import bytes_of
     from tensorfold.cli.texts import unseen_of
 
-    if (size is None) == (bytes_ is None):
-        raise InputError(
-            f"compress: got {'both' if size is not None else 'neither'} of --size and --bytes; needed one of the two."
-        )
-    if size is not None and not 0 < size < 1:
-        raise InputError(f"compress: --size {size}; needed a fraction of the model's parameters, 0 < size < 1.")
+    fraction, most = size_asked("compress", size, bytes_)
     texts = tuple(text or ("self",))
     order = Order(
         model=model,
-        size=size,
-        most=None if bytes_ is None else bytes_of(bytes_),
+        size=fraction,
+        most=most,
         texts=texts,
         unseen=unseen_of(texts, unseen),
         minutes=minutes,
@@ -96,3 +90,20 @@ def compress(
     )
     outcome = Pipeline(order, out).run()
     emit(as_json, outcome.to_dict(), outcome.__str__)
+
+
+def size_asked(command: str, size: float | None, most: str | None) -> tuple[float | None, int | None]:
+    """The fraction of a model's parameters, or the bytes, that are asked for; one of the two is None.
+
+    Raises:
+        InputError: Both or neither is given, or one is out of range.
+    """
+    from tensorfold.cli.sizes import bytes_of
+
+    if (size is None) == (most is None):
+        raise InputError(
+            f"{command}: got {'both' if size is not None else 'neither'} of --size and --bytes; needed one of the two."
+        )
+    if size is not None and not 0 < size < 1:
+        raise InputError(f"{command}: --size {size}; needed a fraction of the model's parameters, 0 < size < 1.")
+    return size, None if most is None else bytes_of(most)

@@ -18,8 +18,9 @@ _NO_EFFORT = Need(
 _NO_PLAIN = Need("--keep; in a recipe, plain belongs to entries of method: auto", lambda given: given["recipe"] is None)
 _NO_MULTIPLE = Need(
     "--keep; in a recipe, multiple belongs to entries of method: auto or low-rank",
-    lambda given: given["keep"] is not None,
+    lambda given: any(given.get(size) is not None for size in ("keep", "size", "bytes_")),
 )
+_SIZE = Need("--size or --bytes", lambda given: given["size"] is not None or given["bytes_"] is not None)
 _HARNESS = Need("--protocol lm-eval", lambda given: given["protocol"] == "lm-eval")
 _TEXT_PROTOCOL = Need("a protocol that reads a text, not lm-eval", lambda given: given["protocol"] != "lm-eval")
 _SAMPLING = Need("a --temperature above 0", lambda given: given["temperature"] > 0)
@@ -49,7 +50,12 @@ NEEDS: Mapping[str, Needs] = {
         **dict.fromkeys(("out", "size", "bytes_", "text", "unseen", "minutes", "to", "bits"), ALWAYS),
         **dict.fromkeys(("plain", "effort", "tokens", "max_tokens"), ALWAYS),
     },
-    "plan": {**_MODEL, **_RECIPE, "shapes": ALWAYS},
+    "plan": {
+        **_MODEL,
+        **_RECIPE,
+        **dict.fromkeys(("shapes", "size", "bytes_"), ALWAYS),
+        **dict.fromkeys(("to", "bits"), (_SIZE,)),
+    },
     "fold": {
         **_MODEL,
         **_RECIPE,

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from tensorfold.cli.compress import Engine, size_asked
+from tensorfold.cli.export import Bits
 from tensorfold.cli.given import recipe_of, source_of
 from tensorfold.cli.options import Json, Keep, ModelOrRecipe, Multiple, RecipeName, TargetNames, Untie
 from tensorfold.cli.output import emit
@@ -22,12 +24,27 @@ def plan(
     shapes: Annotated[
         bool, typer.Option("--shapes", help="List the Kronecker shapes that the targets (default: mlp) can have.")
     ] = False,
+    size: Annotated[
+        float | None, typer.Option("--size", help="Fraction of the model's parameters that stays, as of compress.")
+    ] = None,
+    bytes_: Annotated[
+        str | None, typer.Option("--bytes", metavar="60MB", help="Size of the result's weights, as of compress.")
+    ] = None,
+    to: Annotated[Engine | None, typer.Option("--to", help="What --size or --bytes is for [transformers].")] = None,
+    bits: Annotated[Bits | None, typer.Option("--bits", help="Of a stored number, with --size or --bytes.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a recipe would do to a model. Reads its configuration, not its weights."""
+    """Show what a recipe or a size would do to a model. Reads its configuration, not its weights."""
     from tensorfold.folding.plan import plan as make_plan
     from tensorfold.hf.model_card import source_line
 
+    if size is not None or bytes_ is not None:
+        if recipe is not None or keep is not None or shapes:
+            raise InputError("plan: --size and --bytes go without --recipe, --keep and --shapes; leave those out.")
+        if model is None:
+            raise InputError("plan: no MODEL; needed the model that --size or --bytes is of.")
+        _show_size(model, targets, untie, multiple, size, bytes_, to, bits, as_json)
+        return
     if shapes:
         _list_shapes(model, recipe, keep, targets, untie, as_json)
         return
@@ -40,6 +57,30 @@ def plan(
         {**planned.to_dict(), **({"source": stored} if stored else {})},
         lambda: f"{planned}\nsource: {source_line(stored)}" if stored else str(planned),
     )
+
+
+def _show_size(
+    model: str,
+    targets: str | None,
+    untie: bool,
+    multiple: int | None,
+    size: float | None,
+    most: str | None,
+    to: Engine | None,
+    bits: Bits | None,
+    as_json: bool,
+) -> None:
+    """Print the fraction to keep, parameters, multiply–adds and bytes of a size."""
+    from tensorfold.cli.sizes import aim_at
+    from tensorfold.hf.sources import find_model
+
+    fraction, number = size_asked("plan", size, most)
+    recipe = recipe_of(None, 0.5, targets or "all-linear", untie, multiple=multiple)
+    engine = (to or Engine.transformers).value
+    aim = aim_at(
+        find_model(model).config(), recipe, engine, None if bits is None else int(bits.value), fraction, number
+    )
+    emit(as_json, aim.to_dict(), aim.__str__)
 
 
 def _list_shapes(

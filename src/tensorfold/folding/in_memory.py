@@ -47,7 +47,7 @@ from tensorfold.utils.validation import check_types
 
 log = logging.getLogger(__name__)
 
-_LAYOUT = 4  # of checkpoints: what their blocks hold
+_LAYOUT = 5  # of checkpoints: what their blocks hold
 _REFINED = "refined: "  # before the names of refined parameters in a checkpoint
 _FIRST_BATCH = 2  # of a checkpoint; its blocks 0 and 1 hold the search
 

@@ -42,6 +42,7 @@ from tensorfold.models.anatomy import Matrix, by_block, dense_weight
 from tensorfold.models.residency import WHOLE, Residency
 from tensorfold.utils.block_checkpoints import BlockCheckpoints
 from tensorfold.utils.distributed import Ranks
+from tensorfold.utils.torch_modes import rounded_products
 
 _FEW = 128  # tokens, of a look at logits
 _BLOCK = 1  # of a checkpoint; that of the gradients is 0
@@ -157,7 +158,8 @@ class RankSearch:
                 for layer in layers
             ]
             tokens: dict[str, int] = {}
-            moments = input_moments(partial(stream.advance, index), modules, all_called=False, counts=tokens)
+            with rounded_products():
+                moments = input_moments(partial(stream.advance, index), modules, all_called=False, counts=tokens)
             moments = self._shrunk(shrunk_experts(moments, tokens, batch.values(), stream.width))
             for name, matrix in batch.items():
                 if name in moments and name in self.gradients:
@@ -202,7 +204,9 @@ class RankSearch:
         stream = BlockStream(self.model, self.sample, self.residency.activations) if tried else None
         for index, batch in _at_entrances(stream, tried) if stream is not None else ():
             modules = {name: matrix.module for name, matrix in batch.items()}
-            moments = self._shrunk(input_moments(partial(stream.advance, index), modules))  # type: ignore[union-attr]
+            with rounded_products():
+                advance = partial(stream.advance, index)  # type: ignore[union-attr]
+                moments = self._shrunk(input_moments(advance, modules))
             for name, matrix in batch.items():
                 self.works_on(f"shapes of {name}")
                 curve, gradient = self.curves[name], self.gradients[name].full()

@@ -93,7 +93,7 @@ def _moments(
 
     def take(rounded: bool) -> None:
         if residency.activations is None:
-            keep(gradient_moments(model, windows, modules, prefix, rounded))
+            keep(gradient_moments(model, windows, modules, prefix, rounded, drawn=True))
         else:
             walk_gradient_moments(model, windows, modules, prefix, rounded, residency.activations, keep)
 

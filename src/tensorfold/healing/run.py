@@ -26,6 +26,7 @@ from tensorfold.healing.report import HealReport
 from tensorfold.healing.seen import blockwise_order, seen_by_healing
 from tensorfold.healing.setup import arguments, choose_trained, uses_fsdp, validation_subset
 from tensorfold.healing.start import Start, as_before, round_to
+from tensorfold.healing.sweep import with_best_rate
 from tensorfold.healing.trainer import HealTrainer, own_tensors, read_state
 from tensorfold.models.anatomy import count_parameters
 from tensorfold.models.modes import evaluation_mode
@@ -107,7 +108,7 @@ class Run:
             trained = blockwise["parameters"]
         result, done, step, loss, kept = self.model, 0, 0, None, "blocks"
         if settings.steps:
-            result, done, step, loss, first = self._end_to_end()
+            result, done, step, loss, first = with_best_rate(self).end_to_end()
             before = first if before is None else before
             kept = "steps" if step else "blocks" if blockwise else "start"
         rounded = kept != "start" and not self.sharded and round_to(result, dtypes)
@@ -182,7 +183,7 @@ class Run:
                 losses.append(cross_entropy(self.model(input_ids=ids, use_cache=False).logits, labels).item())
         return sum(losses) / len(losses)
 
-    def _end_to_end(self) -> tuple[PreTrainedModel, int, int, float | None, float | None]:
+    def end_to_end(self) -> tuple[PreTrainedModel, int, int, float | None, float | None]:
         """Train end to end, from the newest checkpoint where there is one.
 
         Returns:

@@ -92,6 +92,8 @@ class HealSettings:
         windows: Where windows begin: ``packed``, one after another, each once in a pass over the text; or ``random``,
             anywhere, drawn anew for every window.
         lr: Peak learning rate of AdamW.
+        lr_sweep: Peak rates of which the one with the best validation loss after a short run takes the place of ``lr``:
+            a twentieth of the steps each, twenty at least. None by default.
         min_lr: Learning rate at the end of a cosine schedule.
         schedule: ``cosine``, ``linear`` or ``constant`` after warm-up.
         warmup: Steps in which the learning rate rises from 0 to ``lr``.
@@ -133,6 +135,7 @@ class HealSettings:
     block: Annotated[int, Ge(2), Le(2**31 - 1)] = 512
     windows: Literal["packed", "random"] = "packed"
     lr: Annotated[float, Gt(0)] = 6e-5
+    lr_sweep: tuple[Annotated[float, Gt(0)], ...] = ()
     min_lr: Weight = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Natural = 0
@@ -167,8 +170,9 @@ class HealSettings:
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise InputError(f"heal: batch={self.batch} is not a multiple of micro_batch={self.micro_batch}.")
-        if self.min_lr > self.lr:
-            raise InputError(f"heal: min_lr={self.min_lr} is above lr={self.lr}; needed at most lr.")
+        lowest = min(self.lr_sweep, default=self.lr)
+        if self.min_lr > lowest:
+            raise InputError(f"heal: min_lr={self.min_lr} is above lr={lowest}; needed at most lr.")
         if self.dropout and self.gradient_checkpointing and self.needs_teacher:
             raise InputError(
                 f"heal: dropout={self.dropout} with gradient_checkpointing and a teacher; the pass that is compared "
@@ -189,6 +193,7 @@ class HealSettings:
 _TRAINING = Need("steps above 0", lambda heal: heal.steps)
 _VALIDATION = Need("validation_fraction above 0", lambda heal: heal.validation_fraction)
 _BLOCKWISE = Need("blockwise_tokens above 0", lambda heal: heal.blockwise_tokens)
+_NO_SWEEP = Need("no lr_sweep, which chooses it", lambda heal: not heal.lr_sweep)
 _COSINE = Need("schedule: cosine", lambda heal: heal.schedule == "cosine")
 _CROSS_ENTROPY = Need("cross_entropy above 0", lambda heal: heal.cross_entropy)
 _KL = Need("kl above 0", lambda heal: heal.kl)
@@ -200,7 +205,8 @@ HEAL_NEEDS: Needs = {
     "micro_batch": (_TRAINING,),
     "block": ALWAYS,
     "windows": (_TRAINING,),
-    "lr": (_TRAINING,),
+    "lr": (_TRAINING, _NO_SWEEP),
+    "lr_sweep": (_TRAINING, _VALIDATION),
     "min_lr": (_TRAINING, _COSINE),
     "schedule": (_TRAINING,),
     "warmup": (_TRAINING,),
