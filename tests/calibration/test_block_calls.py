@@ -109,7 +109,7 @@ def test_gradients_go_back_by_all_that_blocks_hand_on(name):
     inside = by_block({n: m for n, m in matrices(model).items() if m.kind == "linear"}, blocks(model)[0])
     modules = {n: m.module for batch in inside.values() for n, m in batch.items()}
     with evaluation_mode(model):
-        expected = gradient_moments(model, windows, modules)
+        expected = gradient_moments(model, windows, modules, drawn=True)
         walk_gradient_moments(
             model, windows, modules, 0, False, lambda shape, dtype: torch.empty(shape, dtype=dtype), found.update
         )

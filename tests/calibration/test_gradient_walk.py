@@ -35,7 +35,7 @@ def test_block_by_block_as_in_one_pass(tiny, monkeypatch, architecture, rounded)
     model, text = tiny(architecture), windows()
     name = blocks(model)[0]
     modules = {key: matrix.module for key, matrix in matrices(model).items() if key.startswith(f"{name}.")}
-    expected = gradient_moments(model, text, modules, PREFIX, rounded)
+    expected = gradient_moments(model, text, modules, PREFIX, rounded, drawn=True)
     found, order = walked(model, text, modules, rounded)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key].values, expected[key].values) for key in expected)

@@ -69,3 +69,16 @@ def test_products_in_bfloat16_give_nearly_the_same_moments(tiny, monkeypatch):
         difference = (exact[name].full() - rounded[name].full()).norm() / exact[name].full().norm()
         assert 0 < difference < 0.02
         assert rounded[name].values.dtype == torch.float32
+
+
+def test_next_tokens_that_are_drawn_give_the_fisher_matrix_of_the_predictions():
+    """``E g gᵀ = diag p − p pᵀ`` at the logits, whatever the text says."""
+    piece = torch.zeros(8001, dtype=torch.long)
+    chances = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0])
+    logits = chances.log().clamp_min(-50).expand(1, len(piece), -1)
+    gradient = gradients.gradient_at(logits, piece, 0, drawn=True)[0, :-1]
+    fisher = chances.diag() - chances.outer(chances)
+    torch.testing.assert_close(gradient.T @ gradient / len(gradient), fisher, rtol=0, atol=0.02)
+    assert torch.equal(gradient, gradients.gradient_at(logits, piece, 0, drawn=True)[0, :-1])
+    of_the_text = gradients.gradient_at(logits, piece, 0)[0, :-1]
+    torch.testing.assert_close(of_the_text, (chances - torch.eye(5)[0]).expand(8000, -1))
