@@ -54,7 +54,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(folded_directory, tokenize
 
 def test_what_cannot_be_swept_is_refused(folded_directory, tokenizer, text_file):
     with pytest.raises(InputError, match="validation_fraction above 0"):
-        _healed(folded_directory, tokenizer, text_file, **{"lr_sweep": (1e-3,), "validation_fraction": 0.0})
+        _healed(folded_directory, tokenizer, text_file, lr_sweep=(1e-3,), validation_fraction=0.0)
     with pytest.raises(InputError, match="no lr_sweep"):
         _healed(folded_directory, tokenizer, text_file, lr_sweep=(1e-3, 1e-4), lr=1e-3)
     with pytest.raises(TensorfoldError, match="not finite with any"):

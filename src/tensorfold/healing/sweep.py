@@ -46,7 +46,9 @@ def with_best_rate(run: Run) -> Run:
             write_file(file, json.dumps(losses).encode())
     best = min(settings.lr_sweep, key=lambda rate: losses[f"{rate:g}"])
     if math.isinf(losses[f"{best:g}"]):
-        raise TensorfoldError(f"heal: the loss is not finite with any of lr_sweep={list(settings.lr_sweep)}; lower them.")
+        raise TensorfoldError(
+            f"heal: the loss is not finite with any of lr_sweep={list(settings.lr_sweep)}; lower them."
+        )
     if run.log is not None:
         run.log.write_once({"stage": "sweep", "step": 0, "losses": losses, "lr": best})
     chosen = copy.copy(run)
