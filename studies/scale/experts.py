@@ -1,6 +1,7 @@
 """Experts of a small mixture at a part of their bytes: each by itself, or all of a layer in one tensor train.
 
-    OMP_NUM_THREADS=1 python studies/scale/experts.py --model DIR [--keep F] [--only NAME …] [--heal NAME …] [--table]
+    OMP_NUM_THREADS=1 python studies/scale/experts.py --model DIR [--keep F] [--only NAME …] [--heal NAME …]
+    python studies/scale/experts_table.py
 
 ``DIR`` is what ``tiny_mixture.py`` wrote. Every variant folds all experts and nothing else, is calibrated on 16,384
 tokens of the training part, and keeps this part of the experts' bytes, stored orders included. Perplexities are of
@@ -39,7 +40,16 @@ VARIANTS: dict[str, tuple[Callable[[float], Any], bool]] = {  # method for a kee
     "auto low": (lambda keep: Auto(keep=keep - ORDERS, effort="low"), True),
     "auto": (lambda keep: Auto(keep=keep - ORDERS), True),
 }
-STEPS = {"steps": 100, "batch": 8, "block": 256, "lr": 5e-4, "warmup": 10, "train": "all", "workers": 0}
+STEPS = {
+    "steps": 40,
+    "batch": 8,
+    "block": 256,
+    "lr": 5e-4,
+    "warmup": 4,
+    "train": "all",
+    "workers": 0,
+    "evaluate_every": 40,
+}
 
 
 def judged(model: Any, tokenizer: Any, directory: Path) -> dict[str, float]:
@@ -80,33 +90,13 @@ def read() -> list[dict[str, Any]]:
     return [json.loads(line) for line in LOG.read_text(encoding="utf-8").splitlines()] if LOG.exists() else []
 
 
-def table() -> str:
-    """Rows of every variant: bytes of the experts, perplexities, and their ratios to the dense model's."""
-    entries = {(entry["name"], entry["keep"], entry["steps"]): entry for entry in read()}
-    lines = ["| experts | bytes | valid | test | test, against dense | CPU seconds |", "|---|---|---|---|---|---|"]
-    whole = entries[("dense", 1, 0)]["expert_bytes"]
-    for (name, _, steps), entry in entries.items():
-        dense = entries[("dense", 1, steps)]
-        healed = f", healed {steps} steps" if steps else ""
-        lines.append(
-            f"| {name}{healed} | {entry['expert_bytes'] / whole:.3f} | "
-            f"{entry['valid']:.1f} | {entry['test']:.1f} | {entry['test'] / dense['test']:.3f} | "
-            f"{entry.get('seconds', '')} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="directory that tiny_mixture.py wrote")
+    parser.add_argument("--model", type=Path, required=True, help="directory that tiny_mixture.py wrote")
     parser.add_argument("--keep", type=float, default=0.5, help="part of the experts' bytes that stays")
     parser.add_argument("--only", action="append", choices=["dense", *VARIANTS])
     parser.add_argument("--heal", action="append", default=[], choices=["dense", *VARIANTS])
-    parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
-    if args.table:
-        print(table())
-        return
     torch.set_num_threads(1)
     from transformers import AutoTokenizer
 

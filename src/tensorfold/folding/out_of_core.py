@@ -56,7 +56,10 @@ def check_out_of_core(source: Source, recipe: Recipe) -> Plan:
         raise NotStoredError("the recipe reorders hidden units, which rewrites the weights of whole MLPs in memory.")
     if any(isinstance(rule.method, Auto) and rule.method.plain for rule in recipe.fold):
         raise NotStoredError("plain makes narrower MLPs of all blocks at its end, in memory.")
-    return plan(find_stored(source.path).model, recipe)
+    planned = plan(find_stored(source.path).model, recipe)
+    if planned.split:
+        raise NotStoredError("experts of one tensor are taken apart, which copies them into memory.")
+    return planned
 
 
 def is_large(source: Source) -> bool:
