@@ -128,6 +128,26 @@ def test_fewer_bits(tiny, tmp_path, to, bits):
     assert f"{kind}" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
+def test_four_bits_are_fitted_to_a_text(tiny, tmp_path):
+    for package in PACKAGES["openvino"]:
+        pytest.importorskip(package)
+    model = model_of(tiny, "gpt2", rules=(Rule(["mlp"], LowRank(keep=0.7)),))
+    windows = torch.randint(20, 90, (4, 24), generator=torch.Generator().manual_seed(0))
+    reports = [
+        EXPORTS["openvino"](model, tmp_path / str(given is None), bits=4, windows=given) for given in (None, windows)
+    ]
+    files = [(tmp_path / name / "openvino_model.bin").read_bytes() for name in ("True", "False")]
+    assert reports[0].stored == reports[1].stored
+    assert files[0] != files[1]
+    with pytest.raises(InputError, match="no effect in 8 bits"):
+        EXPORTS["openvino"](model, tmp_path / "eight", bits=8, windows=windows)
+
+
+def test_a_text_without_effect_is_refused(command, tmp_path):
+    for options in (["--to", "onnx", "--bits", "4", "--calibrate", "self"], ["--to", "openvino", "--tokens", "9"]):
+        assert command("export", "nowhere", *options, "--out", tmp_path / "out").status == 2
+
+
 def test_a_directory_is_evaluated_sampled_and_timed(written, command, text_file):
     to, _, report, path = written
     judged = command("eval", path, "--text", text_file, "--protocol", "disjoint-64", "--max-tokens", "400", "--json")

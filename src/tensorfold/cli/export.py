@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tensorfold.cli.options import Json, Model
 from tensorfold.cli.output import emit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+_TOKENS, _WINDOW = 8192, 256  # of calibration text, and of its windows at most
 
 
 class Target(StrEnum):
@@ -54,6 +61,16 @@ def export(
         Bits | None,
         typer.Option("--bits", help="Of a stored weight (onnx, openvino, gguf): 32 [default], 16, 8 or (not gguf) 4."),
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar="TEXT",
+            help="With --to openvino --bits 4: text whose activations the weights' scales are fitted to, as of fold; "
+            "'self' is text that the model writes.",
+        ),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="How many tokens of it [8192].")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a model for other tools, and check that it computes the same.
@@ -61,9 +78,11 @@ def export(
     One graph reads prompts and steps, with a KV cache; it is checked over 32 steps, and with rows padded on the left.
     Tracing takes some seconds a block. What was written runs in sample, eval and bench.
     """
+    from tensorfold.calibration.own_text import check_text
     from tensorfold.hf.sources import find_model
     from tensorfold.utils.atomic_files import check_file_target, check_target
 
+    check_text(calibrate, "validation")
     (check_file_target if to is Target.gguf and out.suffix == ".gguf" else check_target)(out)
     packed = to in (Target.onnx, Target.openvino, Target.gguf)
     if packed:
@@ -80,9 +99,24 @@ def export(
 
     if packed:
         into = {Target.onnx: export_onnx, Target.openvino: export_openvino, Target.gguf: export_gguf}[to]
-        report = into(loaded, out, tokenizer, name=source.name, bits=32 if bits is None else int(bits.value))
+        options: dict[str, Any] = {"name": source.name, "bits": 32 if bits is None else int(bits.value)}
+        if calibrate is not None:
+            options["windows"] = _windows(calibrate, tokens or _TOKENS, loaded, source.tokenizer())
+        report = into(loaded, out, tokenizer, **options)
     else:
         report = (export_dense if to is Target.dense else export_int8)(loaded, out, tokenizer, name=source.name)
     if absent is not None:
         typer.echo(f"written without a tokenizer: {absent}", err=True)
     emit(as_json, report.to_dict(), lambda: str(report))
+
+
+def _windows(text: str, tokens: int, model: PreTrainedModel, tokenizer: Any) -> Tensor:
+    """Calibration windows of a text, token ids of shape (windows, length)."""
+    from tensorfold.calibration.block_stream import calibration_windows
+    from tensorfold.calibration.own_text import documents_of
+    from tensorfold.data.tokens import check_ids
+
+    documents = documents_of(text, model, tokenizer, tokens, split="validation", progress=sys.stderr.isatty())
+    windows = calibration_windows(tokenizer, documents, tokens, _WINDOW)
+    check_ids(model, windows, "calibration", tokenizer)
+    return windows

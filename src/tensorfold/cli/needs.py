@@ -26,6 +26,11 @@ _TEXT_PROTOCOL = Need("a protocol that reads a text, not lm-eval", lambda given:
 _SAMPLING = Need("a --temperature above 0", lambda given: given["temperature"] > 0)
 _SAMPLES = Need("samples; leave out --no-samples", lambda given: given["samples"])
 _PACKED = Need("--to onnx, openvino or gguf", lambda given: str(given["to"]) in ("onnx", "openvino", "gguf"))
+_FOUR_BITS = Need(
+    "--to openvino --bits 4, whose scales a text can be fitted to",
+    lambda given: str(given["to"]) == "openvino" and str(given["bits"]) == "4",
+)
+_FITTED = Need("--calibrate TEXT", lambda given: given["calibrate"] is not None)
 _NAME = Need("the name of a shipped recipe", lambda given: given["name"] is not None)
 
 
@@ -94,7 +99,14 @@ NEEDS: Mapping[str, Needs] = {
         # Settings of single folded layers, checked once it is known whether there are any: settings.BENCH_NEEDS.
         **dict.fromkeys(("tokens", "way"), ALWAYS),
     },
-    "export": {**_MODEL, "to": ALWAYS, "out": ALWAYS, "bits": (_PACKED,)},
+    "export": {
+        **_MODEL,
+        "to": ALWAYS,
+        "out": ALWAYS,
+        "bits": (_PACKED,),
+        "calibrate": (_FOUR_BITS,),
+        "tokens": (_FITTED,),
+    },
     "sample": {
         **_MODEL,
         "prompt": ALWAYS,

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensorfold.errors import InputError
 from tensorfold.export.agreement import agreement, check_close, check_finite
+from tensorfold.export.balanced import balanced_factors
 from tensorfold.export.descriptions import graph_readme, write_genai_config, write_openvino_tokenizer
 from tensorfold.export.engine_model import FILES, MANIFEST, file_bytes, open_exported
 from tensorfold.export.onnx_weights import pack_onnx, stored_numbers, tidy
-from tensorfold.export.openvino_weights import pack_openvino, share_tables
+from tensorfold.export.openvino_weights import GROUP, pack_openvino, share_tables
 from tensorfold.export.tracing import check_packages, probe, trace
 from tensorfold.export.written import ExportReport, check_float32, version, write_beside, writing
 from tensorfold.hf.dense import plain_config
@@ -60,7 +62,13 @@ def export_onnx(
 
 
 def export_openvino(
-    model: PreTrainedModel, out: str | Path, tokenizer: Any = None, *, name: str = "the model", bits: int = 32
+    model: PreTrainedModel,
+    out: str | Path,
+    tokenizer: Any = None,
+    *,
+    name: str = "the model",
+    bits: int = 32,
+    windows: Tensor | None = None,
 ) -> ExportReport:
     """Write ``model`` as ``openvino_model.xml`` and ``.bin``, its KV cache a state of the graph; whole or not at all.
 
@@ -69,15 +77,28 @@ def export_openvino(
             tokenizer is written as OpenVINO GenAI reads it, too.
         bits: Of a stored weight. 16: float16. 8 and 4: weights alone, by NNCF; in 4 bits in groups of 32 along the
             inputs, or of 16 where 32 does not divide them; a matrix that neither divides has 8, as tables and heads do.
+        windows: Calibration text for 4 bits, token ids of shape (windows, length): see
+            :func:`.openvino_weights.pack_openvino`.
 
     Raises:
-        InputError, TensorfoldError: As for :func:`export_onnx`.
+        InputError: As for :func:`export_onnx`; or ``windows`` with other bits than 4, where they have no effect.
+        TensorfoldError: As for :func:`export_onnx`.
     """
-    return _export("openvino", model, out, tokenizer, name, bits)
+    if windows is not None and bits != 4:
+        raise InputError(f"export --to openvino: calibration text has no effect in {bits} bits; give bits=4, or none.")
+    return _export("openvino", model, out, tokenizer, name, bits, windows)
 
 
 @in_usual_modes
-def _export(to: str, model: PreTrainedModel, out: str | Path, tokenizer: Any, name: str, bits: int) -> ExportReport:
+def _export(
+    to: str,
+    model: PreTrainedModel,
+    out: str | Path,
+    tokenizer: Any,
+    name: str,
+    bits: int,
+    windows: Tensor | None = None,
+) -> ExportReport:
     started = time.monotonic()
     if bits not in BITS:
         raise InputError(f"export --to {to}: got bits={bits}; needed one of {', '.join(map(str, BITS))}.")
@@ -86,7 +107,8 @@ def _export(to: str, model: PreTrainedModel, out: str | Path, tokenizer: Any, na
     check_float32(model, to)
     with evaluation_mode(model), writing(out) as partial:
         _check_finite(model, to)
-        program = trace(model, to)
+        with balanced_factors(model, GROUP) if bits == 4 else nullcontext():
+            program = trace(model, to)
         parameters = count_parameters(model)
         plain_config(model).save_pretrained(partial)
         manifest: dict[str, Any] = {"engine": to, "bits": 32, "parameters": parameters, "tensorfold": version()}
@@ -95,7 +117,7 @@ def _export(to: str, model: PreTrainedModel, out: str | Path, tokenizer: Any, na
         check_close(to, found.difference, TOLERANCE * max(1.0, found.largest))
         if bits != 32:
             manifest["bits"] = bits
-            _save(to, program, partial, manifest)
+            program = _save(to, program, partial, manifest, windows)
             found = agreement(open_exported(partial), model, to)
         stored = stored_numbers(program) if to == "onnx" else pack_openvino(program, 32)[1]
         size = file_bytes(partial, to)
@@ -122,8 +144,12 @@ def _check_finite(model: PreTrainedModel, to: str) -> None:
     check_finite(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, to, "the model's own")
 
 
-def _save(to: str, program: Any, directory: Path, manifest: dict[str, Any]) -> None:
-    """Write the program in the manifest's bits, over what is there; in less than 32 the program is changed."""
+def _save(to: str, program: Any, directory: Path, manifest: dict[str, Any], windows: Tensor | None = None) -> Any:
+    """Write the program in the manifest's bits, over what is there; in less than 32 the program is changed.
+
+    Returns:
+        The program as it was written.
+    """
     for file in directory.glob(f"{FILES[to].split('.')[0]}.*"):
         file.unlink()
     path = directory / FILES[to]
@@ -131,7 +157,7 @@ def _save(to: str, program: Any, directory: Path, manifest: dict[str, Any]) -> N
         import openvino
 
         share_tables(program)
-        program = pack_openvino(program, manifest["bits"])[0]
+        program = pack_openvino(program, manifest["bits"], windows)[0]
         openvino.save_model(program, str(path), compress_to_fp16=False)
     else:
         import onnx_ir
@@ -141,6 +167,7 @@ def _save(to: str, program: Any, directory: Path, manifest: dict[str, Any]) -> N
         size = sum(value.const_value.nbytes for value in program.graph.initializers.values())
         onnx_ir.save(program, path, external_data="model.onnx.data" if size > _ONE_FILE else None)
     _write_manifest(directory, manifest)
+    return program
 
 
 def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
