@@ -61,6 +61,13 @@ WITHOUT = {
     ("eval", "include_path"): [(("m", "--text", "x", "--include-path", "p"), "--protocol lm-eval")],
     ("eval", "limit"): [(("m", "--text", "x", "--limit", "3"), "--protocol lm-eval")],
     ("export", "bits"): [(("m", "--to", "dense", "--out", "o", "--bits", "8"), "--to onnx, openvino or gguf")],
+    ("export", "calibrate"): [
+        (("m", "--to", "onnx", "--bits", "4", "--out", "o", "--calibrate", "self"), "--to openvino --bits 4"),
+        (("m", "--to", "openvino", "--bits", "8", "--out", "o", "--calibrate", "self"), "--to openvino --bits 4"),
+    ],
+    ("export", "tokens"): [
+        (("m", "--to", "openvino", "--bits", "4", "--out", "o", "--tokens", "9"), "--calibrate TEXT")
+    ],
     ("sample", "top_k"): [(("m", "--temperature", "0", "--top-k", "5"), "--temperature above 0")],
     ("sample", "seed"): [(("m", "--temperature", "0", "--seed", "0"), "--temperature above 0")],
     ("report", "prompt"): [(("d", "--out", "o", "--no-samples", "--prompt", "x"), "--no-samples")],
