@@ -170,7 +170,7 @@ def floor_cost(entry: Any, other: Any, stretch: int) -> float:
     return 100 * (mine / theirs - 1)
 
 
-BUILTINS = (abs, getattr, hasattr, int, isinstance, len, max, min, round, str, sum, vars)
+BUILTINS = (abs, getattr, hasattr, int, isinstance, len, max, min, round, str, sum, vars, sorted)
 HELPERS: dict[str, Any] = {
     "mean": statistics.mean, "log": math.log, "wiki": wiki, "shake": shake, "part": part, "before": before,
     "after": after, "spread": spread, "loss": loss, "accuracy": accuracy, "smaller": smaller, "speeds": speeds,
