@@ -130,7 +130,8 @@ def fold_resident(
         if _left_plain(model, planned, chosen, found):
             planned = planned.of_plain(model)
         elif chosen:
-            order_folded_units(model, families)
+            if text.windows is not None:  # without text a fold from disk to disk, matrix by matrix, writes the same
+                order_folded_units(model, families)
             tied = {matrix.name: matrix.tied_head for matrix in chosen.values() if matrix.tied_head is not None}
             mark_folded(model, planned.modules, tied, planned.split)
     text.note_in(model)
