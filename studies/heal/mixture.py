@@ -1,7 +1,6 @@
 """Heal SmolLM2-135M folded on ``mixture`` text, and the dense model alike, judged on text that neither has seen.
 
     OMP_NUM_THREADS=1 python studies/heal/mixture.py --work WORK [--only 0.8 dense] [--steps 200]
-    python studies/heal/table.py
 
 For each system: fold with ``--keep`` on 24,000 tokens of ``mixture`` (the dense model as it is), then cross-entropy and
 distillation from the dense model on random windows of ``mixture``, a step of 2,048 tokens. The control is the dense
