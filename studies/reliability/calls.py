@@ -106,6 +106,7 @@ def usual(templates: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Call
         # A method is used as well as made: what it lets through must hold for a matrix.
         name = f"{kind.__name__}({', '.join(fields)})"
         own[name] = (_use(kind), {key: (lambda value=value: value) for key, value in fields.items()})
+    own["SharedExperts"] = (_use_experts, {"keep": lambda: 0.5, "share": lambda: "both"})
     return own
 
 
@@ -117,6 +118,10 @@ def _use(kind: Any) -> Callable[..., Any]:
         return method.solve(torch.linspace(-1, 1, 48 * 32).reshape(48, 32), spec)
 
     return make
+
+
+def _use_experts(**fields: Any) -> Any:
+    return tensorfold.SharedExperts(**fields).spec_of_experts(4, 48, 32, 32)
 
 
 def _rule(model: Any, **fields: Any) -> Any:

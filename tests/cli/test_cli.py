@@ -282,9 +282,9 @@ def test_help_does_not_wait_for_torch(arguments):
 
 
 def test_as_a_process_usage_errors_are_one_line():
-    done = run_python("-m", "tensorfold.cli.main", "plan", "--bogus")
+    done = run_python("-m", "tensorfold.cli.main", "plan", "--xyzzy")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "tensorfold: No such option: --bogus; see tensorfold plan --help\n"
+    assert done.stderr == "tensorfold: No such option: --xyzzy; see tensorfold plan --help\n"
 
 
 def test_debug_shows_the_traceback_of_bad_input():

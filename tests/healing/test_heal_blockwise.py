@@ -285,7 +285,7 @@ def test_memory_does_not_grow_with_the_text(folded, dense, windows):
     for index in range(BLOCKS):
         # All that may differ is the order of the windows.
         assert abs(many[index] - few[index]) < activation
-        assert few[index] <= 3 * cores + 4 * activation
+        assert few[index] <= 3 * cores + 7 * activation  # three of them scratch memory that pivoted layers keep
 
 
 def test_a_sink_counts_as_one_token():

@@ -159,7 +159,7 @@ class MPOLinear(StructuredLinear):
             flat = x.reshape(-1, x.shape[-1])
             if order is not None:
                 flat = flat.index_select(1, order) if reads is None else flat[:, :reads]
-            y = from_pivots(flat, others, pivots, position, first, True).reshape(*x.shape[:-1], -1)
+            y = from_pivots(flat, others, pivots, position, first, True).reshape(*x.shape[:-1], len(position))
             return y if bias is None else y.add_(bias)
 
         return of_pivots(others, pivots, position, first, order, bias, x.dim()), many

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, pass_on_memory
 
 AUTO = "auto"  # over all accelerators and the memory, as accelerate divides a model
 
@@ -23,7 +23,8 @@ def check_device(name: str | None) -> str | None:
     there = _there()
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except RuntimeError as error:
+        pass_on_memory(error)
         device = None
     named = None if device is None else f"{device.type}:{device.index or 0}"
     if named not in there and (device is None or device.type != "cpu"):

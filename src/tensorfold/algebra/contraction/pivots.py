@@ -40,6 +40,8 @@ def first_of_pivots(position: Tensor, rank: int, made: int) -> int | None:
         None where any other order is stored.
     """
     first = int((position >= rank).long().argmin()) if len(position) and position[0] >= rank else 0
+    if first + rank > made:  # others lie among the pivots
+        return None
     wanted = torch.full_like(position, made)
     wanted[:first] = torch.arange(rank, rank + first)
     wanted[first : first + rank] = torch.arange(rank)
