@@ -42,7 +42,7 @@ def heal_options(teacher: PreTrainedModel, folded: Path, minutes: float, key: st
 
 
 def _precision() -> str:
-    """``bf16`` where the processor has instructions for it, which more than halve the time of a step."""
+    """``bf16`` where the processor has instructions for it, else ``fp32``."""
     from tensorfold.utils.torch_modes import multiplies_bfloat16
 
     return "bf16" if multiplies_bfloat16() else "fp32"

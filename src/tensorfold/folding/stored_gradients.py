@@ -58,9 +58,8 @@ def take_gradients(
         kept, place = stored[1], store.folder("gradients")
         sizes = {name: (layers[name].out_features, layers[name].parameter.device) for name in kept}
         return StoredGradients({name: Packed(*sizes[name], path=place / file) for name, file in kept.items()})
-    BlockStream(
-        model, windows, residency.activations
-    )  # names the block whose activations are not finite, which gradients cannot
+    # Names the block whose activations are not finite, which gradients cannot.
+    BlockStream(model, windows, residency.activations)
     folder = None if store else tempfile.TemporaryDirectory()
     place = store.folder("gradients") if store else Path(folder.name if folder else "")
     found: dict[str, Packed] = {}
