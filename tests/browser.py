@@ -46,8 +46,36 @@ class Page(HTMLParser):
         return [values[name] for _, values in self.elements if name in values]
 
 
-PROBE = """
+PROBE = r"""
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
+const light = (colour) => {
+  const [r, g, b] = colour.match(/[\d.]+/g).map(Number).map((v) => (colour.startsWith("color(") ? v : v / 255))
+    .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const maps = () => {
+  const map = document.querySelector(".map");
+  if (!map) return { maps: 0 };
+  const cells = all("td button", map), said = map.querySelector(".reason");
+  let agree = 0;
+  cells[0].dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
+  agree += said.textContent === cells[0].title;
+  cells[1].click();
+  agree += said.textContent === cells[1].title;
+  const [before] = all("td button[tabindex='0']", map);
+  before.focus();
+  before.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowDown", bubbles: true }));
+  agree += said.textContent === document.activeElement.title && document.activeElement !== before;
+  const contrasts = cells.map((cell) => {
+    const [a, b] = [getComputedStyle(cell).color, getComputedStyle(cell).backgroundColor].map(light);
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  });
+  return {
+    maps: all(".map").length, cells: cells.length, said: agree,
+    reasons: new Set([cells[0].title, cells[1].title, document.activeElement.title]).size,
+    contrast: Math.min(...contrasts),
+  };
+};
 addEventListener("load", () => setTimeout(() => {
   const charts = all(".chart");
   const drawing = ".main-svg :is(.js-line, .point, .heatmaplayer image)";
@@ -68,6 +96,7 @@ addEventListener("load", () => setTimeout(() => {
       hidden,
       outside: all(".chart .main-svg").filter((svg) => svg.getBoundingClientRect().right > innerWidth + 1).length,
       images: document.images.length,
+      ...maps(),
     }, "*"), 500);
   }, 500);
 }, 1000));

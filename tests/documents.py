@@ -33,6 +33,7 @@ SUBSTITUTES = {
     "--tokens 24000": "--tokens 300",
     "notes.txt": "TEXT",
     "--size 0.9 ": "--size 0.9 --tokens 600 --max-tokens 256 ",
+    "--size 0.5 ": "--size 0.5 --tokens 600 --max-tokens 256 --effort low ",
     "--bytes 460MB": "--bytes 90kB --tokens 600 --max-tokens 256",
     "--minutes 10": "--minutes 0.001",
     "tokenizer, 24000": "tokenizer, 600",

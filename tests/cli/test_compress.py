@@ -67,6 +67,8 @@ def test_the_outcome_has_every_row(whole):
     assert result["parameters"] < 0.81 * dense["parameters"]
     assert 4 * result["parameters"] <= result["bytes"] < 4.1 * result["parameters"]  # orders of rows
     assert all(row[key] > 0 for row in found["rows"] for key in ("own", "unseen", "prompt", "decode"))
+    assert [sample["label"] for sample in found["samples"]] == [row["name"] for row in found["rows"]]
+    assert all(sample["tokens"] > 0 or sample["problem"] for sample in found["samples"])
     assert found["report"] == str(whole / "report.html")
     assert (whole / "report.html").is_file()
 
@@ -84,7 +86,7 @@ def test_the_same_command_does_nothing_again(whole, arguments, command):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     outcome = command(*arguments, "--minutes", "0.5", "--out", whole, "--json")
     assert outcome.status == 0, outcome.err
-    assert outcome.err.count("done before") == outcome.err.count("/9]") == 9
+    assert outcome.err.count("done before") == outcome.err.count("/10]") == 10
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
     assert json.loads(outcome.out) == json.loads((whole / "compress.json").read_text(encoding="utf-8"))
 
@@ -211,13 +213,20 @@ def row(name, size, perplexity, ours=False, prompt=100.0):
     [
         ([row("dense", 400, 10), row("dense, 8 bits", 100, 10), row("ours", 90, 11, True, 140)], True, "1.40 times as"),
         ([row("dense", 400, 10), row("dense, 8 bits", 100, 10), row("ours", 110, 11, True)], False, "Take at/dense, 8"),
-        ([row("dense", 400, 10), row("dense, 4 bits", 60, 12), row("ours", 90, 11, True)], True, "0.90 of"),
+        (
+            [
+                row("dense", 400, 10),
+                row("dense, 8 bits", 100, 10),
+                row("dense, 4 bits", 60, 12),
+                row("ours", 90, 11, True),
+            ],
+            True,
+            "dense, 4 bits is smaller still: 0.0 MB, and 1.20 times",
+        ),
     ],
 )
 def test_the_verdict_is_that_of_the_rows(rows, pays, says):
-    outcome = Outcome({"texts": ()}, {"bits": 8}, rows, "own", "other", "out", None)
-    if says == "0.90 of":
-        says = "1.50 of dense, 4 bits"
+    outcome = Outcome({"texts": ()}, {"bits": 8}, rows, "own", "other", "A tool", [], "out", None)
     assert (outcome.rival is None) is pays
     assert says in outcome.verdict
     assert says in str(outcome)
@@ -231,7 +240,7 @@ def test_sizes_need_a_fraction_of_something(tiny):
 @pytest.mark.parametrize(
     ("engine", "architecture", "targets"),
     [
-        ("transformers", "qwen3_moe", ["all-linear", "experts"]),
+        ("transformers", "qwen3_moe", "all-linear,experts"),
         ("onnx", "qwen3_moe", "all-linear"),  # graphs of folded experts cannot be traced
         ("transformers", "llama", "all-linear"),
     ],
@@ -239,3 +248,16 @@ def test_sizes_need_a_fraction_of_something(tiny):
 def test_experts_in_one_tensor_are_folded_with_the_rest(engine, architecture, targets, tiny):
     order = Order("m", 0.5, None, (), "", 0.0, engine, None, False, "low", 300, 300)
     assert order.recipe(tiny(architecture).config).fold[0].targets == targets
+
+
+def test_plan_and_compress_mean_the_same_by_a_size(command, mixture_directory):
+    planned = json.loads(command("plan", mixture_directory, "--size", "0.6", "--json").out)
+    order = Order(str(mixture_directory), 0.6, None, (), "", 0.0, "transformers", None, False, "low", 300, 300)
+    config = tensorfold.load(mixture_directory).config
+    assert planned == aim_at(config, order.recipe(config), "transformers", None, 0.6, None).to_dict()
+    assert planned["targets"] == "all-linear,experts"
+    assert planned["parameters_after"] == pytest.approx(0.6 * planned["parameters_before"], rel=0.05)
+    assert "those of experts depend on" in command("plan", mixture_directory, "--size", "0.6").out
+    kept = command("plan", mixture_directory, "--keep", str(planned["keep"]), "--targets", planned["targets"], "--json")
+    same = json.loads(kept.out)
+    assert all(planned[key] == same[key] for key in planned.keys() & same.keys())

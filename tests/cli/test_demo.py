@@ -14,7 +14,7 @@ def test_the_demo(command, monkeypatch, workplace, dense_directory):
         asked, model=str(dense_directory), engine="transformers", size=0.9, tokens=600, judged=256
     )
     monkeypatch.setattr(demo, "order", lambda: tiny)
-    for expected in (0, 8):
+    for expected in (0, 9):
         outcome = command("demo", "--out", "shown")
         assert outcome.status == 0, outcome.err
         assert outcome.err.count("done before") == expected

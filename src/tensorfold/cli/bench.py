@@ -29,17 +29,19 @@ def bench(
     ] = None,
     tokens: Annotated[
         str | None,
-        typer.Option("--tokens", help="Numbers of tokens at which single layers are timed [1,16,128,1024,4096]."),
+        typer.Option(
+            "--tokens", help="Numbers of tokens at which single layers are timed. Default: 1,16,128,1024,4096."
+        ),
     ] = None,
     prefill: Annotated[
         int | None,
-        typer.Option("--prefill", min=1, help="Tokens of the prompt [512, or what the context has room for]."),
+        typer.Option("--prefill", min=1, help="Tokens of the prompt. Default: 512, or what the context has room for."),
     ] = None,
     decode: Annotated[
-        int | None, typer.Option("--decode", min=1, help="Tokens generated after the prompt [32].")
+        int | None, typer.Option("--decode", min=1, help="Tokens generated after the prompt. Default: 32.")
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option("--rounds", min=1, help="Measurements of everything, taken in turn [7].")
+        int | None, typer.Option("--rounds", min=1, help="Measurements of everything, taken in turn. Default: 7.")
     ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads of torch. Default: its own choice.")

@@ -53,7 +53,11 @@ def compress(
     to: Annotated[Engine, typer.Option("--to", help="What the result is to run in.")] = Engine.transformers,
     bits: Annotated[
         Bits | None,
-        typer.Option("--bits", help="Of a stored number: 32, 16, 8 or 4 [8; for transformers 32]."),
+        typer.Option(
+            "--bits",
+            help="Of a stored number; for transformers 32 or 8. Default: 8, for transformers 32, or fewer where "
+            "--bytes needs them.",
+        ),
     ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Narrow the MLPs only: a model that transformers loads without tensorfold.")

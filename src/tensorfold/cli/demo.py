@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from tensorfold.cli.pipeline import Order
 
 MODEL = "smollm2-135m"
-PROMPT = "The most important thing about a good tool is"
 
 
 def order() -> Order:
@@ -43,7 +40,6 @@ def run_demo(out: Path) -> None:
         TensorfoldError: The disk is full.
     """
     from tensorfold.cli.pipeline import Pipeline
-    from tensorfold.export.engine_model import find_runnable
     from tensorfold.hf.model_card import source_line
     from tensorfold.hf.sources import find_model
 
@@ -53,9 +49,8 @@ def run_demo(out: Path) -> None:
     if source.stored is not None:
         print(f"The weights of {asked.model} are {source_line(source.stored)}.")
     print(outcome)
-    tokenizer = source.tokenizer()
-    for row in (outcome.rows[0], outcome.rows[-1]):
-        print(f"{row.name}: {_sentence(find_runnable(row.path).model(), tokenizer)}")
+    for sample in (outcome.samples[0], outcome.samples[-1]):
+        print(f"{sample['label']}: {_sentence(outcome.prompt, sample['text'])}")
 
 
 def _engine() -> str:
@@ -72,10 +67,8 @@ def _engine() -> str:
     return "transformers"
 
 
-def _sentence(model: PreTrainedModel, tokenizer: Any) -> str:
-    """One greedily generated sentence after the fixed prompt."""
-    inputs = tokenizer(PROMPT, return_tensors="pt")
-    ids = model.generate(**inputs, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    text = tokenizer.decode(ids[0], skip_special_tokens=True).replace("\n", " ")
-    end = text.find(". ", len(PROMPT))
-    return text if end < 0 else text[: end + 1]
+def _sentence(prompt: str, text: str) -> str:
+    """A prompt and what follows it, to the end of the first sentence."""
+    text = text.replace("\n", " ")
+    end = text.find(". ")
+    return prompt + (text if end < 0 else text[: end + 1])

@@ -59,7 +59,9 @@ def export(
     ],
     bits: Annotated[
         Bits | None,
-        typer.Option("--bits", help="Of a stored weight (onnx, openvino, gguf): 32 [default], 16, 8 or (not gguf) 4."),
+        typer.Option(
+            "--bits", help="Of a stored weight (onnx, openvino, gguf): 32, 16, 8 or, not of gguf, 4. Default: 32."
+        ),
     ] = None,
     calibrate: Annotated[
         str | None,
@@ -70,7 +72,9 @@ def export(
             "'self' is text that the model writes.",
         ),
     ] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="How many tokens of it [8192].")] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=2, help="How many tokens of it. Default: 8,192.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a model for other tools, and check that it computes the same.

@@ -26,7 +26,7 @@ def heal(
     ] = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="The dense model, to distil from.")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Directory to write [DIR-healed]; checkpoints lie in OUT.heal.")
+        Path | None, typer.Option("--out", help="Directory to write; checkpoints lie in OUT.heal. Default: DIR-healed.")
     ] = None,
     recipe: Annotated[
         str | None,

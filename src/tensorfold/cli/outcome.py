@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from tensorfold.report.outcome import dense_name
+
 
 @dataclass(frozen=True)
 class Row:
@@ -54,6 +56,8 @@ class Outcome:
         rows: The dense model, its forms in fewer bits, and what was folded; the last one is the result.
         own: Name of the text that was calibrated on.
         unseen: Name of the other text.
+        prompt: What every row went on from; ``samples`` says how.
+        samples: JSON values of a :class:`tensorfold.report.samples.Sample` for every row.
         out: Directory of the run.
         report: The HTML page; None without one.
     """
@@ -63,6 +67,8 @@ class Outcome:
     rows: list[Row]
     own: str
     unseen: str
+    prompt: str
+    samples: list[dict[str, Any]]
     out: str
     report: str | None
 
@@ -87,12 +93,18 @@ class Outcome:
                 f"held-out text, {rival.unseen:,.2f} against {result.unseen:,.2f} on unseen). "
                 f"Take {rival.path}.{faster}"
             )
-        same = dense[0] if self.aim["bits"] == 32 else dense[1]
+        same = next(row for row in dense if row.name == dense_name(self.aim["bits"]))
         speed = _ratio(result.prompt, same.prompt)
+        smaller = "".join(
+            f" {row.name} is smaller still: {row.bytes / 1e6:,.1f} MB, and {row.unseen / dense[0].unseen:.2f} times."
+            for row in dense
+            if row.bytes < result.bytes
+        )
         return (
             f"{result.bytes / 1e6:,.1f} MB, {result.bytes / same.bytes:.2f} of {same.name}; perplexity on unseen text "
             f"{result.unseen / dense[0].unseen:.2f} times the dense model's"
             + (f"; reads prompts {speed:.2f} times as fast as {same.name}." if speed else ".")
+            + smaller
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,6 +116,8 @@ class Outcome:
             "texts": {"own": self.own, "unseen": self.unseen},
             "pays": self.rival is None,
             "verdict": self.verdict,
+            "prompt": self.prompt,
+            "samples": self.samples,
             "out": self.out,
             "report": self.report,
         }

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tensorfold.cli.outcome import Outcome, Row
-from tensorfold.cli.sizes import COSTS, Aim, aim_at
+from tensorfold.cli.sizes import COSTS, Aim, aim_at, targets_of_size
 from tensorfold.cli.steps import RECORDS, Steps
 from tensorfold.cli.texts import CALIBRATION, HELD_OUT, UNSEEN, check_texts, write_texts
 from tensorfold.utils.atomic_files import check_target, write_file
@@ -34,6 +34,8 @@ RESULT = "compress.json"
 _FOLD_PASSES = 25  # forward passes over the calibration text that take as long as a fold, about
 _EXPORT = 1.5  # seconds a block, about
 _ROUNDS, _PROMPT, _DECODED = 5, 512, 32  # of the measurement of speed
+PROMPT = "The most important thing about a good tool is"  # that every row goes on from, side by side
+_SAMPLED = 48  # tokens of it
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,11 @@ class Order:
     judged: int
 
     def recipe(self, config: PreTrainedConfig) -> Recipe:
-        """The fold of a dense model, at a size that is still to be found; graphs of folded experts cannot be traced."""
-        from tensorfold.methods.auto import Auto
-        from tensorfold.models.anatomy import empty_model
-        from tensorfold.models.experts import fused_experts
-        from tensorfold.recipes.recipe import Recipe, Rule
+        """The fold of a dense model, at a size that is still to be found."""
+        from tensorfold.recipes.recipe import Recipe
 
-        method = Auto(keep=0.5, effort=self.effort, plain=self.plain)  # type: ignore[arg-type]
-        experts = self.engine == "transformers" and bool(fused_experts(empty_model(config)))
-        return Recipe(
-            fold=(Rule("mlp" if self.plain else ["all-linear", "experts"] if experts else "all-linear", method),)
-        )
+        targets = targets_of_size(config, self.engine, self.plain)
+        return Recipe.keep(0.5, targets, self.effort, self.plain)
 
 
 class Pipeline:
@@ -104,13 +100,13 @@ class Pipeline:
         config = self.source.config()
         self.recipe = order.recipe(config)
         self.aim: Aim = aim_at(config, self.recipe, order.engine, order.bits, order.size, order.most)
-        fewer = [bits for bits in COSTS[order.engine] if bits < self.aim.bits]
-        self.bits = [bits for bits in (self.aim.bits, max(fewer, default=None)) if bits is not None and bits < 32]
+        beside = {self.aim.bits, *(bits for bits in (8, 4) if bits in COSTS[order.engine])}
+        self.bits = sorted(beside - {32}, reverse=True)  # that the dense model is judged in
         exports = [f"dense-{bits}" for bits in self.bits]
         heal = ["heal"] if order.minutes else []
         finish = [] if self.last_is_result else ["export"]
         judge = [f"judge-{name}" for name in (*exports, *([] if self.last_is_result else ["folded"]), "result")]
-        names = ["texts", "judge-dense", "fold", *heal, *finish, *exports, *judge, "speed", "report"]
+        names = ["texts", "judge-dense", "fold", *heal, *finish, *exports, *judge, "speed", "samples", "report"]
         self.steps = Steps(out, names)
         self.progress = sys.stderr.isatty()
         self._pace = 100.0  # tokens a second that the dense model was judged at
@@ -163,7 +159,7 @@ class Pipeline:
             after = made if self.last_is_result else ["export"]
             rows.append(self._row(what, str(result), "judge-result", after, ours=True))
             rows = self._speed(rows)
-            return self._report(rows, last)
+            return self._report(rows, self._samples(rows), last)
 
     def _texts(self) -> None:
         order, folder = self.order, self.out / "text"
@@ -315,7 +311,7 @@ class Pipeline:
         expected = dict.fromkeys(self.steps.names, judge)
         expected |= {name: _EXPORT * blocks for name in self.steps.names if name.startswith(("dense-", "export"))}
         expected |= {"fold": _FOLD_PASSES * self.order.tokens / self._pace, "heal": 60 * self.order.minutes}
-        self.steps.expect({**expected, "speed": speed, "report": 5.0})
+        self.steps.expect({**expected, "speed": speed, "samples": 2.0 * (len(self.bits) + 2), "report": 5.0})
 
     def _speed(self, rows: list[Row]) -> list[Row]:
         from tensorfold.benchmark.whole import bench_models, prompt_length
@@ -335,14 +331,29 @@ class Pipeline:
         found = self.steps.run("speed", "speed: prompts and steps of every row, in turn", {"after": keys}, work)
         return [row.timed(found["prompt"][row.name], found["decode"].get(row.name)) for row in rows]
 
-    def _report(self, rows: list[Row], last: Path) -> Outcome:
+    def _samples(self, rows: list[Row]) -> list[dict[str, Any]]:
+        from tensorfold.export.engine_model import find_runnable
+        from tensorfold.report.samples import sample_of
+
+        def work() -> list[dict[str, Any]]:
+            made = (
+                sample_of(row.name, find_runnable(row.path).model(), self.tokenizer, PROMPT, _SAMPLED) for row in rows
+            )
+            return [asdict(sample) for sample in made]
+
+        keys = [self.steps.keys[name] for name in self.steps.names if name.startswith(("judge", "dense"))]
+        settings = {"after": keys, "prompt": PROMPT, "tokens": _SAMPLED}
+        found: list[dict[str, Any]] = self.steps.run("samples", f"samples: {PROMPT} …", settings, work)
+        return found
+
+    def _report(self, rows: list[Row], samples: list[dict[str, Any]], last: Path) -> Outcome:
         from tensorfold.report.page import PACKAGES, missing_packages, write_report
 
         page, order = self.out / "report.html", asdict(self.order)
         drawn = not missing_packages()
         outcome = Outcome(
             order=order, aim=self.aim.to_dict(), rows=rows, own=self.own_label, unseen=self.unseen_label,
-            out=str(self.out), report=str(page) if drawn else None,
+            prompt=PROMPT, samples=samples, out=str(self.out), report=str(page) if drawn else None,
         )  # fmt: skip
 
         def work() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated
 
 import typer
@@ -30,7 +31,9 @@ def plan(
     bytes_: Annotated[
         str | None, typer.Option("--bytes", metavar="60MB", help="Size of the result's weights, as of compress.")
     ] = None,
-    to: Annotated[Engine | None, typer.Option("--to", help="What --size or --bytes is for [transformers].")] = None,
+    to: Annotated[
+        Engine | None, typer.Option("--to", help="What --size or --bytes is for. Default: transformers.")
+    ] = None,
     bits: Annotated[Bits | None, typer.Option("--bits", help="Of a stored number, with --size or --bytes.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -71,15 +74,15 @@ def _show_size(
     as_json: bool,
 ) -> None:
     """Print the fraction to keep, parameters, multiply–adds and bytes of a size."""
-    from tensorfold.cli.sizes import aim_at
+    from tensorfold.cli.sizes import aim_at, targets_of_size
     from tensorfold.hf.sources import find_model
+    from tensorfold.recipes.recipe import Recipe
 
     fraction, number = size_asked("plan", size, most)
-    recipe = recipe_of(None, 0.5, targets or "all-linear", untie, multiple=multiple)
-    engine = (to or Engine.transformers).value
-    aim = aim_at(
-        find_model(model).config(), recipe, engine, None if bits is None else int(bits.value), fraction, number
-    )
+    config, engine = find_model(model).config(), (to or Engine.transformers).value
+    recipe = Recipe.keep(0.5, targets or targets_of_size(config, engine), multiple=multiple or 1)
+    recipe = dataclasses.replace(recipe, untie=untie)
+    aim = aim_at(config, recipe, engine, None if bits is None else int(bits.value), fraction, number)
     emit(as_json, aim.to_dict(), aim.__str__)
 
 

@@ -37,6 +37,7 @@ class Aim:
         engine: What the result is for: ``transformers``, ``onnx`` or ``openvino``.
         plan: The plan at that size.
         tables: Parameters of tables and heads, which graphs store in eight bits at least.
+        targets: What is folded, as ``--targets`` of ``plan`` and ``fold`` says it.
     """
 
     keep: float
@@ -44,6 +45,7 @@ class Aim:
     engine: str
     plan: Plan
     tables: int
+    targets: str
 
     def bytes_in(self, bits: int, dense: bool = False) -> int:
         """Bytes that the model takes in these bits, about; those of the dense model if ``dense``."""
@@ -52,32 +54,26 @@ class Aim:
         return round(matrix * (parameters - self.tables) + table * self.tables)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        planned = self.plan.to_dict()
+        """JSON values: ``bytes_before`` and ``bytes_after`` as the model is stored now, ``bytes_about`` in the bits."""
+        planned, sizes = self.plan.to_dict(), ("parameters", "macs", "bytes")
         return {
+            "targets": self.targets,
             "keep": round(self.keep, 6),
             "bits": self.bits,
-            **{f"{n}_{w}": planned[f"{n}_{w}"] for n in ("parameters", "macs") for w in ("before", "after")},
+            **{f"{size}_{when}": planned[f"{size}_{when}"] for size in sizes for when in ("before", "after")},
             "bytes_about": self.bytes_in(self.bits),
         }
 
     def __str__(self) -> str:
-        plan = self.plan
-        sizes = ", ".join(
-            f"{2 if name == 'bf16' else 4} bytes a number ({name}): {plan.parameters_after * size / 1e6:,.1f} MB"
-            for name, size in (("fp32", 4), ("bf16", 2))
-        )
-        stored = f"{self.bits} bits for {self.engine}: about {self.bytes_in(self.bits) / 1e6:,.1f} MB"
-        dense = f"the dense model in {self.bits} bits about {self.bytes_in(self.bits, dense=True) / 1e6:,.1f} MB"
-        return "\n".join(
-            [
-                f"keep {self.keep:.4f} of the targeted matrices: {plan.parameters_before:,} → "
-                f"{plan.parameters_after:,} parameters ({plan.parameters_after / plan.parameters_before:.1%})",
-                f"{plan.macs_before:,} → {plan.macs_after:,} multiply–adds a token "
-                f"({plan.macs_after / plan.macs_before:.1%})",
-                f"{sizes}; {stored} ({dense})",
-            ]
-        )
+        from tensorfold.folding.tables import megabytes, size_lines
+
+        before, after = self.plan.parameters_before, self.plan.parameters_after
+        kinds = (("float32", 4), ("bfloat16", 2))
+        floats = ", ".join(f"{megabytes(size * before, size * after)} in {name}" for name, size in kinds)
+        stored = megabytes(self.bytes_in(self.bits, dense=True), self.bytes_in(self.bits))
+        chosen = f"; about {stored} in {self.bits} bits for {self.engine}" if self.bits < 32 else ""
+        lines = size_lines(self.plan, floats + chosen)
+        return "\n".join([f"--targets {self.targets} --keep {self.keep:.4f}", *lines])
 
 
 def bytes_of(text: str) -> int:
@@ -93,6 +89,23 @@ def bytes_of(text: str) -> int:
     if not found or float(found[1]) <= 0:
         raise InputError(f"--bytes {text!r:.60}; needed a number above 0 with a unit, such as 60MB, 1.5GB or 512MiB.")
     return round(float(found[1]) * _UNITS[(found[2] or "").replace("ki", "Ki")])
+
+
+def targets_of_size(config: PreTrainedConfig, engine: str, plain: bool = False) -> str:
+    """What is folded for a size where nobody names targets: every linear layer, and experts in one tensor.
+
+    Args:
+        config: Configuration of the dense model.
+        engine: What the result is for; graphs of folded experts cannot be traced, and so leave them as they are.
+        plain: Whether only MLPs become narrower.
+    """
+    from tensorfold.folding.plan import skeleton
+    from tensorfold.models.experts import fused_experts
+
+    if plain:
+        return "mlp"
+    experts = engine == "transformers" and bool(fused_experts(skeleton(config)))
+    return "all-linear,experts" if experts else "all-linear"
 
 
 def aim_at(
@@ -147,7 +160,7 @@ def aim_at(
             f"model{'' if most is None else f', {_floor(known[bits], whole, targeted, tables) / 1e6:,.1f} MB'}, or "
             "fewer --bits."
         )
-    return Aim(keep, bits, engine, plan(model, _keeping(recipe, keep)), tables)
+    return Aim(keep, bits, engine, plan(model, _keeping(recipe, keep)), tables, str(recipe.fold[0].targets))
 
 
 def _floor(costs: tuple[float, float], whole: int, targeted: int, tables: int) -> float:

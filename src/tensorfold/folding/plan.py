@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tensorfold.algebra.specs.registry import check_size
 from tensorfold.algebra.specs.structure import Structure
 from tensorfold.errors import InputError, SpecError
-from tensorfold.folding.tables import module_table
+from tensorfold.folding.tables import module_table, size_lines
 from tensorfold.hf.surgery import keep_layers, split_linear, take_experts_apart, untie_head, without_weights
 from tensorfold.hf.ties import check_sayable, disagreement
 from tensorfold.methods import Method
@@ -67,7 +67,7 @@ class Plan:
     ``targeted_bytes`` of each targeted matrix as it was. ``dense`` are the parameters of targeted matrices that a
     search leaves as they are. ``macs_before`` are the multiply–adds a token of all linear layers, the head among them,
     as given, without experts that share a tensor, which are sent some tokens only; ``other_macs`` those of layers that
-    are not targeted, ``targeted_macs`` of each targeted matrix as it was.
+    are not targeted, ``targeted_macs`` of each targeted matrix as it was. ``experts`` says whether experts are targets.
     ``str(plan)`` is the table people read.
     """
 
@@ -86,6 +86,7 @@ class Plan:
     macs_before: int = 0
     other_macs: int = field(default=0, repr=False)
     targeted_macs: dict[str, int] = field(default_factory=dict, repr=False)
+    experts: bool = False
 
     def bytes_of(self, name: str) -> int:
         """Bytes of one targeted matrix afterwards, in the dtype that it had, with its stored orders."""
@@ -148,12 +149,8 @@ class Plan:
 
     def table(self, errors: Mapping[str, float] | None = None, error_name: str = "error") -> str:
         """The folded modules, with their errors where there are any, and the sizes of the whole model."""
-        sizes = (
-            (self.parameters_before, self.parameters_after),
-            (self.bytes_before, self.bytes_after),
-            (self.macs_before, self.macs_after),
-        )
-        return module_table(self.modules, *sizes, self.kept, errors, error_name, self.warnings)
+        table = module_table(self.modules, errors, error_name)
+        return "\n".join([table, *size_lines(self), *(f"warning: {warning}" for warning in self.warnings)])
 
 
 def _shape(spec: Structure) -> dict[str, Any]:
@@ -242,6 +239,7 @@ def prepare(model: PreTrainedModel, recipe: Recipe, said: str | None = None) -> 
         macs_before=macs_before,
         other_macs=_macs(model) - sum(macs.values()),
         targeted_macs=macs,
+        experts=any(matrix.group == "experts" for matrix in chosen.values()),
     ), chosen
 
 

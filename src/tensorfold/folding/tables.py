@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from tensorfold.algebra.specs.structure import Structure
 from tensorfold.utils.terminal import render
 
+if TYPE_CHECKING:
+    from tensorfold.folding.plan import Plan
+
 
 def module_table(
-    modules: Mapping[str, Structure],
-    parameters: tuple[int, int],
-    stored: tuple[int, int],
-    macs: tuple[int, int],
-    kept: float,
-    errors: Mapping[str, float] | None = None,
-    error_name: str = "error",
-    warnings: Sequence[str] = (),
+    modules: Mapping[str, Structure], errors: Mapping[str, float] | None = None, error_name: str = "error"
 ) -> str:
-    """Plain-text table of folded modules; equal ones of different blocks share a row, with the mean of their errors.
-
-    Args:
-        parameters: Of the whole model, before and after.
-        stored: Bytes of the whole model where it is stored, before and after.
-        macs: Multiply–adds a token of all linear layers, before and after.
-        kept: Fraction of the targeted matrices' parameters that stays.
-    """
+    """Plain-text table of folded modules; equal ones of different blocks share a row, with the mean of their errors."""
     rows: dict[tuple[str, Structure], list[str]] = {}
     for name, spec in modules.items():
         rows.setdefault((re.sub(r"\.\d+\.", ".*.", name), spec), []).append(name)
@@ -51,10 +41,26 @@ def module_table(
         if errors is not None:
             cells.append(f"{sum(errors[name] for name in names) / len(names):.3f}")
         table.add_row(*cells)
-    (before, after), (bytes_before, bytes_after) = parameters, stored
-    totals = [
-        f"{before:,} → {after:,} parameters ({after / before:.1%} of the model, {kept:.1%} of the targeted matrices)",
-        f"{bytes_before / 1e6:,.1f} → {bytes_after / 1e6:,.1f} MB stored, orders of rows and columns included",
-        f"{macs[0]:,} → {macs[1]:,} multiply–adds a token ({macs[1] / max(1, macs[0]):.1%})",
+    return render(table)
+
+
+def size_lines(plan: Plan, stored: str | None = None) -> list[str]:
+    """Parameters, bytes and multiply–adds a token of the whole model before and after, a sentence each.
+
+    Args:
+        stored: The sentence about bytes; by default, of what is stored in the type that the model has.
+    """
+    before, after = plan.parameters_before, plan.parameters_after
+    macs, fewer = plan.macs_before, plan.macs_after
+    without = "; those of experts depend on what they are sent, and are not compared" if plan.experts else ""
+    kept = f"{after / before:.1%} of the model, {plan.kept:.1%} of the targeted matrices"
+    return [
+        f"{before:,} → {after:,} parameters ({kept})",
+        stored or f"{megabytes(plan.bytes_before, plan.bytes_after)} stored, orders of rows and columns included",
+        f"{macs:,} → {fewer:,} multiply–adds a token ({fewer / max(1, macs):.1%}){without}",
     ]
-    return "\n".join([render(table), *totals, *(f"warning: {warning}" for warning in warnings)])
+
+
+def megabytes(before: float, after: float) -> str:
+    """Two numbers of bytes in words."""
+    return f"{before / 1e6:,.1f} → {after / 1e6:,.1f} MB"

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from tensorfold.algebra.specs.registry import check_size, spec_from_dict
 from tensorfold.algebra.specs.structure import Structure
-from tensorfold.algebra.spectrum import bond_spectra
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory, reason
 from tensorfold.hf.loading import folded_skeleton, folding_of, load_config
 from tensorfold.hf.model_card import source_line
 from tensorfold.models.anatomy import count_parameters, empty_model
 from tensorfold.models.sizes import stored_bytes
+from tensorfold.report.spectra import read_spectra
 from tensorfold.utils.atomic_files import check_path
 from tensorfold.utils.records import BENCH, CARD, EVALUATIONS, HEAL_LOG, read_lines, read_object
 
@@ -83,11 +82,13 @@ class Chosen:
         parameters: The size.
         curve: Pairs of parameters and error.
         rivals: Errors of other structures that were priced at this size, by structure.
+        dense: Whether it stays as it is.
     """
 
     parameters: float
     curve: tuple[tuple[float, float], ...]
     rivals: dict[str, float] = field(default_factory=dict)
+    dense: bool = False
 
     @property
     def predicted(self) -> float | None:
@@ -104,7 +105,8 @@ class ModelFacts:
         base: Base model, and the quantised file that it was read from, if any.
         parameters: Number of parameters, shared ones once; ``parameters_before``, before it was folded.
         weight_bytes: Bytes of its weight files; ``bytes_before``, of all that was stored before it was folded.
-        modules: Folded modules by full name, in the model's order.
+        modules: Folded modules by full name, in the model's order; of a plain model with fewer hidden units, the layers
+            that lost some, by the card.
         evaluations: Recorded evaluations, the last one by every judge.
         healed: The card's facts about healing, if it was healed; ``heal_log``, its records, oldest first.
         bench: Record of ``tensorfold bench``, if there is one.
@@ -163,7 +165,7 @@ def read_directory(path: Path, label: str, step: Callable[[str], None] = lambda 
         parameters = count_parameters(model)
         unfolded = model if folding is None else empty_model(config)
         dense, dense_bytes = count_parameters(unfolded), stored_bytes(unfolded)
-        spectra = _spectra(files, specs, set(folding.int8) if folding else set(), step)
+        spectra = read_spectra(files, specs, set(folding.int8) if folding else set(), step)
     except TensorfoldError as error:
         raise InputError(f"{path}: {error}") from error
     except (SafetensorError, OSError) as error:
@@ -177,6 +179,8 @@ def read_directory(path: Path, label: str, step: Callable[[str], None] = lambda 
     details: Mapping[str, Any] = known if isinstance(known, Mapping) else {}
     if specs and not details:
         notes.append(f"{CARD} lists no modules, so the errors of folding are not known; tensorfold fold writes it.")
+    if not specs and parameters == whole_number(card.get("parameters_after")):
+        specs = _narrowed(details)
     modules = {name: _folded(spec, details.get(name), spectra.get(name, ())) for name, spec in specs.items()}
     healed = card.get("heal")
     before, bytes_before = (whole_number(card.get(f"{what}_before")) for what in ("parameters", "bytes"))
@@ -271,6 +275,19 @@ def _folded(spec: Structure, details: Any, spectra: tuple[Tensor, ...]) -> Folde
     return Folded(spec, error, _text(details.get("metric")), spectra, size)
 
 
+def _narrowed(details: Mapping[str, Any]) -> dict[str, Structure]:
+    """Structures of the layers of a plain model that lost hidden units, by the card; none where one is unreadable."""
+    found = {}
+    for name, each in details.items():
+        beside = ("parameters", "bytes", "error", "metric")
+        try:
+            found[str(name)] = spec_from_dict({key: value for key, value in dict(each).items() if key not in beside})
+            check_size(found[str(name)])
+        except (TensorfoldError, TypeError, ValueError, ArithmeticError):
+            return {}
+    return found
+
+
 def _choices(stored: Any) -> dict[str, Chosen]:
     """Choices of a search, by layer, from a card's value; entries that cannot be drawn are left out."""
     found = {}
@@ -282,64 +299,9 @@ def _choices(stored: Any) -> dict[str, Chosen]:
         if size is not None and curve:
             rivals = choice.get("rivals")
             errors = {str(k)[:200]: number(v) for k, v in rivals.items()} if isinstance(rivals, Mapping) else {}
-            found[str(name)] = Chosen(size, tuple(curve), {k: v for k, v in errors.items() if v is not None})
+            priced = {k: v for k, v in errors.items() if v is not None}
+            found[str(name)] = Chosen(size, tuple(curve), priced, choice.get("dense") is True)
     return found
-
-
-def _spectra(
-    files: Sequence[Path], specs: Mapping[str, Structure], int8: Container[str], step: Callable[[str], None]
-) -> dict[str, tuple[Tensor, ...]]:
-    """Bond spectra of the folded modules that are one chain of cores, by full name; ``int8`` names those in int8."""
-    holders = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            holders.update(dict.fromkeys(tensors.keys(), file))
-    found = {}
-    for name, spec in specs.items():
-        if not spec.is_chain:
-            continue
-        step(f"spectra of {name}")
-        values = partial(_values, holders, name, name in int8)
-        cores = [values(f"cores.{k}", shape) for k, shape in enumerate(spec.stored_shapes)]
-        scalars = values("scalars", (spec.scalar_count,)) if spec.scalar_count else None
-        found[name] = tuple(bond_spectra(spec.complete(cores, scalars)))
-    return found
-
-
-def _values(holders: Mapping[str, Path], module: str, int8: bool, name: str, shape: tuple[int, ...]) -> Tensor:
-    """Parameter of a folded module in float64; int8 codes are multiplied by their scales."""
-    if not int8:
-        return _tensor(holders, f"{module}.{name}", shape)
-    key = name.replace(".", "_")
-    codes = f"{module}.codes.{key}"
-    if codes not in holders:
-        return _tensor(holders, f"{module}.others.{key}", shape)
-    scales = _tensor(holders, f"{module}.scales.{key}", (*shape[:2], *(1 for _ in shape[2:])))
-    return _tensor(holders, codes, shape, torch.int8) * scales
-
-
-def _tensor(holders: Mapping[str, Path], name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Stored tensor, converted to float64.
-
-    Args:
-        holders: File of every tensor, by name.
-        name: Name of the tensor.
-        shape: Shape that it must have.
-        dtype: Type that it must be stored in; any floating-point type if None.
-
-    Raises:
-        InputError: It is missing, of another shape or type, or not finite.
-    """
-    if name not in holders:
-        raise InputError(f"the checkpoint lacks the tensor {name}; it is incomplete or not of this model.")
-    with safe_open(holders[name], framework="pt") as tensors:
-        tensor: Tensor = tensors.get_tensor(name)
-    if tuple(tensor.shape) != shape or not (tensor.dtype == dtype if dtype else tensor.is_floating_point()):
-        needed = str(dtype).removeprefix("torch.") if dtype else "floating point"
-        raise InputError(f"{name} has the shape {tuple(tensor.shape)}, needed {shape} in {needed}.")
-    if not torch.isfinite(tensor).all():
-        raise InputError(f"{name} holds NaN or infinity; repair the checkpoint.")
-    return tensor.double()
 
 
 def _evaluations(path: Path, parameters: int, notes: list[str]) -> tuple[Evaluated, ...]:

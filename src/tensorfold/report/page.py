@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import tensorfold
 from tensorfold.errors import InputError
+from tensorfold.report.chosen import maps_of
 from tensorfold.report.facts import ModelFacts, check_directory, labels, read_directory
-from tensorfold.report.outcome import headline, loading, outcome_chart, outcome_rows
+from tensorfold.report.outcome import headline, loading, outcome_chart, outcome_rows, speed_bars
 from tensorfold.report.samples import Sample, sample_all
 from tensorfold.report.tables import bench_rows, bond_rows, choice_rows, healing_rows, judgements, size_rows
 from tensorfold.utils.atomic_files import check_file_target, write_file
@@ -67,13 +68,15 @@ def write_report(
         tokens: New tokens in a sample, at most.
         progress: Whether a progress bar is shown on standard error.
         outcome: What ``tensorfold compress`` came to, the JSON values of ``compress.json``; its numbers, picture and
-            table come first.
+            table come first. Its samples are the page's, and no model is loaded.
 
     Raises:
         InputError: A directory is not a readable model's, ``out`` cannot be written, or a package is missing.
         TensorfoldError: The disk is full.
     """
     check_packages()
+    if outcome is not None:
+        prompt = None
     check_types("report", directories=(directories, list | tuple), out=(out, str | os.PathLike))
     check_types("report", prompt=(prompt, str | None), tokens=(tokens, int))
     try:
@@ -92,7 +95,8 @@ def write_report(
         check_directory(path)
     bar = progress_bar("report", progress)
     task = bar.add_task("", total=len(paths) * (1 if prompt is None else 2))
-    models, samples = [], []
+    models: list[ModelFacts] = []
+    samples: list[Sample] = []
     with bar:
         for path, name in zip(paths, names, strict=True):
             models.append(read_directory(path, name, lambda what: bar.update(task, description=what)))
@@ -101,6 +105,8 @@ def write_report(
             for sample in sample_all(models, prompt, tokens):
                 bar.advance(task)
                 samples.append(sample)
+    if outcome is not None:
+        prompt, samples = outcome["prompt"], [Sample(**each) for each in outcome["samples"]]
     write_file(target, render(models, prompt, samples, outcome).encode())
 
 
@@ -141,9 +147,12 @@ def render(
         choices=[(model, choice_rows(model)) for model in models if model.choices],
         healing=healing_rows(models),
         bench=[(model.label, bench_rows(model.bench)) for model in models if model.bench is not None],
+        maps=maps_of(models),
         prompt=prompt,
         samples=samples,
         outcome=outcome,
+        heading=_heading(outcome),
+        speeds=speed_bars(outcome) if outcome is not None else [],
         headline=headline(outcome) if outcome is not None else [],
         outcomes=outcome_rows(outcome) if outcome is not None else [],
         loading=loading(outcome) if outcome is not None else "",
@@ -151,6 +160,15 @@ def render(
         title=", ".join(model.label for model in models),
         version=tensorfold.__version__,
     )
+
+
+def _heading(outcome: Mapping[str, Any] | None) -> str:
+    """Heading of the page."""
+    if outcome is None:
+        return "Tensorfold report"
+    name = str(outcome["order"]["model"]).rstrip("/").rpartition("/")[2]
+    parameters = outcome["rows"][-1]["parameters"] / outcome["rows"][0]["parameters"]
+    return f"{name} with {parameters:.0%} of its parameters"
 
 
 def _charts(models: Sequence[ModelFacts]) -> dict[str, list[Chart]]:

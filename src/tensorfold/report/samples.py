@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from tensorfold.errors import TensorfoldError
 from tensorfold.evaluation.sampling import context_room, continuation, generate, prompt_ids
 from tensorfold.hf.sources import find_model
 from tensorfold.report.facts import ModelFacts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,25 @@ def sample_all(models: Sequence[ModelFacts], prompt: str, tokens: int) -> Iterat
 
 
 def _sample(model: ModelFacts, prompt: str, tokens: int) -> Sample:
-    """Sample of one model, of at most as many tokens as its context has room for."""
     source = find_model(str(model.path))
-    tokenizer, loaded = source.tokenizer(), source.model()
-    ids = prompt_ids(tokenizer, prompt, loaded)
-    room = context_room(len(ids), loaded)
+    return sample_of(model.label, source.model(), source.tokenizer(), prompt, tokens)
+
+
+def sample_of(label: str, model: PreTrainedModel, tokenizer: Any, prompt: str, tokens: int) -> Sample:
+    """Sample of one model, of at most as many tokens as its context has room for.
+
+    Args:
+        label: The model's name on the page.
+        model: The model, an exported one too.
+        tokenizer: Its tokenizer.
+        prompt: Text that is continued.
+        tokens: New tokens, at most.
+    """
+    ids = prompt_ids(tokenizer, prompt, model)
+    room = context_room(len(ids), model)
     count = tokens if room is None else min(tokens, room)
     if count < 1:
-        return Sample(model.label, problem=f"the prompt's {len(ids)} tokens fill the model's context.")
-    given = generate(loaded, tokenizer, ids, count, do_sample=False)
+        return Sample(label, problem=f"the prompt's {len(ids)} tokens fill the model's context.")
+    given = generate(model, tokenizer, ids, count, do_sample=False)
     _, text = continuation(tokenizer, ids, given)
-    return Sample(model.label, text, len(given) - len(ids))
+    return Sample(label, text, len(given) - len(ids))
