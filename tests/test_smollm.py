@@ -14,7 +14,8 @@ from tensorfold.algebra.solvers.low_rank import error_curve
 from tensorfold.algebra.solvers.solve import fit, relative_error
 from tensorfold.algebra.solvers.ttsvd import tt_svd
 from tensorfold.algebra.specs.spec import Spec
-from tensorfold.calibration.block_stream import BlockStream, calibration_windows, input_moments
+from tensorfold.calibration.block_stream import BlockStream, input_moments
+from tensorfold.calibration.windows import calibration_windows
 from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
 from tensorfold.models.anatomy import count_parameters, matrices

@@ -23,7 +23,8 @@ from tensorfold.algebra.solvers.als import weighted_als
 from tensorfold.algebra.solvers.solve import relative_error
 from tensorfold.algebra.solvers.ttsvd import tt_svd
 from tensorfold.algebra.specs.spec import Spec
-from tensorfold.calibration.block_stream import BlockStream, calibration_windows
+from tensorfold.calibration.block_stream import BlockStream
+from tensorfold.calibration.windows import calibration_windows
 from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
 from tensorfold.models.modes import evaluation_mode

@@ -24,7 +24,7 @@ from fold import resident
 
 from tensorfold import Auto, Recipe, Rule
 from tensorfold.benchmark.report import processor
-from tensorfold.calibration.block_stream import calibration_windows
+from tensorfold.calibration.windows import calibration_windows
 from tensorfold.data.texts import load_text
 from tensorfold.folding import rank_search
 from tensorfold.folding.budgets import searched

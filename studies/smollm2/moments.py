@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorfold.calibration.block_stream import BlockStream, calibration_windows
+from tensorfold.calibration.block_stream import BlockStream
 from tensorfold.calibration.gradients import gradient_moments
+from tensorfold.calibration.windows import calibration_windows
 from tensorfold.data.texts import load_text
 from tensorfold.models.anatomy import dense_weight, matrices
 

@@ -25,8 +25,9 @@ from torch import Tensor
 from tensorfold.algebra.allocation import Curve, allocate, pivoted_costs
 from tensorfold.algebra.solvers.low_rank import error_curve, roots, whitened_low_rank
 from tensorfold.algebra.statistics import shrunk
-from tensorfold.calibration.block_stream import BlockStream, calibration_windows, input_moments
+from tensorfold.calibration.block_stream import BlockStream, input_moments
 from tensorfold.calibration.gradients import gradient_moments
+from tensorfold.calibration.windows import calibration_windows
 from tensorfold.data.texts import load_text
 from tensorfold.folding.budgets import low_rank_spec
 from tensorfold.hf.sources import find_model

@@ -22,7 +22,7 @@ from torch import Tensor
 from tensorfold.algebra.contraction.apply import to_dense
 from tensorfold.algebra.solvers.solve import relative_error
 from tensorfold.algebra.statistics import Statistics
-from tensorfold.calibration.block_stream import token_counts
+from tensorfold.calibration.windows import token_counts
 from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
 from tensorfold.methods import MPO, Kronecker, LowRank

@@ -15,7 +15,7 @@ from tensorfold.algebra.orders import token_order as orders
 from tensorfold.algebra.orders.token_order import cluster_order, token_order
 from tensorfold.algebra.solvers.solve import relative_error
 from tensorfold.algebra.statistics import Statistics
-from tensorfold.calibration.block_stream import token_counts
+from tensorfold.calibration.windows import token_counts
 from tensorfold.export.checkpoints import export_onnx
 from tensorfold.hf.dense import plain_model
 from tensorfold.models.anatomy import count_parameters

@@ -26,13 +26,15 @@ from transformers import (
 
 import tensorfold
 from tensorfold import Auto, Graded, InputError, LowRank, Recipe, Rule
-from tensorfold.calibration.block_stream import BlockStream, calibration_windows, input_moments
+from tensorfold.calibration.block_stream import BlockStream, input_moments
 from tensorfold.calibration.gradient_walk import walk_gradient_moments
 from tensorfold.calibration.gradients import gradient_moments
+from tensorfold.calibration.windows import calibration_windows
 from tensorfold.healing.blockwise import heal_blocks
 from tensorfold.models.anatomy import blocks, by_block, matrices
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.recipes.settings import HealSettings
+from tensorfold.utils import torch_modes
 
 TOKENS = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "max_position_embeddings": 128, **TOKENS}
@@ -177,6 +179,23 @@ def test_every_effort_measures_them(name, effort, tokenizer, prose):
     assert report.choices
     with torch.no_grad():
         assert torch.isfinite(model(torch.arange(20)[None]).logits).all()
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "by keyword"])
+def test_what_a_rounded_pass_hands_on_serves_exact_passes_too(name, tokenizer, prose, monkeypatch):
+    """On any processor: torch emulates products of bfloat16."""
+    monkeypatch.setattr(torch_modes, "multiplies_bfloat16", lambda: True)
+    model = make(name)
+    streams = [BlockStream(model, calibration_windows(tokenizer, [prose], 150, 50)) for _ in range(2)]
+    for stream, rounded in zip(streams, (False, True), strict=True):
+        for index in range(len(stream.blocks)):
+            with torch.no_grad():
+                stream.run(index, slice(0, 1))  # exact, as the checks of a block's structure are
+                with stream.rounded(rounded):
+                    stream.advance(index)
+    exact, rounded = (stream.hidden for stream in streams)
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
 
 
 class Remembering(ByKeyword):

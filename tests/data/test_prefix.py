@@ -11,8 +11,9 @@ from tokenizers import processors
 from byte_tokenizer import Bytes, sentence_pairs
 from tensorfold import Recipe, evaluate, fold, heal
 from tensorfold.calibration import gradients
-from tensorfold.calibration.block_stream import BlockStream, calibration_windows
+from tensorfold.calibration.block_stream import BlockStream
 from tensorfold.calibration.gradients import gradient_moments
+from tensorfold.calibration.windows import calibration_windows
 from tensorfold.data.token_cache import TokenCache
 from tensorfold.data.tokens import Encoder, prefix_of
 from tensorfold.errors import InputError

@@ -8,7 +8,8 @@ import torch
 import tensorfold
 from tensorfold import MPO, InputError, Kronecker, LowRank, Recipe, Rule
 from tensorfold.algebra.solvers.solve import relative_error
-from tensorfold.calibration.block_stream import BlockStream, calibration_windows, input_moments
+from tensorfold.calibration.block_stream import BlockStream, input_moments
+from tensorfold.calibration.windows import calibration_windows
 from tensorfold.models.anatomy import dense_weight
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.nn import MPOLinear

@@ -9,8 +9,9 @@ from transformers import GPT2Config
 import tensorfold
 from tensorfold import MPO, Graded, InputError, Kronecker, LowRank, Recipe, Rule
 from tensorfold.algebra.statistics import Statistics
-from tensorfold.calibration.block_stream import calibration_windows, inputs_of, token_counts
+from tensorfold.calibration.block_stream import inputs_of
 from tensorfold.calibration.gradients import gradient_moments
+from tensorfold.calibration.windows import calibration_windows, token_counts
 from tensorfold.export.checkpoints import export_onnx
 from tensorfold.healing.setup import choose_trained
 from tensorfold.hf.dense import plain_model

@@ -16,6 +16,7 @@ from tensorfold.calibration import block_stream as calibrate
 from tensorfold.calibration import gradients
 from tensorfold.calibration.block_calls import output_of
 from tensorfold.calibration.packed_symmetric import numbers
+from tensorfold.calibration.windows import calibration_windows
 from tensorfold.folding import in_memory as folding
 from tensorfold.folding import rank_search as search
 from tensorfold.folding import stored_gradients
@@ -153,7 +154,7 @@ def test_biases_take_up_what_means_lack(tiny, tokenizer, prose):
     model = tiny("gpt2").eval()
     for block in model.transformer.h:  # means that matter
         block.ln_2.bias.data.normal_(generator=torch.Generator().manual_seed(1))
-    windows = calibrate.calibration_windows(tokenizer, [prose], 512, 128)
+    windows = calibration_windows(tokenizer, [prose], 512, 128)
 
     @torch.no_grad()
     def states():

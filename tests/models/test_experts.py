@@ -8,7 +8,7 @@ from torch import nn
 
 import tensorfold
 from tensorfold import Auto, InputError
-from tensorfold.calibration.block_stream import calibration_windows
+from tensorfold.calibration.windows import calibration_windows
 from tensorfold.folding import in_memory as folding
 from tensorfold.folding import rank_search as search
 from tensorfold.methods.auto import EFFORTS, Effort

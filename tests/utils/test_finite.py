@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tensorfold import Recipe, evaluate, fold, heal, load
-from tensorfold.calibration.block_stream import BlockStream, calibration_windows
+from tensorfold.calibration.block_stream import BlockStream
 from tensorfold.calibration.gradients import gradient_moments
+from tensorfold.calibration.windows import calibration_windows
 from tensorfold.cli.main import run
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.utils.finite import why_not_finite

@@ -94,6 +94,17 @@ class Passed:
         }
         return cls(hidden, others, shared)
 
+    def beside_hidden(self, autocast: bool) -> Passed:
+        """All but the hidden states, with bfloat16 as float32 where autocast made it of a float32 model's tensors.
+
+        A block that is run without autocast later would not bear the one beside the other.
+        """
+
+        def restored(value: Any) -> Any:
+            return value.float() if autocast and isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+
+        return Passed(self.hidden.new_empty(0), tree_map(restored, self.others), tree_map(restored, self.shared))
+
 
 @dataclass
 class _Form:

@@ -8,124 +8,26 @@ Notation: n input features of a layer, C its input moment (n × n), X its inputs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import ExitStack
-from itertools import pairwise
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from tensorfold.calibration.block_calls import BlockChain, Passed, check_finite, input_of
-from tensorfold.data.tokens import Encoder, begin, check_ids
+from tensorfold.data.tokens import check_ids
 from tensorfold.errors import InputError
 from tensorfold.models.anatomy import blocks
 from tensorfold.utils.activation_store import let_go
 from tensorfold.utils.finite import why_not_finite
+from tensorfold.utils.torch_modes import bears_bfloat16, rounded_products
 
-WINDOW = 1024  # tokens; most in a calibration window
 _CHECKED = 256  # tokens of a window on which blocks run one by one are compared with the whole model
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
-
-
-def calibration_windows(
-    tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], tokens: int, limit: int | None = None
-) -> Tensor:
-    """Windows of equal length cut from a text: from its beginning, or from places spread over its documents.
-
-    A text of one document gives its first tokens. Of several, such as the files of a directory, as many as there are
-    windows are begun, evenly spaced through the list, so that each kind of text has its share; a document that is too
-    short goes on with the next ones, joined by blank lines. Every window begins with what the tokenizer puts before a
-    document, which counts as part of it. Lengths are equal so that one attention mask serves all windows.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        documents: The text before tokenising.
-        tokens: Tokens in all windows together, or a few less where they do not divide evenly.
-        limit: Most tokens of a window beside :data:`WINDOW`, such as the model's context length.
-
-    Returns:
-        Token ids, int64, shape (windows, length).
-
-    Raises:
-        InputError: The text is too short, or ``tokens`` or ``limit`` leaves no room for text.
-    """
-    length = min(WINDOW, limit or WINDOW)
-    encoder = Encoder(tokenizer)
-    opening = len(encoder.prefix)
-    if tokens < max(2, opening + 1):
-        raise InputError(f"calibration: tokens={tokens}; needed at least {max(2, opening + 1)}.")
-    if length <= opening:
-        raise InputError(
-            f"calibration: windows of {length} tokens, and the tokenizer puts {opening} before every document; needed "
-            "a model with a longer context."
-        )
-    count, each = _division(tokens, length, opening)
-    ids = _spread(encoder, list(documents), count, each)
-    found = opening + len(ids)
-    if found < min(tokens, length) and len(ids) < count * each:
-        raise InputError(
-            f"calibration: the text has {found} tokens; needed at least {min(tokens, length)}. Give a longer text."
-        )
-    if len(ids) < count * each:
-        count, each = _division(found, length, opening)
-    text = torch.tensor(ids)[: count * each].reshape(count, each)  # without the prefix
-    return begin(encoder.prefix, text)
-
-
-def _division(tokens: int, length: int, opening: int) -> tuple[int, int]:
-    """How many windows ``tokens`` make, and how many tokens of text each holds behind its prefix of ``opening``."""
-    count = min(-(-tokens // length), tokens // (opening + 1))
-    return count, min(tokens // count, length) - opening
-
-
-def _spread(encoder: Encoder, documents: list[str], count: int, each: int) -> list[int]:
-    """Token ids of ``count`` windows of ``each`` tokens, without prefix, from stretches spread over the documents.
-
-    Stretches have equally many windows, or one more; what a stretch is too short for is made up for by the others.
-    Fewer ids where the whole text is too short.
-    """
-    opening, stretches = len(encoder.prefix), max(1, min(len(documents), count))
-    starts = [k * len(documents) // stretches for k in range(stretches + 1)]
-    texts = ["\n\n".join(documents[a:b]) for a, b in pairwise(starts)]
-    wanted = [(count // stretches + (k < count % stretches)) * each for k in range(stretches)]
-    found: list[list[int]] = [[] for _ in texts]
-    longer = list(range(stretches))  # those that may have more
-    while longer:
-        for k in longer:
-            found[k] = encoder.first(texts[k], opening + wanted[k])[opening:]
-        lack = count * each - sum(map(len, found))
-        longer = [k for k in longer if len(found[k]) == wanted[k]] if lack else []
-        for place, k in enumerate(longer):
-            wanted[k] += lack // len(longer) + (place < lack % len(longer))
-    return [token for ids in found for token in ids]
-
-
-def token_counts(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], vocabulary: int) -> Tensor:
-    """Counts of the tokens in a text, int64, shape (vocabulary,).
-
-    Special tokens get the count of the most frequent token: chats and documents are built of them, but plain text
-    holds none.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        documents: The text before tokenising.
-        vocabulary: Rows of the model's table.
-
-    Raises:
-        InputError: The tokenizer gives a token that the vocabulary lacks.
-    """
-    counts = torch.zeros(vocabulary, dtype=torch.int64)
-    encoder = Encoder(tokenizer)
-    for document in documents:
-        ids = torch.tensor(encoder(document), dtype=torch.int64)
-        check_ids(vocabulary, ids, "calibration", tokenizer)
-        counts += ids.bincount(minlength=vocabulary)
-    special = [index for index in tokenizer.all_special_ids if index < vocabulary]
-    counts[special] = counts.max()
-    return counts
 
 
 class BlockStream:
@@ -166,6 +68,24 @@ class BlockStream:
         self.hidden = allocate(shape, dtype) if allocate else torch.empty(shape, dtype=dtype, device=self.device)
         self._passed: list[Passed] = []  # by window, beside the hidden states
 
+    @cached_property
+    def _bears_bfloat16(self) -> bool:
+        first = self.windows[:1, :_CHECKED]
+        return self.device.type == "cpu" and bears_bfloat16(self.model, lambda: self.model(first, use_cache=False))
+
+    @contextmanager
+    def rounded(self, wanted: bool = True) -> Iterator[None]:
+        """Let passes round for as long as the context is open, for statistics over many tokens.
+
+        Products take bfloat16 inputs where the processor has instructions for it, and also hand on bfloat16 where the
+        model's code bears that; see :func:`rounded_products`. Hidden states between blocks stay as they are.
+
+        Args:
+            wanted: False leaves everything as it is.
+        """
+        with rounded_products(wanted), torch.autocast("cpu", torch.bfloat16, wanted and self._bears_bfloat16):
+            yield
+
     @property
     def width(self) -> int:
         """Number of features of the hidden states."""
@@ -204,7 +124,7 @@ class BlockStream:
         """
         passed = self._run(index, torch.tensor([k]))
         self.hidden[k : k + 1] = passed.hidden
-        rest = Passed(passed.hidden.new_empty(0), passed.others, passed.shared)
+        rest = passed.beside_hidden(torch.is_autocast_enabled("cpu"))
         self._passed[k:] = [rest] if index == 0 else [rest, *self._passed[k + 1 :]]
         return passed.hidden
 

@@ -34,7 +34,6 @@ from tensorfold.calibration.block_stream import Allocate, BlockStream, not_finit
 from tensorfold.errors import InputError
 from tensorfold.models.anatomy import Matrix, dense_weight
 from tensorfold.utils.memory import release_file_pages
-from tensorfold.utils.torch_modes import rounded_products
 
 RIDGE = 0.1  # μ, chosen on held-out windows of a calibration text; see studies/smollm2
 _DIRECT = 2e-2  # relative difference that rounding of states in bf16 may make
@@ -100,7 +99,7 @@ class Reference:
     def advance_to(self, index: int) -> None:
         """Carry the dense model's hidden states to the entrance of block ``index``, through dense blocks."""
         while self.stream.position < index:
-            with self._dense(self.stream.position), rounded_products():
+            with self._dense(self.stream.position), self.stream.rounded():
                 self.stream.advance(self.stream.position)
 
     def _window(self, index: int, k: int, last: bool) -> Tensor:
@@ -140,7 +139,7 @@ class Reference:
         direct = {name: _adds_to_output(stream, index, matrix.module) for name, matrix in stage.items()}
         whole = last or any(direct.values())  # whether the block's output is wanted
         once = False  # whether the first window has shown that both models call every layer once
-        with rounded_products():
+        with stream.rounded():
             for k in range(len(stream.windows)):
                 with self._dense(index):
                     dense, dense_out = _watch(partial(self._window, index, k, last), stage, stop=once and not whole)

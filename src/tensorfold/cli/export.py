@@ -116,8 +116,8 @@ def export(
 
 def _windows(text: str, tokens: int, model: PreTrainedModel, tokenizer: Any) -> Tensor:
     """Calibration windows of a text, token ids of shape (windows, length)."""
-    from tensorfold.calibration.block_stream import calibration_windows
     from tensorfold.calibration.own_text import documents_of
+    from tensorfold.calibration.windows import calibration_windows
     from tensorfold.data.tokens import check_ids
 
     documents = documents_of(text, model, tokenizer, tokens, split="validation", progress=sys.stderr.isatty())

@@ -23,7 +23,6 @@ from tensorfold.hf.modules import scale_of
 from tensorfold.hf.surgery import hidden_units
 from tensorfold.methods.base import NOTHING
 from tensorfold.models.anatomy import Matrix, by_block, dense_weight, matrices
-from tensorfold.utils.torch_modes import rounded_products
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +87,7 @@ def batches(
         for stage in stages:
             yield Stage([block[name] for name in stage], stream, index, stage is stages[-1], reference, found)
         if index < max(inside):
-            with rounded_products(reference is not None):  # as the reference's, which it is compared with
+            with stream.rounded(reference is not None):  # as the reference's, which it is compared with
                 stream.advance(index)
     placed = {name for block in inside.values() for name in block}
     outside = [matrix for name, matrix in linears.items() if name not in placed]

@@ -42,7 +42,6 @@ from tensorfold.models.anatomy import Matrix, by_block, dense_weight
 from tensorfold.models.residency import WHOLE, Residency
 from tensorfold.utils.block_checkpoints import BlockCheckpoints
 from tensorfold.utils.distributed import Ranks
-from tensorfold.utils.torch_modes import rounded_products
 
 _FEW = 128  # tokens, of a look at logits
 _BLOCK = 1  # of a checkpoint; that of the gradients is 0
@@ -158,7 +157,7 @@ class RankSearch:
                 for layer in layers
             ]
             tokens: dict[str, int] = {}
-            with rounded_products():
+            with stream.rounded():
                 moments = input_moments(partial(stream.advance, index), modules, all_called=False, counts=tokens)
             moments = self._shrunk(shrunk_experts(moments, tokens, batch.values(), stream.width))
             for name, matrix in batch.items():
@@ -204,7 +203,7 @@ class RankSearch:
         stream = BlockStream(self.model, self.sample, self.residency.activations) if tried else None
         for index, batch in _at_entrances(stream, tried) if stream is not None else ():
             modules = {name: matrix.module for name, matrix in batch.items()}
-            with rounded_products():
+            with stream.rounded():  # type: ignore[union-attr]
                 advance = partial(stream.advance, index)  # type: ignore[union-attr]
                 moments = self._shrunk(input_moments(advance, modules))
             for name, matrix in batch.items():

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tensorfold.calibration.block_stream import calibration_windows, token_counts
 from tensorfold.calibration.own_text import documents_of
+from tensorfold.calibration.windows import calibration_windows, token_counts
 from tensorfold.data.seen_text import CALIBRATION, Seen, note
 from tensorfold.data.tokens import check_ids, prefix_of
 from tensorfold.errors import InputError

@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, pass_on_memory
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -76,6 +76,25 @@ def rounded_products(wanted: bool = True) -> Iterator[None]:
             restored.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
             backend.fp32_precision = precision
         yield
+
+
+def bears_bfloat16(model: nn.Module, forward: Callable[[], object]) -> bool:
+    """Whether a float32 model on the CPU is the faster under autocast to bfloat16, and its code bears it.
+
+    Args:
+        model: The model.
+        forward: Runs a little of it; raises ``RuntimeError`` where the model's code does not expect the dtype that
+            products then have.
+    """
+    if not multiplies_bfloat16() or any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        return False
+    try:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            forward()
+    except RuntimeError as error:
+        pass_on_memory(error)
+        return False
+    return True
 
 
 def check_takes_gradients(model: nn.Module, what: str) -> None:
