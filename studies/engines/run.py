@@ -1,7 +1,7 @@
 """Dense against folded in the same engine and precision: sizes, prompts and steps, the two taken in turn.
 
-    python studies/engines/run.py --work WORK --export          # writes the graphs that are not there; minutes each
-    python studies/engines/run.py --work WORK [--rounds 9] [--threads 2]
+    python studies/engines/run.py --work WORK --export [--only openvino-8 …]    # writes the graphs that are not there
+    python studies/engines/run.py --work WORK [--only …] [--rounds 9] [--threads 2]
 
 SmolLM2-135M, dense and with all linear layers of its blocks at half their parameters by plain low rank, without text,
 since only shapes matter to speed; engines ONNX Runtime and OpenVINO in 32, 8 and 4 bits. A round reads a prompt of 512
@@ -13,6 +13,7 @@ measured again. Times mean something on a machine that does nothing else.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import shutil
 import time
@@ -46,18 +47,17 @@ def dense(quick: bool) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=True)).eval()
 
 
-def export(work: Path, quick: bool) -> None:
-    """Write the graphs that are not there."""
+def export(work: Path, kinds: list[tuple[str, int]], quick: bool) -> None:
+    """Write the graphs that are not there, of engines and bits."""
     for form in ("dense", "folded"):
         model = dense(quick)
         if form == "folded":
             tensorfold.fold(model, FOLD)
-        for engine, write in ENGINES.items():
-            for bits in BITS:
-                out = work / f"{engine}-{bits}-{form}"
-                if not is_exported(out):
-                    shutil.rmtree(out, ignore_errors=True)
-                    print(out.name, write(model, out, bits=bits), flush=True)
+        for engine, bits in kinds:
+            out = work / f"{engine}-{bits}-{form}"
+            if not is_exported(out):
+                shutil.rmtree(out, ignore_errors=True)
+                print(out.name, ENGINES[engine](model, out, bits=bits), flush=True)
 
 
 @torch.inference_mode()
@@ -94,40 +94,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where the graphs are, some three gigabytes")
     parser.add_argument("--export", action="store_true", help="write the graphs, and time nothing")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="such as openvino-8 or onnx-*")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--log", type=Path, default=LOG)
     parser.add_argument("--quick", action="store_true", help="a tiny model and few tokens, to see that it runs")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
+    kinds = [(engine, bits) for engine in ENGINES for bits in BITS]
+    kinds = [kind for kind in kinds if any(fnmatch.fnmatch("{}-{}".format(*kind), each) for each in given.only)]
     if given.export:
-        export(given.work, given.quick)
+        export(given.work, kinds, given.quick)
         return
     torch.set_num_threads(given.threads)
     done = (
         [json.loads(line) for line in given.log.read_text(encoding="utf-8").splitlines()] if given.log.exists() else []
     )
     known = {(entry["engine"], entry["bits"], entry["threads"]) for entry in done}
-    for engine in ENGINES:
-        for bits in BITS:
-            paths = {form: given.work / f"{engine}-{bits}-{form}" for form in ("dense", "folded")}
-            if (engine, bits, given.threads) in known or not all(map(is_exported, paths.values())):
-                continue
-            manifests = {form: json.loads((path / "engine.json").read_text()) for form, path in paths.items()}
-            sizes = {form: open_exported(path).stored_bytes for form, path in paths.items()}
-            entry = {
-                "engine": engine,
-                "bits": bits,
-                "threads": given.threads,
-                "rounds": given.rounds,
-                "machine": f"{processor()}, {cpu_count()} cores",
-                "bytes": sizes,
-                "stored": {form: manifest["stored"] for form, manifest in manifests.items()},
-                **measure(paths, given.rounds, *((8, 4) if given.quick else (512, 32))),
-            }
-            with given.log.open("a", encoding="utf-8") as log:
-                log.write(json.dumps(entry) + "\n")
-            print(engine, bits, entry["times_as_fast"], flush=True)
+    for engine, bits in kinds:
+        paths = {form: given.work / f"{engine}-{bits}-{form}" for form in ("dense", "folded")}
+        if (engine, bits, given.threads) in known or not all(map(is_exported, paths.values())):
+            continue
+        manifests = {form: json.loads((path / "engine.json").read_text()) for form, path in paths.items()}
+        sizes = {form: open_exported(path).stored_bytes for form, path in paths.items()}
+        entry = {
+            "engine": engine,
+            "bits": bits,
+            "threads": given.threads,
+            "rounds": given.rounds,
+            "machine": f"{processor()}, {cpu_count()} cores",
+            "bytes": sizes,
+            "stored": {form: manifest["stored"] for form, manifest in manifests.items()},
+            **measure(paths, given.rounds, *((8, 4) if given.quick else (512, 32))),
+        }
+        with given.log.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(entry) + "\n")
+        print(engine, bits, entry["times_as_fast"], flush=True)
 
 
 if __name__ == "__main__":

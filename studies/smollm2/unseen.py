@@ -1,7 +1,7 @@
 """What parts of a fold are worth on text that nobody calibrated on: SmolLM2-135M, no training.
 
-    OMP_NUM_THREADS=1 python studies/smollm2/unseen.py [--only PATTERN …] [--list]      # needs TENSORFOLD_DATA
-    python studies/smollm2/unseen.py --table            # into README.md
+    OMP_NUM_THREADS=1 python studies/smollm2/unseen.py [--only PATTERN …] [--list] [--save DIR]
+    python studies/smollm2/unseen.py --table            # into README.md; runs need TENSORFOLD_DATA
 
 Each run folds the dense model anew and appends a line to ``unseen.jsonl``; what is there is skipped. Choices were made
 by the *selection* texts alone, which are neither what was calibrated on nor what is reported: a later part of
@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 import tensorfold
 from tensorfold import Auto, Recipe, Rule
+from tensorfold.calibration.own_text import own_text
 from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
 from tensorfold.methods.auto import EFFORTS, Effort
@@ -37,6 +38,7 @@ from tensorfold.methods.auto import EFFORTS, Effort
 LOG = Path(__file__).with_suffix(".jsonl")
 DATA = Path(os.environ.get("TENSORFOLD_DATA", "."))
 TOKENS = 24_000
+OWN = 8192  # tokens that a model writes for a fold without a text
 JUDGED = 8192  # tokens of each text
 SELECTION = {
     "wikitext-2-valid, later": "wikitext-2-valid.txt",
@@ -68,11 +70,13 @@ class Run:
     targets: str
     keep: float
     effort: str
-    text: str = "wikitext-2-valid"
+    text: str = "wikitext-2-valid"  # or mixture, or self: what the dense model writes
+    tokens: int = TOKENS
 
     @property
     def name(self) -> str:
-        return f"{self.targets}-{self.keep}-{self.effort}-{self.text}"
+        tokens = "" if self.tokens == TOKENS else f"-{self.tokens}"
+        return f"{self.targets}-{self.keep}-{self.effort}-{self.text}{tokens}"
 
 
 def planned() -> Iterator[Run]:
@@ -89,6 +93,10 @@ def planned() -> Iterator[Run]:
     yield Run("all-linear", 0.8, "medium", "mixture")
     yield Run("mlp", 0.5, "medium", "mixture")
     yield Run("all-linear", 0.5, "medium")
+    yield Run("mlp", 0.8, "medium", "mixture", 3 * TOKENS)
+    yield Run("mlp", 0.8, "medium", "self")
+    yield Run("mlp", 0.8, "medium", "self", OWN)  # a fold without a text
+    yield Run("mlp", 0.5, "medium", "self")
     for effort in ("no-ridge", "shrink-0.1", "gradients", "auto-0.1.0"):
         yield Run("mlp", 0.8, effort)
     for targets, keep, text in (
@@ -119,16 +127,24 @@ def judge(model: PreTrainedModel, tokenizer: Any, names: list[str]) -> dict[str,
     }
 
 
-def measure(run: Run) -> dict[str, Any]:
+def calibration(run: Run, model: PreTrainedModel, tokenizer: Any) -> list[str]:
+    """The documents that a run is calibrated on."""
+    if run.text == "self":
+        return own_text(model, tokenizer, run.tokens)
+    return documents("mixture") if run.text == "mixture" else list(load_text("wikitext-2", split="validation"))
+
+
+def measure(run: Run, save: Path | None) -> dict[str, Any]:
+    """One fold and what it is judged by; the folded model goes to a directory of ``save``."""
     source = find_model("smollm2-135m")
     model, tokenizer = source.model(), source.tokenizer()
     wall, processor = time.monotonic(), time.process_time()
     parameters = {"parameters": model.num_parameters()}
     if run.effort != "dense":
-        text = documents("mixture") if run.text == "mixture" else load_text("wikitext-2", split="validation")
+        text = calibration(run, model, tokenizer)
         recipe = Recipe(fold=(Rule(run.targets, Auto(keep=run.keep, plain=run.effort.startswith("plain"))),))
         with patch.dict(EFFORTS, medium=EFFORT[run.effort]):  # type: ignore[dict-item]
-            report = tensorfold.fold(model, recipe, tokenizer, text, calibration_tokens=TOKENS)
+            report = tensorfold.fold(model, recipe, tokenizer, text, calibration_tokens=run.tokens)
         parameters = {
             "parameters": report.parameters_after,
             "bytes": report.bytes_after,
@@ -136,6 +152,9 @@ def measure(run: Run) -> dict[str, Any]:
             "refined": {name: list(errors) for name, errors in report.refined.items()},
         }
     spent = {"wall": round(time.monotonic() - wall), "cpu": round(time.process_time() - processor)}
+    if save is not None:
+        model.save_pretrained(save / run.name)
+        tokenizer.save_pretrained(save / run.name)
     return {
         "run": run.name,
         **dataclasses.asdict(run),
@@ -166,9 +185,10 @@ def table() -> str:
             continue
         unseen = [name for name in entry["test"] if name != "wikitext-2-test.txt"]
         ratio = math.exp(sum(math.log(entry["test"][name] / dense[name]) for name in unseen) / len(unseen))
+        text = run.text if run.tokens == TOKENS else f"{run.text}, {run.tokens:,} tokens"
         shown = [f"{entry['test'][name]:.2f}" for name in ("wikitext-2-test.txt", "tinyshakespeare")]
         rows.append(
-            f"| {run.targets} | {run.keep} | {run.effort} | {run.text} | {entry['parameters']:,} | "
+            f"| {run.targets} | {run.keep} | {run.effort} | {text} | {entry['parameters']:,} | "
             f"{' | '.join(shown)} | {ratio:.3f} | {entry['fold_seconds']['cpu'] / 60:.1f} |"
         )
     return "\n".join(rows)
@@ -178,6 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="Runs whose names match.")
     parser.add_argument("--list", action="store_true", help="Name the runs and whether they are done.")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="Keep the folded models there, one directory each.")
     parser.add_argument("--table", action="store_true", help="Write the table of what is done into the README.")
     arguments = parser.parse_args()
     if arguments.table:
@@ -193,7 +214,7 @@ def main() -> None:
         if arguments.list:
             print(f"{'done' if done else 'to do':6}{run.name}")
         elif not done and EFFORT.get(run.effort, OLD) is not None:
-            entry = measure(run)
+            entry = measure(run, arguments.save)
             print(run.name, entry["selection"], entry["fold_seconds"], flush=True)
             with LOG.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
