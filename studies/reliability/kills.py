@@ -1,10 +1,13 @@
 """A hundred SIGKILLs at random moments of fold, heal, export and report; what the rerun gives, and what is left lying.
 
     python studies/reliability/kills.py --kills 100 --log studies/reliability/kills.jsonl
+    python studies/reliability/kills.py --only compress --kills 10 --log kills_compress.jsonl
+    python studies/reliability/kills.py --only compress --kills 12 --in-a-row 10 --log kills_compress.jsonl
 
 The libraries are imported once; every run is a fork of this process, killed after a seeded part of the time that the
 command takes by itself. Then the same command is run again: it must succeed, its output must be byte-equal to that of
-a run nobody killed, and nothing else may lie beside it.
+a run nobody killed, and nothing else may lie beside it. Speeds that ``compress`` measures differ by right, and are
+replaced by constants, so that its table and its report can be compared too.
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TQDM_DISABLE="1")
@@ -30,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from templates import llama, make_templates, tokenizer
 
+from tensorfold.benchmark import whole as whole_models
 from tensorfold.cli.main import run
 
 # What differs between two runs by right: how long they took, and whether they were resumed.
@@ -43,6 +49,8 @@ COMMANDS = {
     "export dense": ["export", "{folded}", "--to", "dense", "--out", "out"],
     "export int8": ["export", "{folded}", "--to", "int8", "--out", "out"],
     "report": ["report", "{folded}", "{dense}", "--tokens", "8", "--out", "out.html"],
+    "compress": ["compress", "{dense}", "--size", "0.8", "--text", "{text}", "--unseen", "python-docs",
+                 "--tokens", "600", "--max-tokens", "300", "--minutes", "0.05", "--effort", "low", "--out", "out"],
 }  # fmt: skip
 
 
@@ -80,7 +88,7 @@ def digests(work: Path) -> dict[str, str]:
             found[f"{name}/"] = ""
             continue
         content = path.read_bytes()
-        if path.suffix == ".jsonl" or path.name == "tensorfold.json":
+        if path.suffix == ".jsonl" or path.name in ("tensorfold.json", "compress.json") or path.parent.name == ".steps":
             content = "\n".join(_timeless(line) for line in _records(path)).encode()
         found[name] = "" if path.name in VOLATILE else hashlib.sha256(content).hexdigest()[:16]
     return found
@@ -94,10 +102,17 @@ def _records(path: Path) -> list[Any]:
 def _timeless(value: Any) -> str:
     def without(each: Any) -> Any:
         if isinstance(each, dict):
-            return {k: without(v) for k, v in each.items() if "second" not in k and k != "resumed"}
+            # A step of compress notes the hashes of its files, some of which say how long it took.
+            return {k: without(v) for k, v in each.items() if "second" not in k and k not in ("resumed", "files")}
         return [without(v) for v in each] if isinstance(each, list) else each
 
     return json.dumps(without(value), sort_keys=True)
+
+
+def constant_speeds(models: Iterable[str], *_: Any) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """Stands in for the measurement of ``compress``."""
+    found = SimpleNamespace(tokens_per_second=dict.fromkeys(models, 100.0))
+    return found, found
 
 
 def fresh(scratch: Path) -> Path:
@@ -110,12 +125,16 @@ def fresh(scratch: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--only", choices=list(COMMANDS), help="by default all but compress")
+    parser.add_argument("--in-a-row", type=int, default=1, help="how often each run is killed before it may end")
     parser.add_argument("--keep", type=Path, help="copy what is unequal here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, default=Path(__file__).with_name("kills.jsonl"))
     args = parser.parse_args()
     log = args.log.resolve()
     torch.set_num_threads(1)
+    whole_models.bench_models = constant_speeds  # type: ignore[assignment]
+    chosen = [args.only] if args.only else [name for name in COMMANDS if name != "compress"]
     entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
@@ -127,7 +146,9 @@ def main() -> None:
         places = {"dense": larger, "folded": templates / "folded", "text": templates / "prose.txt"}
         forked(["fold", str(larger), "--keep", "0.5", "--out", str(scratch / "folded")], scratch, None)
         places["folded"] = scratch / "folded"
-        commands = {name: [word.format(**places) for word in words] for name, words in COMMANDS.items()}
+        commands = {
+            name: [word.format(**places) for word in words] for name, words in COMMANDS.items() if name in chosen
+        }
         whole: dict[str, tuple[float, dict[str, str]]] = {}
         for name, words in commands.items():
             forked(words, fresh(scratch), None)  # fills caches
@@ -142,11 +163,15 @@ def main() -> None:
             random = Random(f"{args.seed}:{number}")
             name = list(commands)[number % len(commands)]
             seconds, expected = whole[name]
-            killed = False
+            killed, kills = False, 0
             while not killed:  # a kill that comes after the end is none
-                work = fresh(scratch)
-                after = random.uniform(0.0, 1.0) * seconds
-                _, killed, _ = forked(commands[name], work, after)
+                work, kills = fresh(scratch), 0
+                while kills < args.in_a_row:
+                    after = random.uniform(0.0, 1.0) * seconds / min(3, args.in_a_row)
+                    _, killed, _ = forked(commands[name], work, after)
+                    kills += killed
+                    if not killed:
+                        break
             left = sorted(path.name for path in work.iterdir())
             _, _, status = forked(commands[name], work, None)
             # Killed after its last write, a command has done its work, and says so when it is run again.
@@ -156,7 +181,7 @@ def main() -> None:
             debris = sorted(n for n in found if n not in expected)
             fine = (status == 0 or complete) and not unequal and not debris
             entry = {"number": number, "command": name, "seconds": round(seconds, 2), "after": round(after, 3)}
-            entry.update(killed=killed, left=left, rerun=status, unequal=unequal, debris=debris, fine=fine)
+            entry.update(killed=killed, kills=kills, left=left, rerun=status, unequal=unequal, debris=debris, fine=fine)
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
             entries.append(entry)

@@ -1,5 +1,6 @@
 """``compress`` on a tiny model: what it writes is what the other commands write, and a killed run ends in the same."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -164,7 +165,8 @@ def test_a_directory_of_something_else_is_refused(refused, arguments, tmp_path):
         (("--size", "1.5"), ["0 < size < 1"]),
         (("--size", "0.01"), ["needed more than 0."]),
         (("--bytes", "many"), ["60MB"]),
-        (("--bytes", "1GB"), ["has that size already", "export"]),
+        (("--bytes", "1GB"), ["has that size already", "nothing to fold"]),
+        (("--bytes", "1GB", "--bits", "8"), ["has that size already", "export MODEL --to int8 does it"]),
         (("--bytes", "1kB"), ["takes more than that"]),
         (("--size", "0.8", "--bits", "4"), ["--to transformers; needed one of 32, 8"]),
         (("--size", "0.8", "--text", "nowhere"), ["no text 'nowhere'"]),
@@ -226,10 +228,24 @@ def row(name, size, perplexity, ours=False, prompt=100.0):
     ],
 )
 def test_the_verdict_is_that_of_the_rows(rows, pays, says):
-    outcome = Outcome({"texts": ()}, {"bits": 8}, rows, "own", "other", "A tool", [], "out", None)
+    outcome = Outcome({"texts": (), "most": None}, {"bits": 8}, rows, "own", "other", "A tool", [], "out", None)
     assert (outcome.rival is None) is pays
     assert says in outcome.verdict
     assert says in str(outcome)
+
+
+def test_more_bytes_than_were_asked_for_are_owned_up_to():
+    rows = [row("dense", 400, 10), row("dense, 8 bits", 100, 10), row("ours", 90, 11, True)]
+    said = "The result takes 90 bytes, more than the 80 asked for"
+    for most in (80, 90, None):
+        outcome = Outcome({"texts": (), "most": most}, {"bits": 8}, rows, "own", "other", "A tool", [], "out", None)
+        assert (said in outcome.verdict) is (most == 80)
+
+
+def test_an_overlap_of_texts_is_said_with_its_share():
+    rows = [row("dense", 400, 10), dataclasses.replace(row("ours", 90, 11, True), seen=0.25)]
+    outcome = Outcome({"texts": (), "most": None}, {"bits": 32}, rows, "own", "other", "A tool", [], "out", None)
+    assert "About 25% of a text that was judged by" in str(outcome)
 
 
 def test_sizes_need_a_fraction_of_something(tiny):
@@ -258,6 +274,8 @@ def test_plan_and_compress_mean_the_same_by_a_size(command, mixture_directory):
     assert planned["targets"] == "all-linear,experts"
     assert planned["parameters_after"] == pytest.approx(0.6 * planned["parameters_before"], rel=0.05)
     assert "those of experts depend on" in command("plan", mixture_directory, "--size", "0.6").out
+    table = command("plan", mixture_directory, "--keep", "0.5", "--targets", "experts").out
+    assert table.count("model.layers.*.mlp.experts.down_proj.*") == 1
     kept = command("plan", mixture_directory, "--keep", str(planned["keep"]), "--targets", planned["targets"], "--json")
     same = json.loads(kept.out)
     assert all(planned[key] == same[key] for key in planned.keys() & same.keys())

@@ -13,7 +13,7 @@ from tensorfold.report.outcome import headline, loading, outcome_chart, outcome_
 from tensorfold.report.page import render, write_report
 
 ROW = {
-    "own": 10.0, "unseen": 12.0, "prompt": 500.0, "decode": 20.0, "ours": False, "protocol": "hf-1024", "seen": False,
+    "own": 10.0, "unseen": 12.0, "prompt": 500.0, "decode": 20.0, "ours": False, "protocol": "hf-1024", "seen": 0.0,
     "parameters": 10**8,
 }  # fmt: skip
 OURS = {"parameters": 8 * 10**7, "unseen": 15.0, "prompt": 650.0, "decode": None, "ours": True}
@@ -69,7 +69,7 @@ def test_how_to_load_it(engine, plain, bits, says):
 
 def test_bars_are_as_long_as_speeds():
     (prompt, bars), (decode, generated) = speed_bars(OUTCOME)
-    assert (prompt, decode) == ("Reading a prompt", "Generating, token by token")
+    assert (prompt, decode) == ("Prompt", "Generated text")
     assert [(bar.value, bar.part, bar.ours) for bar in bars] == [("500", 0.7692, False)] * 3 + [("650", 1.0, True)]
     assert bars[-1].beside == "1.30× dense"
     assert len(generated) == 3  # the last was not measured

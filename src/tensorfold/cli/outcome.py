@@ -23,7 +23,7 @@ class Row:
         unseen: Perplexity on the other text.
         prompt: Tokens a second that it reads; None before that is measured.
         decode: Tokens a second that it writes; None where it has no cache.
-        seen: Whether a text that it was judged by is one that it was fitted to.
+        seen: Share of a text that it was judged by which it was fitted to, about; the larger of the two texts', 0 to 1.
         tokens: Predicted tokens of the held-out part.
         protocol: Protocol of the perplexities.
     """
@@ -37,7 +37,7 @@ class Row:
     unseen: float
     prompt: float | None = None
     decode: float | None = None
-    seen: bool = False
+    seen: float = 0.0
     tokens: int = 0
     protocol: str = ""
 
@@ -82,7 +82,17 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """Whether folding paid, in words."""
+        """Whether folding paid, in words, and whether the bytes are those that were asked for."""
+        result, most = self.rows[-1], self.order["most"]
+        if most is None or result.bytes <= most:
+            return self._worth
+        return (
+            f"The result takes {result.bytes:,} bytes, more than the {most:,} asked for: what is not folded, or the "
+            f"graph around the weights, takes more than was reckoned; ask for fewer. {self._worth}"
+        )
+
+    @property
+    def _worth(self) -> str:
         result, rival, dense = self.rows[-1], self.rival, [row for row in self.rows if not row.ours]
         if rival is not None:
             speed = _ratio(result.prompt, rival.prompt)
@@ -126,8 +136,10 @@ class Outcome:
         lines = [self._table(), self.verdict, f"The result is in {self.rows[-1].path}."]
         first = self.rows[0]
         lines.insert(1, f"Perplexity by {first.protocol}, {first.tokens:,} tokens of each text; × is against dense.")
-        if any(row.seen for row in self.rows):
-            lines.append("A text that was judged by overlaps with one that was calibrated on; see compress.json.")
+        if seen := max(row.seen for row in self.rows):
+            lines.append(
+                f"About {seen:.0%} of a text that was judged by stands in what was calibrated or healed on as well."
+            )
         return "\n".join([*lines, f"The report is {self.report}."] if self.report else lines)
 
     def _table(self) -> str:

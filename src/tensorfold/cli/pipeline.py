@@ -290,7 +290,8 @@ class Pipeline:
         self._pace = own["tokens"] / max(1e-3, own["seconds"]) if step == "judge-dense" else self._pace
         return Row(
             name, path, ours, found["parameters"], found["bytes"], own["perplexity"], unseen["perplexity"],
-            seen=bool(own["seen"] or unseen["seen"]) and ours, tokens=own["tokens"], protocol=protocol,
+            seen=max((each["share"] for each in (*own["seen"], *unseen["seen"]) if ours), default=0.0),
+            tokens=own["tokens"], protocol=protocol,
         )  # fmt: skip
 
     @property

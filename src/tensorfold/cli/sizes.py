@@ -151,8 +151,11 @@ def aim_at(
     keep = keep_in(bits)
     asked = f"--size {size}" if most is None else f"--bytes {most:,}"
     if keep >= 1:
-        done = f"export --to {'int8' if engine == 'transformers' else engine} --bits {bits}"
-        raise InputError(f"{asked}: the dense model in {bits} bits has that size already; tensorfold {done} writes it.")
+        to = "int8" if engine == "transformers" else f"{engine} --bits {bits}"
+        done = (
+            "there is nothing to fold" if to == "int8" and bits == 32 else f"tensorfold export MODEL --to {to} does it"
+        )
+        raise InputError(f"{asked}: the dense model in {bits} bits has that size already; {done}.")
     if keep <= 0:
         least = (whole - targeted) / whole
         raise InputError(

@@ -116,7 +116,10 @@ class Steps:
         place = self.names.index(name)
         left = [self._expected.get(each) for each in self.names[place:]]
         known = all(seconds is not None for seconds in left)
-        after = f" (about {_minutes(sum(filter(None, left)))} left)" if known and "done before" not in words else ""
+        after = (
+            f" (about {_minutes(sum(filter(None, left)))} left)" if known else " (time left is known a step or two on)"
+        )
+        after = "" if "done before" in words else after
         print(f"[{place + 1}/{len(self.names)}] {words}{after}", file=sys.stderr, flush=True)
 
 

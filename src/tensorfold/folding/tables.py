@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 def module_table(
     modules: Mapping[str, Structure], errors: Mapping[str, float] | None = None, error_name: str = "error"
 ) -> str:
-    """Plain-text table of folded modules; equal ones of different blocks share a row, with the mean of their errors."""
+    """Plain-text table of folded modules; equal ones of blocks and experts share a row, with their mean error."""
     rows: dict[tuple[str, Structure], list[str]] = {}
     for name, spec in modules.items():
-        rows.setdefault((re.sub(r"\.\d+\.", ".*.", name), spec), []).append(name)
+        rows.setdefault((re.sub(r"\.\d+(?=\.|$)", ".*", name), spec), []).append(name)
     table = Table(box=None, pad_edge=False)
     table.add_column("module")
     table.add_column("spec")

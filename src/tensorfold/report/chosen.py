@@ -47,6 +47,11 @@ class ChosenMap:
     rows: list[tuple[int, list[Cell | None]]]
     outside: list[str]
 
+    @property
+    def example(self) -> Cell:
+        """The cell that keeps least, whose reason stands there until another is pointed at."""
+        return min((cell for _, line in self.rows for cell in line if cell is not None), key=lambda cell: cell.tint)
+
 
 @dataclass(frozen=True)
 class _Given:

@@ -97,7 +97,7 @@ class Bar:
 def speed_bars(outcome: Mapping[str, Any]) -> list[tuple[str, list[Bar]]]:
     """Bars of tokens a second, for prompts and for generated text; what was not measured has none."""
     found = []
-    for key, title in (("prompt", "Reading a prompt"), ("decode", "Generating, token by token")):
+    for key, title in (("prompt", "Prompt"), ("decode", "Generated text")):
         rows = [row for row in outcome["rows"] if row[key]]
         longest = max((row[key] for row in rows), default=0.0)
         bars = []
