@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -270,6 +271,20 @@ def test_models_that_bear_no_rounding_have_exact_gradients(tiny, tokenizer, pros
         return tensorfold.fold(model, Auto(keep=0.5), tokenizer, [prose], calibration_tokens=256).errors
 
     assert errors(rounds=True) == errors(rounds=False)
+
+
+def test_a_search_on_part_of_the_text_looks_at_all_of_its_documents(tiny, tokenizer, prose, monkeypatch):
+    seen, take = [], search.take_gradients
+    monkeypatch.setattr(
+        search, "take_gradients", lambda model, windows, *rest: seen.append(windows) or take(model, windows, *rest)
+    )
+    monkeypatch.setitem(search.EFFORTS, "low", replace(search.EFFORTS["low"], gradient_tokens=300))
+    documents = [prose[:3000], prose[3000:6000].upper()]
+    tensorfold.fold(tiny("llama"), Auto(keep=0.5, effort="low"), tokenizer, documents, calibration_tokens=1200)
+    windows = calibration_windows(tokenizer, documents, 1200, seen[0].shape[1])
+    assert 1 < len(seen[0]) < len(windows)
+    assert torch.equal(seen[0], windows[[len(windows) * k // len(seen[0]) for k in range(len(seen[0]))]])
+    assert any(torch.equal(seen[0][-1], late) for late in windows[len(windows) // 2 :])
 
 
 @pytest.mark.parametrize("damage", ["changed", "gone"])

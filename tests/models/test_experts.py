@@ -80,7 +80,7 @@ def _small_sample(monkeypatch):
 @pytest.mark.parametrize("effort", ["low", "medium"])
 def test_an_expert_that_the_sample_does_not_meet_is_fitted_to_its_inputs(routed, tokenizer, prose, effort, calls_idle):
     model = routed(calls_idle=calls_idle)
-    with pytest.warns(UserWarning, match=r"4 layers are not called on the first 128 tokens.*experts\.1\.up"):
+    with pytest.warns(UserWarning, match=r"4 layers are not called on 128 tokens.*experts\.1\.up"):
         report = tensorfold.fold(model, Auto(keep=0.5, effort=effort), tokenizer, [prose], calibration_tokens=512)
     idle = {name for name in report.modules if "experts.1" in name}
     assert len(idle) == 4

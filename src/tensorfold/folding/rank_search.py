@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -90,7 +91,7 @@ class RankSearch:
         prefix: How many tokens at the beginning of every window the tokenizer puts before a document.
         efforts: The effort of every layer that shares a budget.
         members: Those layers.
-        sample: The windows that the search looks at.
+        sample: The windows that the search looks at, spread over the text if they are not all of it.
         gradients: Gradient moments of the members on the sample.
         curves: Squared errors of the best matrix of every rank, of the members that the sample meets. They are exact:
             eigenvalues give the error of the best matrix of every rank, so no rank is tried.
@@ -116,7 +117,8 @@ class RankSearch:
         }
         self.members = {name: self.chosen[name] for name in self.chosen if name in self.efforts}
         tokens = max((effort.gradient_tokens or self.windows.numel()) for effort in self.efforts.values())
-        self.sample = self.windows[: -(-tokens // self.windows.shape[1])]
+        count = min(len(self.windows), -(-tokens // self.windows.shape[1]))
+        self.sample = self.windows[torch.arange(count) * len(self.windows) // count]  # spread over the text's documents
         plain = [budget for budget in self.budgets if budget.method.plain]
         self.multiples = {name: budget.method.multiple for budget in self.budgets for name in budget.names}
         self.exact = {name: units_left(budget, self.members) for budget in plain for name in budget.names}
@@ -252,7 +254,7 @@ class RankSearch:
                 input_moments(partial(stream.advance, index), {name: matrix.module for name, matrix in batch.items()})
             more = " effort: medium looks at all of the text." if len(self.sample) < len(self.windows) else ""
             warnings.warn(
-                f"{len(left)} layers are not called on the first {self.sample.numel()} tokens of the calibration text, "
+                f"{len(left)} layers are not called on {self.sample.numel()} tokens of the calibration text, "
                 f"from {next(iter(left))} on; each gets an equal share of its budget, and is fitted to its inputs "
                 f"without the loss's gradients.{more}",
                 stacklevel=2,
