@@ -56,7 +56,9 @@ EFFORT: dict[str, Effort | None] = {
     "ranks": dataclasses.replace(EFFORTS["medium"], units=False),
     "refined": dataclasses.replace(EFFORTS["medium"], refine=48),
     "plain": EFFORTS["medium"],
-    # Of the version before, whose gradients were of the text's own next tokens; not run again by this one.
+    # Of the versions before, not run again by this one: passes whose products handed on float32, and before that,
+    # gradients of the text's own next tokens.
+    "float32-passes": None,
     "empirical": None,
     "empirical-refined": None,
     "plain-refined": dataclasses.replace(EFFORTS["medium"], refine=48),
@@ -99,6 +101,8 @@ def planned() -> Iterator[Run]:
     yield Run("mlp", 0.5, "medium", "self")
     for effort in ("no-ridge", "shrink-0.1", "gradients", "auto-0.1.0"):
         yield Run("mlp", 0.8, effort)
+    for keep, text in ((0.8, "wikitext-2-valid"), (0.8, "mixture"), (0.5, "mixture")):
+        yield Run("mlp", keep, "float32-passes", text)
     for targets, keep, text in (
         ("mlp", 0.8, "wikitext-2-valid"),
         ("mlp", 0.5, "wikitext-2-valid"),
