@@ -2,6 +2,7 @@
 
     python studies/engines/run.py --work WORK --export [--only openvino-8 …]    # writes the graphs that are not there
     python studies/engines/run.py --work WORK [--only …] [--rounds 9] [--threads 2]
+    python studies/engines/table.py                             # into README.md
 
 SmolLM2-135M, dense and with all linear layers of its blocks at half their parameters by plain low rank, without text,
 since only shapes matter to speed; engines ONNX Runtime and OpenVINO in 32, 8 and 4 bits. A round reads a prompt of 512

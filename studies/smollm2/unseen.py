@@ -1,7 +1,7 @@
 """What parts of a fold are worth on text that nobody calibrated on: SmolLM2-135M, no training.
 
     OMP_NUM_THREADS=1 python studies/smollm2/unseen.py [--only PATTERN …] [--list] [--save DIR]
-    python studies/smollm2/unseen.py --table            # into README.md; runs need TENSORFOLD_DATA
+    python studies/smollm2/unseen_table.py              # into README.md
 
 Each run folds the dense model anew and appends a line to ``unseen.jsonl``; what is there is skipped. Choices were made
 by the *selection* texts alone, which are neither what was calibrated on nor what is reported: a later part of
@@ -16,9 +16,7 @@ import argparse
 import dataclasses
 import fnmatch
 import json
-import math
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,42 +173,12 @@ def entries() -> dict[str, dict[str, Any]]:
     return {entry["run"]: entry for entry in map(json.loads, lines)}
 
 
-def table() -> str:
-    """Markdown: the runs that are done, in the order planned."""
-    done = entries()
-    dense = done[Run("none", 1.0, "dense").name]["test"]
-    rows = [
-        "| targets | kept | effort | text | parameters | wikitext-2-test | Tiny Shakespeare | unseen ratio | minutes |"
-    ]
-    rows += ["|---|---:|---|---|---:|---:|---:|---:|---:|"]
-    for run in planned():
-        entry = done.get(run.name)
-        if entry is None:
-            continue
-        unseen = [name for name in entry["test"] if name != "wikitext-2-test.txt"]
-        ratio = math.exp(sum(math.log(entry["test"][name] / dense[name]) for name in unseen) / len(unseen))
-        text = run.text if run.tokens == TOKENS else f"{run.text}, {run.tokens:,} tokens"
-        shown = [f"{entry['test'][name]:.2f}" for name in ("wikitext-2-test.txt", "tinyshakespeare")]
-        rows.append(
-            f"| {run.targets} | {run.keep} | {run.effort} | {text} | {entry['parameters']:,} | "
-            f"{' | '.join(shown)} | {ratio:.3f} | {entry['fold_seconds']['cpu'] / 60:.1f} |"
-        )
-    return "\n".join(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="Runs whose names match.")
     parser.add_argument("--list", action="store_true", help="Name the runs and whether they are done.")
     parser.add_argument("--save", type=Path, metavar="DIR", help="Keep the folded models there, one directory each.")
-    parser.add_argument("--table", action="store_true", help="Write the table of what is done into the README.")
     arguments = parser.parse_args()
-    if arguments.table:
-        sys.path.insert(0, str(Path(__file__).parents[1]))
-        from pages import write_sections
-
-        write_sections(Path(__file__).with_name("README.md"), {"unseen": table()})
-        return
     for run in planned():
         if not any(fnmatch.fnmatch(run.name, pattern) for pattern in arguments.only):
             continue

@@ -1,0 +1,42 @@
+"""Write the table of what ``run.py`` has measured into README.md: python studies/engines/table.py"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from pages import write_sections
+
+LOG = Path(__file__).with_name("run.jsonl")
+
+
+def table() -> str:
+    """Markdown: what is in the log, by engine and bits."""
+    rows = [
+        "| engine | bits | MB, dense | MB, folded | of dense | prompt, tokens/s | × dense | steps, tokens/s | × dense |"
+    ]
+    rows += ["|---|---:|---:|---:|---:|---|---|---|---|"]
+    lines = LOG.read_text(encoding="utf-8").splitlines() if LOG.exists() else []
+    for entry in map(json.loads, lines):
+        size = {form: stored / 1e6 for form, stored in entry["bytes"].items()}
+        speed = {
+            what: " → ".join(f"{many / entry['seconds'][form][what]['median']:,.0f}" for form in ("dense", "folded"))
+            for what, many in (("prompt", 512), ("step", 1))
+        }
+        rows.append(
+            f"| {entry['engine']} | {entry['bits']} | {size['dense']:.1f} | {size['folded']:.1f} | "
+            f"{size['folded'] / size['dense']:.2f} | {speed['prompt']} | {entry['times_as_fast']['prompt']} | "
+            f"{speed['step']} | {entry['times_as_fast']['step']} |"
+        )
+    return "\n".join(rows)
+
+
+def sections() -> dict[str, str]:
+    return {"engines": table()}
+
+
+if __name__ == "__main__":
+    write_sections(Path(__file__).with_name("README.md"), sections())
