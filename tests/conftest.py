@@ -287,3 +287,15 @@ def edited(tmp_path, dense_directory, folded_directory):
         return path
 
     return copy
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """The accelerator of ``fake_card``; counts by kind of device what products and decompositions are given."""
+    import fake_card
+    from tensorfold.algebra.precision import has_float64
+
+    has_float64.cache_clear()
+    with fake_card.Tally():
+        yield fake_card.plug_in(monkeypatch)
+    has_float64.cache_clear()

@@ -61,6 +61,8 @@ WITHOUT = {
     ("eval", "include_path"): [(("m", "--text", "x", "--include-path", "p"), "--protocol lm-eval")],
     ("eval", "limit"): [(("m", "--text", "x", "--limit", "3"), "--protocol lm-eval")],
     ("export", "bits"): [(("m", "--to", "dense", "--out", "o", "--bits", "8"), "--to onnx, openvino or gguf")],
+    ("export", "dtype"): [(("m", "--to", "onnx", "--out", "o", "--dtype", "bfloat16"), "--to dense or int8")],
+    ("export", "device"): [(("m", "--to", "openvino", "--out", "o", "--device", "cuda"), "--to dense or int8")],
     ("export", "calibrate"): [
         (("m", "--to", "onnx", "--bits", "4", "--out", "o", "--calibrate", "self"), "--to openvino --bits 4"),
         (("m", "--to", "openvino", "--bits", "8", "--out", "o", "--calibrate", "self"), "--to openvino --bits 4"),
@@ -70,6 +72,8 @@ WITHOUT = {
     ],
     ("sample", "top_k"): [(("m", "--temperature", "0", "--top-k", "5"), "--temperature above 0")],
     ("sample", "seed"): [(("m", "--temperature", "0", "--seed", "0"), "--temperature above 0")],
+    ("report", "dtype"): [(("d", "--out", "o", "--no-samples", "--dtype", "bfloat16"), "samples; leave out")],
+    ("report", "device"): [(("d", "--out", "o", "--no-samples", "--device", "cuda"), "samples; leave out")],
     ("report", "prompt"): [(("d", "--out", "o", "--no-samples", "--prompt", "x"), "--no-samples")],
     ("report", "tokens"): [(("d", "--out", "o", "--no-samples", "--tokens", "48"), "--no-samples")],
     ("recipes", "copy"): [(("--copy", "x"), "name of a shipped recipe")],

@@ -26,6 +26,7 @@ from tensorfold.hf.sources import Source
 from tensorfold.models.anatomy import count_parameters
 from tensorfold.nn import FoldedModule
 from tensorfold.recipes.settings import BENCH_NEEDS, BenchSettings
+from tensorfold.utils.devices import one_device
 from tensorfold.utils.effects import changed, check_effects
 from tensorfold.utils.terminal import progress_bar
 from tensorfold.utils.validation import check_keys
@@ -65,8 +66,9 @@ def bench(
     if against is model and isinstance(model, PreTrainedModel):
         raise InputError("bench: the model is compared with itself; needed the dense model, loaded separately.")
     with _threads(settings.threads):
-        loaded, source, name = _load(model, settings.dtype)
-        other, other_source, other_name = (None, None, None) if against is None else _load(against, settings.dtype)
+        place = settings.dtype, one_device(settings.device, "a benchmark compares on one device")
+        loaded, source, name = _load(model, *place)
+        other, other_source, other_name = (None, None, None) if against is None else _load(against, *place)
         if other is not None:
             _check_alike(loaded, other)
         training = {m: m.training for m in (loaded, other) if m is not None}
@@ -184,6 +186,8 @@ def _peaks(
         path, form = (source, name) if name != "dense" or own_dense else (against, "model")
         if path is None:
             notes.append(f"peak memory of {name}: measured of models on disk only; give a directory, or its name")
+        elif settings.device not in (None, "cpu"):
+            notes.append(f"peak memory of {name}: measured on the CPU only; leave out the device")
         elif isinstance(path, EngineSource):
             notes.append(f"peak memory of {name}: not measured of exported graphs")
         else:
@@ -200,19 +204,23 @@ def _peaks(
     return peaks or None
 
 
-def _load(model: PreTrainedModel | str | Path, dtype: str | None) -> tuple[PreTrainedModel, Source | None, str]:
+def _load(
+    model: PreTrainedModel | str | Path, dtype: str | None, device: str | None
+) -> tuple[PreTrainedModel, Source | None, str]:
     """Load a model, unless it is one already; return it, its place on the disk if it has one, and its name.
 
     Raises:
-        InputError: It cannot be found, or is in another dtype than asked for.
+        InputError: It cannot be found, or is in another dtype or on another device than asked for.
     """
     if isinstance(model, str | Path):
         source = find_runnable(str(model))
-        return source.model(dtype), source, source.name
+        return source.model(dtype, device), source, source.name
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"bench: got {type(model).__name__}; needed a transformers model, or the name of one.")
     if dtype is not None and _dtype(model) != dtype:
         raise InputError(f"bench: dtype={dtype}, and the model is in {_dtype(model)}; convert it with .to first.")
+    if device is not None and torch.device(device).type != model.device.type:
+        raise InputError(f"bench: device={device}, and the model is on {model.device}; move it with .to first.")
     return model, None, model.name_or_path or type(model).__name__
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tensorfold.algebra.precision import solvable
 from tensorfold.calibration.block_calls import BlockChain, Passed, check_finite, input_of
 from tensorfold.data.tokens import check_ids
 from tensorfold.errors import InputError
@@ -220,7 +221,7 @@ def input_moments(
         counts: Is given the number of vectors that each module was called with, by name.
 
     Returns:
-        By name, fp32, shape (n, n).
+        By name, fp32, shape (n, n), where it can be decomposed.
 
     Raises:
         InputError: A module's inputs hold NaN or infinity, or it was never called; the message names it.
@@ -264,7 +265,7 @@ def input_moments(
             continue
         if keys not in averages:
             total = sums[keys[0]] if len(keys) == 1 else torch.stack([sums[key] for key in keys]).sum(0)
-            averages[keys] = total / sum(tokens[key] for key in keys)
+            averages[keys] = solvable(total / sum(tokens[key] for key in keys))
             if not torch.isfinite(averages[keys]).all():
                 raise not_finite_inputs(name, model or modules[name])
         found[name] = averages[keys]

@@ -27,12 +27,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tensorfold.algebra.precision import solvable
 from tensorfold.algebra.solvers.fewer_units import compensated
 from tensorfold.algebra.statistics import Means, Statistics
 from tensorfold.calibration.block_calls import input_of
 from tensorfold.calibration.block_stream import Allocate, BlockStream, not_finite_inputs
 from tensorfold.errors import InputError
 from tensorfold.models.anatomy import Matrix, dense_weight
+from tensorfold.models.solvable import solvable_weight
 from tensorfold.utils.memory import release_file_pages
 
 RIDGE = 0.1  # μ, chosen on held-out windows of a calibration text; see studies/smollm2
@@ -243,7 +245,7 @@ class _Sums:
         if not self.tokens:
             raise InputError(f"{name}: not called on the calibration text, so it has no statistics; exclude it.")
         sums = self.input_moment, self.cross_moment, self.lack_moment
-        c, a, d = (total.double() / self.tokens for total in sums)  # (n, n), (n, n), (m, n)
+        c, a, d = (solvable(total).double() / self.tokens for total in sums)  # (n, n), (n, n), (m, n)
         if not torch.isfinite(c).all():
             raise not_finite_inputs(name, self.matrix.module)
         folded, dense, lack = (mean.about(self.tokens) for mean in (self.folded, self.dense, self.lack))
@@ -251,7 +253,7 @@ class _Sums:
             origin = self.folded.origin
             raw = c + origin.outer(folded) + folded.outer(origin) + origin.outer(origin)
             return Statistics(input_moment=raw.float(), target=self._compensated(towards))
-        weight, means = dense_weight(self.matrix.module).detach().double(), None
+        weight, means = solvable_weight(self.matrix.module).double(), None
         if self.matrix.bias is not None:
             c, a, d = c - folded.outer(folded), a - dense.outer(folded), d - lack.outer(folded)
             # A feature that never varies leaves rounding of either sign in C; it is uncorrelated with everything.
@@ -274,8 +276,8 @@ class _Sums:
         if self.whole_moment is None or towards is None or not self.whole_moment.any():
             return None
         kept = towards.any(0).nonzero().squeeze(1)
-        target = torch.zeros_like(towards)
-        target[:, kept] = compensated(dense_weight(self.matrix.module).detach(), self.whole_moment, kept).to(target)
+        moment, target = solvable(self.whole_moment), torch.zeros_like(towards)
+        target[:, kept] = compensated(solvable_weight(self.matrix.module), moment, kept).to(target)
         return target
 
 
@@ -286,7 +288,7 @@ class _Mean:
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.origin = torch.zeros(size, dtype=torch.float64, device=device)
+        self.origin = solvable(torch.zeros(size, device=device)).double()
         self.sum = torch.zeros_like(self.origin)
         self.started = False
 
@@ -298,9 +300,9 @@ class _Mean:
         if not len(vectors):  # an expert that no token was sent to
             return vectors
         if not self.started:
-            self.origin, self.started = vectors.mean(0, dtype=torch.float64).float().double(), True
-        vectors = vectors - self.origin.float()
-        self.sum += vectors.sum(0, dtype=torch.float64)
+            self.origin, self.started = solvable(vectors).mean(0, dtype=torch.float64).float().double(), True
+        vectors = vectors - self.origin.float().to(vectors.device)
+        self.sum += solvable(vectors).sum(0, dtype=torch.float64)
         return vectors
 
     def about(self, count: int) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tensorfold.algebra.precision import solvable
 from tensorfold.utils.atomic_files import write_file
 
 _PANEL = 64  # rows
@@ -79,8 +80,8 @@ class Packed:
         self.path, self._values = path, None
 
     def full(self, scale: float = 1.0) -> Tensor:
-        """The whole matrix times ``scale``, shape (size, size), exactly symmetric."""
-        values = self.values
+        """The whole matrix times ``scale``, shape (size, size), exactly symmetric, where it can be decomposed."""
+        values = solvable(self.values)
         out = values.new_empty(self.size, self.size)
         for rows, panel in self._panels(values):
             part = panel * scale  # (rows, size − first row)

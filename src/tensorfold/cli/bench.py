@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tensorfold.cli.options import Dtype, Json, Model
+from tensorfold.cli.options import Dtype, Json, Model, OneDevice
 from tensorfold.cli.output import emit
 from tensorfold.errors import InputError
 
@@ -47,6 +47,7 @@ def bench(
         int | None, typer.Option("--threads", min=1, help="Threads of torch. Default: its own choice.")
     ] = None,
     dtype: Dtype = None,
+    device: OneDevice = None,
     way: Annotated[
         WayChoice | None,
         typer.Option("--way", help="How to apply folded layers. Default: what each chooses by the number of tokens."),
@@ -73,6 +74,7 @@ def bench(
         "rounds": rounds,
         "threads": threads,
         "dtype": None if dtype is None else dtype.value,
+        "device": device,
         "way": None if way is None else way.value,
         "memory": memory,
     }

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tensorfold.cli.export import Bits
-from tensorfold.cli.options import OWN_TEXT_HELP, TEXT_HELP, Json, Model
+from tensorfold.cli.options import OWN_TEXT_HELP, TEXT_HELP, Json, Model, OneDevice
 from tensorfold.cli.output import emit
 from tensorfold.errors import InputError
 
@@ -67,6 +67,7 @@ def compress(
     ),
     tokens: Annotated[int, typer.Option("--tokens", min=256, help="Of text to calibrate on.")] = 24_000,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=64, help="Of each text that is judged by.")] = 8192,
+    device: OneDevice = None,
     as_json: Json = False,
 ) -> None:
     """Make a model smaller: fold, heal, export, judge and report, beside the dense model. The same command resumes.
@@ -91,6 +92,7 @@ def compress(
         effort=effort.value,
         tokens=tokens,
         judged=max_tokens,
+        device=device,
     )
     outcome = Pipeline(order, out).run()
     emit(as_json, outcome.to_dict(), outcome.__str__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +33,12 @@ def order() -> Order:
     )
 
 
-def run_demo(out: Path) -> None:
+def run_demo(out: Path, device: str | None = None) -> None:
     """Compress ``smollm2-135m`` into ``out``; print a table, what the model says before and after, and where it all is.
+
+    Args:
+        out: Directory of the run.
+        device: Where models compute; the CPU if None.
 
     Raises:
         InputError: ``out`` holds something else than an earlier demo, or the carrier of the model is not installed.
@@ -43,7 +48,7 @@ def run_demo(out: Path) -> None:
     from tensorfold.hf.model_card import source_line
     from tensorfold.hf.sources import find_model
 
-    asked = order()
+    asked = dataclasses.replace(order(), device=device)
     source = find_model(asked.model)
     outcome = Pipeline(asked, out).run()  # what is refused leaves standard output empty
     if source.stored is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensorfold.cli.options import Json, Model
+from tensorfold.cli.options import Dtype, Json, Model, OneDevice
 from tensorfold.cli.output import emit
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def export(
     tokens: Annotated[
         int | None, typer.Option("--tokens", min=2, help="How many tokens of it. Default: 8,192.")
     ] = None,
+    dtype: Dtype = None,
+    device: OneDevice = None,
     as_json: Json = False,
 ) -> None:
     """Write a model for other tools, and check that it computes the same.
@@ -85,8 +87,10 @@ def export(
     from tensorfold.calibration.own_text import check_text
     from tensorfold.hf.sources import find_model
     from tensorfold.utils.atomic_files import check_file_target, check_target
+    from tensorfold.utils.devices import one_device
 
     check_text(calibrate, "validation")
+    one_device(device, "an export is written by one device")
     (check_file_target if to is Target.gguf and out.suffix == ".gguf" else check_target)(out)
     packed = to in (Target.onnx, Target.openvino, Target.gguf)
     if packed:
@@ -94,7 +98,7 @@ def export(
 
         check_packages(to.value)
     source = find_model(model)
-    loaded = source.model("float32" if packed else None)
+    loaded = source.model("float32" if packed else dtype and dtype.value, device)
     tokenizer, absent = source.tokenizer_beside()
 
     from tensorfold.export.checkpoints import export_dense, export_int8

@@ -14,12 +14,12 @@ import typer
 from tensorfold.cli.given import recipe_of, source_of
 from tensorfold.cli.options import (
     OWN_TEXT_HELP,
-    Device,
     Dtype,
     Json,
     Keep,
     ModelOrRecipe,
     Multiple,
+    OneDevice,
     RecipeName,
     TargetNames,
     Untie,
@@ -84,7 +84,7 @@ def fold(
         ),
     ] = False,
     dtype: Dtype = None,
-    device: Device = None,
+    device: OneDevice = None,
     as_json: Json = False,
 ) -> None:
     """Fold a model and write the smaller one. Under torchrun, the processes divide the matrices among themselves.
@@ -102,11 +102,11 @@ def fold(
     from tensorfold.recipes.settings import CalibrateSettings
     from tensorfold.utils.atomic_files import check_target
     from tensorfold.utils.claims import claimed
-    from tensorfold.utils.devices import check_solves
+    from tensorfold.utils.devices import one_device
     from tensorfold.utils.distributed import Ranks
 
     check_target(out)
-    check_solves(device)
+    one_device(device, "a fold computes on one device; eval and sample take auto")
     elsewhere = device not in (None, "cpu")
     chosen = recipe_of(recipe, keep, targets, untie, effort, plain, multiple)
     unasked = calibrate is None and recipe is None  # text is the default, since without any a model is ruined

@@ -48,6 +48,13 @@ def heal(
     dtype: Annotated[
         DtypeChoice | None, typer.Option("--dtype", help="Load model and teacher in this type. Default: as stored.")
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            help="Train there: cpu, or the first card of a kind, such as cuda or mps. Default: what accelerate finds.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a folded model to recover its quality. The same command resumes a run that was killed."""
@@ -72,33 +79,37 @@ def heal(
 
     from accelerate import PartialState
 
+    from tensorfold.healing.device import training_on
     from tensorfold.healing.heal import heal as heal_model
     from tensorfold.hf.loading import load
     from tensorfold.hf.sources import find_model
     from tensorfold.recipes.recipe import Recipe
+    from tensorfold.utils.distributed import processes
 
     source = find_model(model)
     beside = source.path.rstrip("/") if Path(source.path).is_dir() else source.name.rpartition("/")[2]
     target = Path(f"{beside}-healed") if out is None else out
+    place = device if processes() == 1 else None  # several have one each
     started_from, kind = None, None if dtype is None else dtype.value
-    for number, (settings, overrides) in enumerate(stages, start=1):
-        stage = target if number == len(stages) else Path(f"{target}.stage-{number}")
-        report = heal_model(
-            source.model(kind) if started_from is None else load(started_from),
-            _sources(train or [named or settings.text]),
-            teacher if kind is None or teacher is None else find_model(teacher).model(kind),
-            tokenizer=source.tokenizer(),
-            settings=settings,
-            out=stage,
-            progress=sys.stderr.isatty(),
-            report_to=report_to,
-            **overrides,
-        )
-        started_from = stage
-    if PartialState().is_main_process:
-        emit(as_json, report.to_dict(), report.__str__)
-        if recipe is not None and Recipe.load(recipe).eval is not None:
-            typer.echo(f"to evaluate it as the recipe does: tensorfold eval {target} --recipe {recipe}", err=True)
+    with training_on(device):
+        for number, (settings, overrides) in enumerate(stages, start=1):
+            stage = target if number == len(stages) else Path(f"{target}.stage-{number}")
+            report = heal_model(
+                source.model(kind, place) if started_from is None else load(started_from),
+                _sources(train or [named or settings.text]),
+                teacher if teacher is None or (kind or place) is None else find_model(teacher).model(kind, place),
+                tokenizer=source.tokenizer(),
+                settings=settings,
+                out=stage,
+                progress=sys.stderr.isatty(),
+                report_to=report_to,
+                **overrides,
+            )
+            started_from = stage
+        if PartialState().is_main_process:
+            emit(as_json, report.to_dict(), report.__str__)
+            if recipe is not None and Recipe.load(recipe).eval is not None:
+                typer.echo(f"to evaluate it as the recipe does: tensorfold eval {target} --recipe {recipe}", err=True)
 
 
 def _sources(names: list[str]) -> Any:

@@ -23,6 +23,7 @@ from tensorfold.cli.export import export
 from tensorfold.cli.fold import fold
 from tensorfold.cli.heal import heal
 from tensorfold.cli.needs import Command
+from tensorfold.cli.options import OneDevice
 from tensorfold.cli.plan import plan
 from tensorfold.cli.push import push
 from tensorfold.cli.recipes import recipes
@@ -68,11 +69,12 @@ app.command(cls=Command)(recipes)
 @app.command(cls=Command)
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Directory to write.")] = Path("tensorfold-demo"),
+    device: OneDevice = None,
 ) -> None:
     """Compress the real SmolLM2-135M and show what it gained and what it cost. The same command resumes."""
     from tensorfold.cli.demo import run_demo
 
-    run_demo(out)
+    run_demo(out, device)
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from tensorfold.errors import pass_on_memory
 from tensorfold.utils.atomic_files import cache_directory, write_file
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 _BATCH, _BLOCK = 2, 512
@@ -37,38 +38,49 @@ def heal_options(teacher: PreTrainedModel, folded: Path, minutes: float, key: st
     if steps < _FEWEST:
         return None
     steps = min(steps, 2000)
-    more = {"kl": 1, "warmup": max(1, steps // 10), "train": "all-but-embeddings", "precision": _precision()}
+    precision = _precision(teacher.device)
+    more = {"kl": 1, "warmup": max(1, steps // 10), "train": "all-but-embeddings", "precision": precision}
     return {"steps": steps, "batch": _BATCH, "block": block, "lr": 1.5e-4, "set": more}
 
 
-def _precision() -> str:
-    """``bf16`` where the processor has instructions for it, else ``fp32``."""
+def _precision(device: torch.device) -> str:
+    """``bf16`` where the device has instructions for it, else ``fp32``."""
+    import torch
+
     from tensorfold.utils.torch_modes import multiplies_bfloat16
 
-    return "bf16" if multiplies_bfloat16() else "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if device.type == "cpu" and multiplies_bfloat16() else "fp32"
 
 
 def _window_seconds(teacher: PreTrainedModel, folded: Path, block: int, key: str) -> float:
     """Seconds of training on one window: the student forwards and backwards, the teacher forwards."""
     import torch
 
+    from tensorfold.algebra.precision import autocast
+    from tensorfold.benchmark.timing import waiting_for
     from tensorfold.hf.loading import load
 
-    file = cache_directory("heal-speed") / f"{key[:32]}-{block}-{torch.get_num_threads()}-{_precision()}.json"
+    device, precision = teacher.device, _precision(teacher.device)
+    place = "" if device.type == "cpu" else f"-{device.type}"
+    file = cache_directory("heal-speed") / f"{key[:32]}-{block}-{torch.get_num_threads()}-{precision}{place}.json"
     try:
         return float(json.loads(file.read_text(encoding="utf-8"))["seconds"])
     except (OSError, ValueError, KeyError, TypeError) as error:  # not timed yet
         pass_on_memory(error)
-    student = load(folded)
-    ids = torch.zeros(1, block, dtype=torch.long, device=student.device)
+    student: torch.nn.Module = load(folded).to(device)  # type: ignore[arg-type]
+    finish = waiting_for(device)
+    ids = torch.zeros(1, block, dtype=torch.long, device=device)
     taken = []
     for _ in range(3):
         started = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=_precision() == "bf16"):
+        with autocast(device.type, torch.bfloat16 if precision == "bf16" else None):
             with torch.no_grad():
                 teacher(input_ids=ids, use_cache=False)
             loss = student(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
+        finish()
         taken.append(time.perf_counter() - started)
     seconds = min(taken)
     write_file(file, json.dumps({"seconds": seconds}).encode())

@@ -30,6 +30,13 @@ _FOUR_BITS = Need(
     "--to openvino --bits 4, whose scales a text can be fitted to",
     lambda given: str(given["to"]) == "openvino" and str(given["bits"]) == "4",
 )
+_MULTIPLIED_OUT = Need(
+    "--to dense or int8: graphs and GGUF files are made of float32", lambda given: str(given["to"]) in ("dense", "int8")
+)
+_WRITTEN_THERE = Need(
+    "--to dense or int8: graphs and GGUF files are written by the CPU",
+    lambda given: str(given["to"]) in ("dense", "int8") or given["device"] == "cpu",
+)
 _FITTED = Need("--calibrate TEXT", lambda given: given["calibrate"] is not None)
 _NAME = Need("the name of a shipped recipe", lambda given: given["name"] is not None)
 
@@ -53,7 +60,7 @@ NEEDS: Mapping[str, Needs] = {
     "compress": {
         **_MODEL,
         **dict.fromkeys(("out", "size", "bytes_", "text", "unseen", "minutes", "to", "bits"), ALWAYS),
-        **dict.fromkeys(("plain", "effort", "tokens", "max_tokens"), ALWAYS),
+        **dict.fromkeys(("plain", "effort", "tokens", "max_tokens", "device"), ALWAYS),
     },
     "plan": {
         **_MODEL,
@@ -75,7 +82,7 @@ NEEDS: Mapping[str, Needs] = {
     },
     "heal": {
         **_MODEL,
-        **dict.fromkeys(("train", "teacher", "out", "recipe", "report_to", "dtype"), ALWAYS),
+        **dict.fromkeys(("train", "teacher", "out", "recipe", "report_to", "dtype", "device"), ALWAYS),
         # Settings of healing, checked together with a recipe's: tensorfold.recipes.settings.HEAL_NEEDS.
         **dict.fromkeys(("steps", "lr", "batch", "micro_batch", "block", "blockwise_tokens", "set_"), ALWAYS),
     },
@@ -95,7 +102,9 @@ NEEDS: Mapping[str, Needs] = {
     },
     "bench": {
         **_MODEL,
-        **dict.fromkeys(("against", "prefill", "decode", "rounds", "threads", "dtype", "memory", "plot"), ALWAYS),
+        **dict.fromkeys(
+            ("against", "prefill", "decode", "rounds", "threads", "dtype", "device", "memory", "plot"), ALWAYS
+        ),
         # Settings of single folded layers, checked once it is known whether there are any: settings.BENCH_NEEDS.
         **dict.fromkeys(("tokens", "way"), ALWAYS),
     },
@@ -106,6 +115,8 @@ NEEDS: Mapping[str, Needs] = {
         "bits": (_PACKED,),
         "calibrate": (_FOUR_BITS,),
         "tokens": (_FITTED,),
+        "dtype": (_MULTIPLIED_OUT,),
+        "device": (_WRITTEN_THERE,),
     },
     "sample": {
         **_MODEL,
@@ -123,6 +134,8 @@ NEEDS: Mapping[str, Needs] = {
         "prompt": (_SAMPLES,),
         "tokens": (_SAMPLES,),
         "samples": ALWAYS,
+        "dtype": (_SAMPLES,),
+        "device": (_SAMPLES,),
         "as_json": ALWAYS,
     },
     "push": {
@@ -133,7 +146,7 @@ NEEDS: Mapping[str, Needs] = {
         "as_json": ALWAYS,
     },
     "recipes": {"name": ALWAYS, "copy": (_NAME,)},
-    "demo": {"out": ALWAYS},
+    "demo": {"out": ALWAYS, "device": ALWAYS},
 }
 
 

@@ -60,7 +60,10 @@ Device = Annotated[
     typer.Option(
         "--device",
         help="Compute there: cpu, cuda, cuda:1, mps, xpu. Default: cpu. 'auto' divides a model that is larger than one "
-        "card over all of them and the memory; not for fold.",
+        "card over all of them and the memory.",
     ),
+]
+OneDevice = Annotated[
+    str | None, typer.Option("--device", help="Compute there: cpu, cuda, cuda:1, mps, xpu. Default: cpu.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]

@@ -23,6 +23,7 @@ from tensorfold.cli.steps import RECORDS, Steps
 from tensorfold.cli.texts import CALIBRATION, HELD_OUT, UNSEEN, check_texts, write_texts
 from tensorfold.utils.atomic_files import check_target, write_file
 from tensorfold.utils.claims import claimed
+from tensorfold.utils.devices import one_device
 from tensorfold.utils.records import EVALUATIONS, read_lines, read_object, record_evaluation
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Order:
         effort: How much time calibration takes.
         tokens: Of calibration text.
         judged: Tokens of each text that is judged by.
+        device: Where models compute; the CPU if None. Graphs are written by the CPU, and run there.
     """
 
     model: str
@@ -68,6 +70,7 @@ class Order:
     effort: str
     tokens: int
     judged: int
+    device: str | None = None
 
     def recipe(self, config: PreTrainedConfig) -> Recipe:
         """The fold of a dense model, at a size that is still to be found."""
@@ -87,7 +90,11 @@ class Pipeline:
 
     def __init__(self, order: Order, out: Path) -> None:
         from tensorfold.export.engine_model import find_runnable
+        from tensorfold.healing.device import check_training
 
+        one_device(order.device, "models are compared on one device")
+        if order.minutes:
+            check_training(order.device)
         self.order, self.out = order, out
         if not (out / RECORDS).is_dir():
             check_target(out)
@@ -119,7 +126,7 @@ class Pipeline:
     @cached_property
     def dense(self) -> PreTrainedModel:
         """The dense model."""
-        return self.source.model()
+        return self.source.model(device=self.order.device)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -203,7 +210,7 @@ class Pipeline:
 
         def work() -> None:
             write_file(file, yaml.safe_dump(recipe, sort_keys=False).encode())
-            _quietly(fold, model=self.order.model, recipe=str(file), out=target)
+            _quietly(fold, model=self.order.model, recipe=str(file), out=target, device=self.order.device)
 
         settings = {**self.identity, "after": [self.steps.keys["texts"]], **entry, "tokens": self.order.tokens}
         what = f"fold: tensorfold fold {self.order.model} --recipe {file} --out {target}"
@@ -229,6 +236,7 @@ class Pipeline:
                 return
             set_ = [f"{key}={value}" for key, value in options["set"].items()]
             plain = {key: value for key, value in options.items() if key != "set"}
+            plain["device"] = self.order.device
             _quietly(heal, model=str(folded), train=given, teacher=self.order.model, out=target, set_=set_, **plain)
 
         settings = {
@@ -260,10 +268,16 @@ class Pipeline:
         self.steps.run(name, what, settings, work, target)
         return target
 
+    def _runnable(self, path: str, alone: bool = True) -> PreTrainedModel:
+        """A model of the run on the run's device; a graph, and what is compared with graphs, on the CPU."""
+        from tensorfold.export.engine_model import find_runnable, is_exported
+
+        there = not is_exported(path) if alone else self.order.engine == "transformers"
+        return find_runnable(path).model(device=self.order.device if there else None)
+
     def _row(self, name: str, path: str, step: str, after: list[str], ours: bool = False) -> Row:
         from tensorfold.data.texts import load_text
         from tensorfold.evaluation.perplexity import evaluate
-        from tensorfold.export.engine_model import find_runnable
         from tensorfold.models.anatomy import context_length
         from tensorfold.models.sizes import stored_bytes, stored_parameters
 
@@ -271,7 +285,7 @@ class Pipeline:
         protocol = "hf-1024" if limit is None or limit >= 1024 else f"disjoint-{limit}"
 
         def work() -> dict[str, Any]:
-            model = self.dense if step == "judge-dense" else find_runnable(path).model()
+            model = self.dense if step == "judge-dense" else self._runnable(path)
             found: dict[str, Any] = {"parameters": stored_parameters(model), "bytes": stored_bytes(model)}
             for part, label in ((HELD_OUT, self.own_label), (UNSEEN, self.unseen_label)):
                 result = evaluate(
@@ -316,10 +330,9 @@ class Pipeline:
 
     def _speed(self, rows: list[Row]) -> list[Row]:
         from tensorfold.benchmark.whole import bench_models, prompt_length
-        from tensorfold.export.engine_model import find_runnable
 
         def work() -> dict[str, Any]:
-            models = {row.name: find_runnable(row.path).model() for row in rows}
+            models = {row.name: self._runnable(row.path, alone=False) for row in rows}
             prompt = prompt_length(list(models.values()), None, _DECODED)
             prefill, decode = bench_models(models, {}, prompt, _DECODED, _ROUNDS, time.perf_counter, lambda: None)
             return {
@@ -333,14 +346,11 @@ class Pipeline:
         return [row.timed(found["prompt"][row.name], found["decode"].get(row.name)) for row in rows]
 
     def _samples(self, rows: list[Row]) -> list[dict[str, Any]]:
-        from tensorfold.export.engine_model import find_runnable
         from tensorfold.report.samples import sample_of
 
         def work() -> list[dict[str, Any]]:
-            made = (
-                sample_of(row.name, find_runnable(row.path).model(), self.tokenizer, PROMPT, _SAMPLED) for row in rows
-            )
-            return [asdict(sample) for sample in made]
+            models = ((row.name, self._runnable(row.path)) for row in rows)
+            return [asdict(sample_of(*each, self.tokenizer, PROMPT, _SAMPLED)) for each in models]
 
         keys = [self.steps.keys[name] for name in self.steps.names if name.startswith(("judge", "dense"))]
         settings = {"after": keys, "prompt": PROMPT, "tokens": _SAMPLED}

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tensorfold.cli.options import Json
+from tensorfold.cli.options import Device, Dtype, Json
 from tensorfold.cli.output import emit
 
 
@@ -24,6 +24,8 @@ def report(
     samples: Annotated[
         bool, typer.Option("--samples/--no-samples", help="Whether to show samples; without them no model is loaded.")
     ] = True,
+    dtype: Dtype = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page: sizes, perplexities, errors, spectra, losses, samples.
@@ -33,7 +35,8 @@ def report(
     from tensorfold.report.page import PROMPT, write_report
 
     used = (PROMPT if prompt is None else prompt) if samples else None
-    write_report(directories, out, prompt=used, tokens=tokens, progress=sys.stderr.isatty())
+    kind = None if dtype is None else dtype.value
+    write_report(directories, out, prompt=used, tokens=tokens, progress=sys.stderr.isatty(), dtype=kind, device=device)
     size = out.stat().st_size
     found = {"out": str(out), "models": [str(path) for path in directories], "bytes": size}
     emit(as_json, found, lambda: f"written to {out} ({size / 1e6:.1f} MB)")

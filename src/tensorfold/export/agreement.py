@@ -58,7 +58,7 @@ def agreement(written: PreTrainedModel, model: PreTrainedModel, to: str, steps: 
     got, wanted = torch.cat([alone, together]), torch.stack([expected[0], *expected])
     check_finite(got, to, "those of what was written")
     return Agreement(
-        difference=(got.double() - wanted.double()).abs().max().item(),
+        difference=(got.cpu().double() - wanted.cpu().double()).abs().max().item(),
         largest=wanted.abs().max().item(),
         steps=steps,
         same=int((got.argmax(-1) == wanted.argmax(-1)).sum()),
@@ -96,7 +96,7 @@ def compared(
     """
     got = written.to(expected.device)(**inputs).logits  # type: ignore[arg-type]
     check_finite(got, to, "those of what was written")
-    difference = (got.double() - expected.double()).abs().max().item()
+    difference = (got.cpu().double() - expected.cpu().double()).abs().max().item()
     check_close(to, difference, tolerance * max(1.0, expected.abs().max().item()))
     return difference, int((got.argmax(-1) == expected.argmax(-1)).sum())
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tensorfold.algebra.precision import solvable
 from tensorfold.algebra.solvers.fewer_units import KeptUnits
 from tensorfold.algebra.statistics import Statistics
 from tensorfold.calibration.block_stream import Allocate, BlockStream, check_called, inputs_of
@@ -242,7 +243,7 @@ class Tables(Batch):
         gradients = moments[table.name].full(scale_of(table) ** 2)  # rows are scaled on their way in, as Gemma does
         if table.tied_head is None:
             return {table.name: Statistics(gradient_moment=gradients, counts=counts)}
-        states = self._states(table, windows)
+        states = solvable(self._states(table, windows))
         scale = _scale_of_logits(self.model, table, windows, states)
         states = states if scale is None else states * scale
         moment = states.T @ states / len(states)  # (width, width)
@@ -266,6 +267,6 @@ def _scale_of_logits(model: PreTrainedModel, table: Matrix, windows: Tensor, sta
     """
     few = windows[:1, :16].to(table.parameter.device)
     logits = model(few, use_cache=False).logits[0].float()
-    products = states[: len(logits)] @ dense_weight(table.module).float().T
+    products = states[: len(logits)].to(few.device) @ dense_weight(table.module).float().T
     scale = float((logits * products).sum() / products.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
     return scale if (logits - scale * products).norm() <= 1e-2 * logits.norm() else None

@@ -15,7 +15,8 @@ from torch import Tensor
 from tensorfold.algebra.solvers.shared_basis import fit_shared_basis
 from tensorfold.algebra.specs.spec import Spec
 from tensorfold.folding.budgets import Choice, low_rank_spec
-from tensorfold.models.anatomy import Matrix, dense_weight
+from tensorfold.models.anatomy import Matrix
+from tensorfold.models.solvable import solvable_weight
 
 _GROUPS = (2, 3, 4)  # of columns, or of rows where there are more of them
 _ROUNDS = 4  # of a candidate shape: what it gains later decides nothing
@@ -44,7 +45,7 @@ def nearest_shape(
         curve: Squared errors of the best matrix of every rank 0 … min(m, n).
         input_moment, gradient_moment: C (n, n) and G (m, m).
     """
-    weight = dense_weight(matrix.module).detach()
+    weight = solvable_weight(matrix.module)
     best, cores, rivals = choice, [], dict(choice.rivals)
     bar = float((curve[choice.rank] / curve[0]) ** 0.5)
     for groups in _GROUPS:
@@ -61,7 +62,7 @@ def nearest_shape(
 
 def empty_cores(matrix: Matrix, choice: Choice) -> list[Tensor]:
     """Uninitialised memory for cores that another rank fitted to the matrix."""
-    like = dense_weight(matrix.module)
+    like = solvable_weight(matrix.module)
     dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
     return [torch.empty(shape, dtype=dtype, device=like.device) for shape in spec_of(matrix, choice).core_shapes]
 

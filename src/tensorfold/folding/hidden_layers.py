@@ -16,7 +16,8 @@ from tensorfold.calibration.block_calls import input_of
 from tensorfold.calibration.block_stream import BlockStream
 from tensorfold.folding.budgets import Smaller
 from tensorfold.hf.surgery import hidden_units
-from tensorfold.models.anatomy import Matrix, dense_weight
+from tensorfold.models.anatomy import Matrix
+from tensorfold.models.solvable import solvable_weight
 
 _STEPS = 48  # sizes of the whole that are looked at, and of those every sixth with lower ranks as well
 _WITH_RANKS = 6
@@ -56,7 +57,7 @@ class HiddenLayer:
 
     def smaller(self, moments: Mapping[str, Tensor], gradients: Callable[[str], Tensor]) -> list[Smaller]:
         """Curves with fewer units, from second moments of inputs and gradients by name."""
-        weight, moment = dense_weight(self.down.module).detach(), moments[self.down.name]
+        weight, moment = solvable_weight(self.down.module), moments[self.down.name]
         gradient = gradients(self.down.name)
         sizes = sorted({self._rounded(k): k for k in range(int(_STEPS * _LEAST), _STEPS)}.items())
         sizes = sizes if self.exact is None else [(self.exact, 1)]
@@ -77,7 +78,7 @@ class HiddenLayer:
                 down = error_curve(compensated(weight, moment, kept), inner, gradient) + lost
                 ups = (
                     error_curve(
-                        dense_weight(matrix.module).detach()[kept],
+                        solvable_weight(matrix.module)[kept],
                         moments[matrix.name],
                         gradients(matrix.name)[kept][:, kept],
                     )

@@ -13,7 +13,8 @@ from tensorfold.algebra.statistics import Statistics
 from tensorfold.folding.plan import Plan
 from tensorfold.hf.surgery import HiddenUnits, hidden_units, reorder_hidden
 from tensorfold.methods.base import NOTHING
-from tensorfold.models.anatomy import Matrix, dense_weight, matrices
+from tensorfold.models.anatomy import Matrix, matrices
+from tensorfold.models.solvable import solvable_weight
 from tensorfold.nn.unit_order import order_units
 from tensorfold.utils.distributed import Ranks
 
@@ -43,7 +44,7 @@ def align_hidden_units(
         works_on(f"hidden units of {units.down.name}")
         views = []
         for matrix in members(units):
-            weight, spec = dense_weight(matrix.module).detach(), planned.modules[matrix.name]
+            weight, spec = solvable_weight(matrix.module), planned.modules[matrix.name]
             moment = known.get(matrix.name, NOTHING).input_moment
             if moment is not None:
                 weight = weight * moment.diagonal().sqrt()  # the metric's scale of every input

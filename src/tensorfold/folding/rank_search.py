@@ -39,8 +39,9 @@ from tensorfold.folding.stored_gradients import take_gradients
 from tensorfold.folding.text import Text
 from tensorfold.folding.value_heads import ValueHeads, free, value_heads
 from tensorfold.methods.auto import EFFORTS, Effort
-from tensorfold.models.anatomy import Matrix, by_block, dense_weight
+from tensorfold.models.anatomy import Matrix, by_block
 from tensorfold.models.residency import WHOLE, Residency
+from tensorfold.models.solvable import solvable_weight
 from tensorfold.utils.block_checkpoints import BlockCheckpoints
 from tensorfold.utils.distributed import Ranks
 
@@ -164,7 +165,7 @@ class RankSearch:
             moments = self._shrunk(shrunk_experts(moments, tokens, batch.values(), stream.width))
             for name, matrix in batch.items():
                 if name in moments and name in self.gradients:
-                    weight = dense_weight(matrix.module).detach()
+                    weight = solvable_weight(matrix.module)
                     self.curves[name] = error_curve(weight, moments[name], self.gradients[name].full())
             families: list[Family] = [*([pair] if pair is not None else []), *layers]
             for family in families:

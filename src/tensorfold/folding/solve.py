@@ -15,7 +15,8 @@ from tensorfold.errors import SpecError
 from tensorfold.folding.plan import Plan
 from tensorfold.hf.modules import Folded, empty_module, solved_module
 from tensorfold.methods.base import NOTHING
-from tensorfold.models.anatomy import Matrix, dense_weight
+from tensorfold.models.anatomy import Matrix
+from tensorfold.models.solvable import solvable_weight
 from tensorfold.nn import StructuredLinear
 from tensorfold.utils.distributed import Ranks
 
@@ -76,7 +77,7 @@ def solve_matrix(matrix: Matrix, planned: Plan, known: Statistics) -> Solved:
         SpecError: The structure cannot be filled; the message names the matrix.
     """
     spec, method = planned.modules[matrix.name], planned.methods[matrix.name]
-    weight = dense_weight(matrix.module).detach() if known.target is None else known.target
+    weight = solvable_weight(matrix.module) if known.target is None else known.target
     try:
         factors = method.solve(weight, spec, known)
     except SpecError as error:
@@ -87,7 +88,7 @@ def solve_matrix(matrix: Matrix, planned: Plan, known: Statistics) -> Solved:
 def solve_rows(ranks: Ranks, matrix: Matrix, planned: Plan) -> Solved:
     """Fit a table whose rows are fitted by themselves, an equal slice of them on every rank."""
     spec, method = planned.modules[matrix.name], planned.methods[matrix.name]
-    weight = dense_weight(matrix.module).detach()
+    weight = solvable_weight(matrix.module)
     share = -(-spec.out_features // ranks.count)
     parts = [range(first, min(first + share, spec.out_features)) for first in range(0, spec.out_features, share)]
 
@@ -105,10 +106,11 @@ def solve_rows(ranks: Ranks, matrix: Matrix, planned: Plan) -> Solved:
 
 def _solved(matrix: Matrix, planned: Plan, factors: Factors, weight: Tensor, known: Statistics) -> Solved:
     spec, method = planned.modules[matrix.name], planned.methods[matrix.name]
-    folded = solved_module(matrix, spec, factors)
+    folded = solved_module(matrix, spec, factors, weight.device)
     if known.means is not None and isinstance(folded, StructuredLinear) and folded.bias is not None:
         given, wanted = known.means
         folded.bias.data += (wanted - folded.to_dense(torch.float64) @ given.double()).to(folded.bias.dtype)
     metrics = known.metrics() if matrix.kind == "linear" or method.fits_text else Metrics()
     reached = relative_error(weight, folded.to_dense(torch.float64), *metrics)
-    return Solved(folded.state_dict(), torch.tensor(reached, dtype=torch.float64))
+    state = {key: value.to(matrix.parameter.device) for key, value in folded.state_dict().items()}
+    return Solved(state, torch.tensor(reached, dtype=torch.float64))

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tensorfold.algebra.precision import solvable
 from tensorfold.algebra.solvers.smaller_heads import Known, shrunken_heads
 from tensorfold.algebra.statistics import Means, Statistics
 from tensorfold.calibration.block_calls import input_of
 from tensorfold.calibration.block_stream import BlockStream
 from tensorfold.folding.budgets import Change, Smaller
-from tensorfold.models.anatomy import Matrix, dense_weight
+from tensorfold.models.anatomy import Matrix
+from tensorfold.models.solvable import solvable_weight
 
 _EXACT, _ROUNDED = 1e-3, 0.05  # of what the change of one side alone does, in fp32 and in less
 
@@ -54,7 +56,7 @@ class ValueHeads:
     def smaller(self, moments: Mapping[str, Tensor], gradients: Callable[[str], Tensor]) -> list[Smaller]:
         """Their curves with smaller heads, from second moments of inputs and gradients by name."""
         values, outputs = (
-            Known(dense_weight(matrix.module).detach(), moments[matrix.name], gradients(matrix.name))
+            Known(solvable_weight(matrix.module), moments[matrix.name], gradients(matrix.name))
             for matrix in (self.values, self.outputs)
         )
         found = shrunken_heads(values, outputs, self.heads)
@@ -75,7 +77,7 @@ class Turn:
 
     def weight(self, matrix: Matrix) -> Tensor:
         """The dense matrix in the new basis, in fp32 at least."""
-        weight = dense_weight(matrix.module).detach()
+        weight = solvable_weight(matrix.module)
         turned = (self.basis.rows if self.of_values else self.basis.columns)(weight.double())
         return turned.to(torch.promote_types(weight.dtype, torch.float32))
 
@@ -90,7 +92,7 @@ class Turn:
         moment = None if known.gradient_moment is None else basis.gradient_moment(known.gradient_moment)
         means = known.means
         if matrix.bias is not None:
-            bias = matrix.bias.detach().double()
+            bias = solvable(matrix.bias.detach()).double()
             given, wanted = means or Means(bias.new_zeros(matrix.in_features), torch.zeros_like(bias))
             means = Means(given, basis.rows(wanted + bias) - bias)  # what is added to the bias turns it as well
         return replace(known, target=target, gradient_moment=moment, means=means)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tensorfold.algebra.precision import autocast
 from tensorfold.calibration.block_loss import least_size, relative_loss
 from tensorfold.calibration.block_stream import BlockStream
 from tensorfold.errors import InputError
@@ -208,7 +209,7 @@ class _Pair:
     def loss(self, chosen: Tensor) -> Tensor:
         """The block's loss on the windows with the indices ``chosen``."""
         device = self.student.device
-        with torch.autocast(device.type, self._dtype, enabled=self._dtype is not None):
+        with autocast(device.type, self._dtype):
             output = self.student.run(self.index, chosen)
         return relative_loss(output, self.teacher.hidden[chosen].to(device), self.floor)
 

@@ -18,6 +18,7 @@ import tensorfold
 from tensorfold.data.tokens import check_tokenizer
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.healing.checkpoints import begin, clear, digest, fingerprint, holds_work
+from tensorfold.healing.device import uses_cpu
 from tensorfold.healing.given import (
     check_reporters,
     check_student,
@@ -29,7 +30,7 @@ from tensorfold.healing.given import (
 from tensorfold.healing.report import HealReport, card_of, finished, write
 from tensorfold.healing.run import Run
 from tensorfold.healing.seen import selected_on
-from tensorfold.healing.setup import micro_batch, uses_cpu
+from tensorfold.healing.setup import micro_batch
 from tensorfold.hf.sources import find_model
 from tensorfold.recipes.settings import HealSettings
 from tensorfold.utils.atomic_files import check_place, check_target, is_disk_full

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from tensorfold.algebra.precision import autocast
 from tensorfold.data.seen_text import note
 from tensorfold.data.token_cache import TokenCache
 from tensorfold.errors import InputError, pass_on_memory
@@ -176,7 +177,7 @@ class Run:
         device = self.model.device
         with (
             evaluation_mode(self.model),
-            torch.autocast(device.type, torch.bfloat16, self.settings.precision == "bf16"),
+            autocast(device.type, torch.bfloat16 if self.settings.precision == "bf16" else None),
         ):
             for index in range(len(self.validation)):
                 ids, labels = (self.validation[index][key][None].to(device) for key in ("input_ids", "labels"))

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from tensorfold.data.windows import TokenWindows
 from tensorfold.errors import InputError
+from tensorfold.healing.device import uses_cpu
 from tensorfold.nn import FoldedModule, FoldedTable
 from tensorfold.recipes.settings import HealSettings
 
@@ -56,11 +57,6 @@ def choose_trained(model: PreTrainedModel, settings: HealSettings) -> list[nn.Pa
 def uses_fsdp() -> bool:
     """Whether ``accelerate launch`` was configured to shard the model (FSDP)."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-
-
-def uses_cpu() -> bool:
-    """Whether to train on the CPU: there is no accelerator, or ``ACCELERATE_USE_CPU`` asks for the CPU."""
-    return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
 
 
 class RunOrder(Sampler[int]):

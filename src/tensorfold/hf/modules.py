@@ -41,15 +41,16 @@ def empty_module(matrix: Matrix, spec: Structure) -> Folded:
 
 
 @torch.no_grad()
-def solved_module(matrix: Matrix, spec: Structure, factors: Factors) -> Folded:
-    """Make a folded module that holds a solver's output, with the dtype, device and bias or scale of the matrix.
+def solved_module(matrix: Matrix, spec: Structure, factors: Factors, device: torch.device) -> Folded:
+    """Make a folded module that holds a solver's output, with the dtype and bias or scale of the matrix.
 
     Args:
         matrix: Matrix that is replaced.
         spec: Structure of the new module.
         factors: Cores, scalars and orders.
+        device: Where the module is put.
     """
-    module = empty_module(matrix, spec).to_empty(device=matrix.parameter.device)
+    module = empty_module(matrix, spec).to_empty(device=device)
     module.load_factors(factors)
     if matrix.bias is not None and isinstance(module, StructuredLinear) and module.bias is not None:
         module.bias.copy_(matrix.bias)

@@ -6,6 +6,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
+from tensorfold.algebra.precision import solvable
 from tensorfold.algebra.solvers.solve import factorize
 from tensorfold.algebra.specs.spec import Spec
 from tensorfold.algebra.specs.structure import Structure
@@ -40,4 +41,4 @@ class MPOEmbedding(StructuredTable):
             SpecError: A shape does not fit ``spec``, or a value is not finite.
         """
         check_types(cls.__name__, weight=(weight, Tensor), spec=(spec, Spec))
-        return cls.from_factors(factorize(weight.detach(), spec, metric), spec, weight, scale)
+        return cls.from_factors(factorize(solvable(weight.detach()), spec, metric), spec, weight, scale)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from tensorfold.algebra.precision import solvable
 from tensorfold.algebra.solvers.graded import graded_low_rank
 from tensorfold.algebra.specs.graded import GradedSpec
 from tensorfold.algebra.specs.structure import Structure
@@ -52,7 +53,9 @@ class GradedEmbedding(StructuredTable):
             SpecError: A shape does not fit ``spec``, or a value is not finite.
         """
         check_types(cls.__name__, weight=(weight, Tensor), spec=(spec, GradedSpec))
-        return cls.from_factors(graded_low_rank(weight.detach(), spec, importance, metric), spec, weight, scale)
+        return cls.from_factors(
+            graded_low_rank(solvable(weight.detach()), spec, importance, metric), spec, weight, scale
+        )
 
 
 class GradedHead(StructuredLinear):

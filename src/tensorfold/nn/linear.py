@@ -14,7 +14,7 @@ from tensorfold.algebra.contraction.apply import add_bias, apply, stored_factors
 from tensorfold.algebra.contraction.paths import ContractionPath, Order
 from tensorfold.algebra.contraction.pivots import first_of_pivots, from_pivots, read_first
 from tensorfold.algebra.contraction.vector import of_chain, of_part, of_pivots
-from tensorfold.algebra.precision import as_given, product_dtype
+from tensorfold.algebra.precision import as_given, autocasts, product_dtype, solvable
 from tensorfold.algebra.solvers.solve import factorize
 from tensorfold.algebra.specs.spec import Spec
 from tensorfold.algebra.specs.structure import Structure
@@ -70,7 +70,7 @@ class MPOLinear(StructuredLinear):
         check_types(cls.__name__, weight=(weight, Tensor), spec=(spec, Spec), bias=(bias, Tensor | None))
         if bias is not None and bias.shape != (spec.out_features,):
             raise SpecError(f"bias of shape {tuple(bias.shape)}; the spec needs ({spec.out_features},).")
-        return cls.from_factors(factorize(weight.detach(), spec, metric), spec, weight, bias)
+        return cls.from_factors(factorize(solvable(weight.detach()), spec, metric), spec, weight, bias)
 
     def forward(self, input: Tensor) -> Tensor:
         """Shape ``(..., in_features)`` → ``(..., out_features)``.
@@ -128,7 +128,7 @@ class MPOLinear(StructuredLinear):
             x = x.index_select(-1, self.in_order) if reads is None else x[..., :reads]
         # Products into given memory know neither gradients nor autocast.
         plain = not training and x.dtype == pivots.dtype and not torch.compiler.is_compiling()
-        plain = plain and not torch.is_autocast_enabled(x.device.type)
+        plain = plain and not autocasts(x.device.type)
         y = from_pivots(x.reshape(-1, x.shape[-1]), others, pivots, self.out_position, first, plain)
         y = y.reshape(*x.shape[:-1], self.spec.out_features)
         return y if self.bias is None else add_bias(y, self.bias)

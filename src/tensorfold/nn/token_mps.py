@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from tensorfold.algebra.contraction.apply import add_bias
-from tensorfold.algebra.precision import as_given, autocasts
+from tensorfold.algebra.precision import as_given, autocasts, solvable
 from tensorfold.algebra.solvers.solve import Factors
 from tensorfold.algebra.solvers.token_mps import token_mps_svd
 from tensorfold.algebra.specs.structure import Structure
@@ -75,7 +75,7 @@ class TokenMPSEmbedding(TokenMPSModule, StructuredTable):
             SpecError: ``weight`` has another shape than ``spec``, or is not finite.
         """
         check_types(cls.__name__, weight=(weight, Tensor), spec=(spec, TokenMPSSpec))
-        return cls.from_factors(Factors(token_mps_svd(weight.detach(), spec)), spec, weight, scale)
+        return cls.from_factors(Factors(token_mps_svd(solvable(weight.detach()), spec)), spec, weight, scale)
 
     @torch.no_grad()
     def append(self, vectors: Tensor) -> None:

@@ -112,10 +112,10 @@ def _choose_pivots(layer: Any, taken: Tensor) -> None:
         return
     mixing, pivots = (core.detach() for core in layer.cores)
     eye = torch.eye(rank, dtype=torch.float64)
-    top = torch.cat([eye, mixing[0, :, 0].double().cpu()])[None, :, None]  # (1, made, 1, r)
-    cores, order = with_pivots([top, pivots.double().cpu()], among.nonzero()[:, 0])
+    top = torch.cat([eye, mixing[0, :, 0].cpu().double()])[None, :, None]  # (1, made, 1, r)
+    cores, order = with_pivots([top, pivots.cpu().double()], among.nonzero()[:, 0])
     new = cores[0][:, rank:]
-    if new.norm() > _WORSE * mixing.double().norm() + rank**0.5:
+    if new.norm() > _WORSE * mixing.cpu().double().norm() + rank**0.5:
         return
     place = torch.cat([order.argsort(), torch.tensor([made])])  # new row of each old one
     layer.cores[0].copy_(new)

@@ -58,6 +58,7 @@ class BenchSettings:
             the dense matrix that they ``materialise``; if None, what each chooses.
         threads: Threads of torch; its own choice if None.
         dtype: Dtype of the weights; as stored if None.
+        device: Where the models are put, such as ``cuda``; the CPU if None.
         memory: Whether peak memory is measured as well.
     """
 
@@ -68,6 +69,7 @@ class BenchSettings:
     way: Literal["chain", "materialise"] | None = None
     threads: Annotated[int, Ge(1), Le(1024)] | None = None
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    device: str | None = None
     memory: bool = True
 
     def __post_init__(self) -> None:
@@ -242,7 +244,7 @@ HEAL_NEEDS: Needs = {
 _LAYERS = Need("folded layers, and this model has none", lambda found: found)
 
 BENCH_NEEDS: Needs = {  # conditions on the folded layers that were found
-    **dict.fromkeys(("prefill", "decode", "rounds", "threads", "dtype", "memory"), ALWAYS),
+    **dict.fromkeys(("prefill", "decode", "rounds", "threads", "dtype", "device", "memory"), ALWAYS),
     "tokens": (_LAYERS,),
     "way": (_LAYERS,),
 }

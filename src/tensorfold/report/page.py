@@ -19,6 +19,7 @@ from tensorfold.report.outcome import headline, loading, outcome_chart, outcome_
 from tensorfold.report.samples import Sample, sample_all
 from tensorfold.report.tables import bench_rows, bond_rows, choice_rows, healing_rows, judgements, size_rows
 from tensorfold.utils.atomic_files import check_file_target, write_file
+from tensorfold.utils.devices import check_device
 from tensorfold.utils.terminal import progress_bar
 from tensorfold.utils.validation import check_types
 
@@ -57,6 +58,8 @@ def write_report(
     tokens: int = SAMPLE_TOKENS,
     progress: bool = False,
     outcome: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
 ) -> None:
     """Write one HTML page, without anything from a network, about one or several model directories.
 
@@ -69,12 +72,15 @@ def write_report(
         progress: Whether a progress bar is shown on standard error.
         outcome: What ``tensorfold compress`` came to, the JSON values of ``compress.json``; its numbers, picture and
             table come first. Its samples are the page's, and no model is loaded.
+        dtype, device: Type and place of the models that write samples; as stored, and the CPU, by default.
 
     Raises:
-        InputError: A directory is not a readable model's, ``out`` cannot be written, or a package is missing.
+        InputError: A directory is not a readable model's, there is no such device, ``out`` cannot be written, or a
+            package is missing.
         TensorfoldError: The disk is full.
     """
     check_packages()
+    check_device(device)
     if outcome is not None:
         prompt = None
     check_types("report", directories=(directories, list | tuple), out=(out, str | os.PathLike))
@@ -102,7 +108,7 @@ def write_report(
             models.append(read_directory(path, name, lambda what: bar.update(task, description=what)))
             bar.advance(task)
         if prompt is not None:
-            for sample in sample_all(models, prompt, tokens):
+            for sample in sample_all(models, prompt, tokens, dtype, device):
                 bar.advance(task)
                 samples.append(sample)
     if outcome is not None:

@@ -32,24 +32,28 @@ class Sample:
     problem: str = ""
 
 
-def sample_all(models: Sequence[ModelFacts], prompt: str, tokens: int) -> Iterator[Sample]:
+def sample_all(
+    models: Sequence[ModelFacts], prompt: str, tokens: int, dtype: str | None = None, device: str | None = None
+) -> Iterator[Sample]:
     """Samples of all models, one model in memory at a time; a model that cannot give one has a problem instead.
 
     Args:
         models: Facts about the models; each is loaded from its path.
         prompt: Text that is continued.
         tokens: New tokens in a sample, at most.
+        dtype, device: Type of the weights and where they are put, as :meth:`~tensorfold.hf.sources.Source.model` takes
+            them.
     """
     for model in models:
         try:
-            yield _sample(model, prompt, tokens)
+            yield _sample(model, prompt, tokens, dtype, device)
         except TensorfoldError as error:
             yield Sample(model.label, problem=str(error))
 
 
-def _sample(model: ModelFacts, prompt: str, tokens: int) -> Sample:
+def _sample(model: ModelFacts, prompt: str, tokens: int, dtype: str | None, device: str | None) -> Sample:
     source = find_model(str(model.path))
-    return sample_of(model.label, source.model(), source.tokenizer(), prompt, tokens)
+    return sample_of(model.label, source.model(dtype, device), source.tokenizer(), prompt, tokens)
 
 
 def sample_of(label: str, model: PreTrainedModel, tokenizer: Any, prompt: str, tokens: int) -> Sample:

@@ -32,18 +32,18 @@ def check_device(name: str | None) -> str | None:
     return name
 
 
-def check_solves(name: str | None) -> str | None:
-    """Check that a fold can compute on a device: that there is one, and that it has float64.
+def one_device(name: str | None, why: str) -> str | None:
+    """Check that a device is there and is a single one; None always is.
+
+    Args:
+        name: As of :func:`check_device`.
+        why: Why it has to be one, for the message.
 
     Raises:
-        InputError: It cannot.
+        InputError: It is not there, or ``auto``.
     """
     if check_device(name) == AUTO:
-        raise InputError(
-            "device 'auto': a fold computes on one device; name it, such as cuda. eval and sample take auto."
-        )
-    if name is not None and torch.device(name).type == "mps":
-        raise InputError("device 'mps': has no float64, in which matrices are decomposed; fold on cpu, and run on mps.")
+        raise InputError(f"device 'auto': {why}; name it, such as cuda.")
     return name
 
 

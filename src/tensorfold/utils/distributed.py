@@ -30,6 +30,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result", bound=Iterable[Tensor])
 
 
+def processes() -> int:
+    """How many processes this run has, by the environment that launchers set."""
+    return get_int_from_env(_COUNTS, 1)  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among the ranks of a run.
@@ -54,7 +59,7 @@ class Ranks:
         Args:
             cpu: Whether a new state communicates between CPUs (gloo) or by the accelerator's backend.
         """
-        if get_int_from_env(_COUNTS, 1) == 1:
+        if processes() == 1:
             return cls()
         state = PartialState(cpu=cpu, timeout=PATIENCE)
         atexit.register(_leave)
