@@ -273,7 +273,7 @@ def test_plan_and_compress_mean_the_same_by_a_size(command, mixture_directory):
     assert planned == aim_at(config, order.recipe(config), "transformers", None, 0.6, None).to_dict()
     assert planned["targets"] == "all-linear,experts"
     assert planned["parameters_after"] == pytest.approx(0.6 * planned["parameters_before"], rel=0.05)
-    assert "those of experts depend on" in command("plan", mixture_directory, "--size", "0.6").out
+    assert "2 experts of a layer for each token" in command("plan", mixture_directory, "--size", "0.6").out
     table = command("plan", mixture_directory, "--keep", "0.5", "--targets", "experts").out
     assert table.count("model.layers.*.mlp.experts.down_proj.*") == 1
     kept = command("plan", mixture_directory, "--keep", str(planned["keep"]), "--targets", planned["targets"], "--json")

@@ -14,6 +14,8 @@ from tensorfold.benchmark.timing import Clock, Timing, in_turn, waiting_for
 from tensorfold.data.tokens import table_rows
 from tensorfold.errors import InputError
 from tensorfold.models.anatomy import context_length, is_plain_linear
+from tensorfold.models.experts import fused_experts
+from tensorfold.models.multiply_adds import shares
 from tensorfold.nn import FoldedModule
 
 PREFILL = 512
@@ -55,8 +57,13 @@ def macs(module: nn.Module, tokens: int) -> float:
 
 
 def model_macs(model: nn.Module, tokens: int) -> float:
-    """Multiply–adds a token of a model's linear and folded layers; attention over other tokens is not counted."""
-    return sum(macs(module, tokens) for module in model.modules())
+    """Multiply–adds a token of a model's linear and folded layers; attention over other tokens is not counted.
+
+    Experts count as often as tokens are sent to them, see :mod:`tensorfold.models.multiply_adds`.
+    """
+    share = shares(model)
+    tensors = sum(share(name) * each.tensor.numel() for name, each in fused_experts(model).items())
+    return tensors + sum(share(name) * macs(module, tokens) for name, module in model.named_modules())
 
 
 def size(module: nn.Module) -> int:

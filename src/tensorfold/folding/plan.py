@@ -27,11 +27,11 @@ from tensorfold.models.anatomy import (
     count_parameters,
     empty_model,
     expert_tensors,
-    is_plain_linear,
     matrices,
     width,
 )
 from tensorfold.models.experts import fused_experts
+from tensorfold.models.multiply_adds import dense_macs, experts_per_token, shares
 from tensorfold.models.sizes import stored_bytes
 from tensorfold.models.targets import match
 from tensorfold.recipes.recipe import Recipe, Rule
@@ -66,8 +66,9 @@ class Plan:
     that a checkpoint holds, stored orders included: ``other_bytes`` of all that is not targeted, and
     ``targeted_bytes`` of each targeted matrix as it was. ``dense`` are the parameters of targeted matrices that a
     search leaves as they are. ``macs_before`` are the multiply–adds a token of all linear layers, the head among them,
-    as given, without experts that share a tensor, which are sent some tokens only; ``other_macs`` those of layers that
-    are not targeted, ``targeted_macs`` of each targeted matrix as it was. ``experts`` says whether experts are targets.
+    as given; ``other_macs`` those of layers that are not targeted, ``targeted_macs`` of each targeted matrix as it was.
+    Experts count by the share of tokens that they are sent, ``experts_per_token`` of a layer's (0 where the
+    configuration does not say; they are then left out).
     ``str(plan)`` is the table people read.
     """
 
@@ -85,8 +86,8 @@ class Plan:
     targeted_bytes: dict[str, int] = field(default_factory=dict, repr=False)
     macs_before: int = 0
     other_macs: int = field(default=0, repr=False)
-    targeted_macs: dict[str, int] = field(default_factory=dict, repr=False)
-    experts: bool = False
+    targeted_macs: dict[str, float] = field(default_factory=dict, repr=False)
+    experts_per_token: int | None = None
 
     def bytes_of(self, name: str) -> int:
         """Bytes of one targeted matrix afterwards, in the dtype that it had, with its stored orders."""
@@ -102,8 +103,10 @@ class Plan:
     @property
     def macs_after(self) -> int:
         """Multiply–adds a token of all linear layers afterwards."""
-        folded, dense = self.modules, self.targeted_macs
-        return self.other_macs + sum(folded[name].macs if name in folded else dense[name] for name in dense)
+        folded, after = self.modules, float(self.other_macs)
+        for name, dense in self.targeted_macs.items():
+            after += dense * folded[name].macs / folded[name].dense_parameters if name in folded else dense
+        return round(after)
 
     def with_specs(self, specs: Mapping[str, Structure | None]) -> Plan:
         """The plan with other structures for some of its matrices; None leaves a matrix dense, outside the plan."""
@@ -133,6 +136,7 @@ class Plan:
             "bytes_after": self.bytes_after,
             "macs_before": self.macs_before,
             "macs_after": self.macs_after,
+            **({} if self.experts_per_token is None else {"experts_per_token": self.experts_per_token}),
             "modules": {name: {**_shape(spec), "bytes": self.bytes_of(name)} for name, spec in self.modules.items()},
             **({"multiples": self.multiples} if self.multiples else {}),
             **({"warnings": list(self.warnings)} if self.warnings else {}),
@@ -202,7 +206,7 @@ def prepare(model: PreTrainedModel, recipe: Recipe, said: str | None = None) -> 
         InputError, SpecError: As :func:`plan`.
     """
     check_foldable(model)
-    before, bytes_before, macs_before = count_parameters(model), stored_bytes(model), _macs(model)
+    before, bytes_before, macs_before = count_parameters(model), stored_bytes(model), dense_macs(model)
     untied = untie_head(model) if recipe.untie else None
     added = count_parameters(model) - before
     if recipe.layers is not None:
@@ -220,10 +224,10 @@ def prepare(model: PreTrainedModel, recipe: Recipe, said: str | None = None) -> 
         *_warnings(specs),
     )
     bytes_ = {name: matrix.parameter.nbytes for name, matrix in chosen.items()}
-    # A table multiplies where a head is tied to it, and nowhere else; experts only for the tokens sent to them.
-    linear = {name: m for name, m in chosen.items() if m.kind == "linear" and m.group != "experts"}
-    multiplying = {**linear, **{name: m for name, m in chosen.items() if m.tied_head is not None}}
-    macs = {name: matrix.parameter.numel() for name, matrix in multiplying.items()}
+    # A table multiplies where a head is tied to it, and nowhere else.
+    multiplying = {name: m for name, m in chosen.items() if m.kind == "linear" or m.tied_head is not None}
+    share = shares(model)
+    macs = {name: share(name) * matrix.parameter.numel() for name, matrix in multiplying.items()}
     return Plan(
         before,
         after,
@@ -237,15 +241,10 @@ def prepare(model: PreTrainedModel, recipe: Recipe, said: str | None = None) -> 
         other_bytes=stored_bytes(model) - sum(bytes_.values()),
         targeted_bytes=bytes_,
         macs_before=macs_before,
-        other_macs=_macs(model) - sum(macs.values()),
+        other_macs=dense_macs(model) - round(sum(macs.values())),
         targeted_macs=macs,
-        experts=any(matrix.group == "experts" for matrix in chosen.values()),
+        experts_per_token=experts_per_token(model),
     ), chosen
-
-
-def _macs(model: PreTrainedModel) -> int:
-    """Multiply–adds a token of the model's linear layers, the head among them."""
-    return sum(module.weight.numel() for module in model.modules() if is_plain_linear(module))  # type: ignore[union-attr, operator]
 
 
 def carry_out(model: PreTrainedModel, recipe: Recipe, planned: Plan) -> dict[str, Matrix]:

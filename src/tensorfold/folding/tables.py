@@ -52,15 +52,24 @@ def size_lines(plan: Plan, stored: str | None = None) -> list[str]:
     """
     before, after = plan.parameters_before, plan.parameters_after
     macs, fewer = plan.macs_before, plan.macs_after
-    without = "; those of experts depend on what they are sent, and are not compared" if plan.experts else ""
+    sent = _macs_of_experts(plan.experts_per_token)
     kept = f"{after / before:.1%} of the model, {plan.kept:.1%} of the targeted matrices"
     return [
         f"{before:,} → {after:,} parameters ({kept})",
         stored or f"{megabytes(plan.bytes_before, plan.bytes_after)} stored, orders of rows and columns included",
-        f"{macs:,} → {fewer:,} multiply–adds a token ({fewer / max(1, macs):.1%}){without}",
+        f"{macs:,} → {fewer:,} multiply–adds a token ({fewer / max(1, macs):.1%}){sent}",
     ]
 
 
 def megabytes(before: float, after: float) -> str:
     """Two numbers of bytes in words."""
     return f"{before / 1e6:,.1f} → {after / 1e6:,.1f} MB"
+
+
+def _macs_of_experts(per_token: int | None) -> str:
+    """What a number of multiply–adds has of experts, to stand behind it; nothing of a model that has none."""
+    if per_token is None:
+        return ""
+    if not per_token:
+        return ", without experts: the configuration does not say how many a token is sent to"
+    return f", {per_token} expert{'s' * (per_token > 1)} of a layer for each token"

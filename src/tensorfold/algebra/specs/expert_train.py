@@ -74,6 +74,14 @@ class ExpertTrain(Structure):
         right = ((self.in_rank, self.in_features),) if self.has_in_basis else ()
         return (*left, (self.experts, self.out_rank, self.in_rank), *right)
 
+    @property
+    def macs(self) -> int:
+        """Multiply–adds of all experts, each with the bases: a token that k of them are sent takes k / E of it."""
+        each = self.out_rank * self.in_rank
+        each += self.expert_rows * self.out_rank if self.has_out_basis else 0
+        each += self.in_rank * self.in_features if self.has_in_basis else 0
+        return self.experts * each
+
     def parts(self, cores: Sequence[Tensor]) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """U, S and V among the cores; None for a basis that is not stored."""
         left = cores[0] if self.has_out_basis else None
