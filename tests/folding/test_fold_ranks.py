@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -157,6 +158,31 @@ def test_torchrun(fold_arguments, command, tmp_path):
     assert json.loads(done.stdout)["out"] == str(tmp_path / "two")
     assert contents(tmp_path / "two") == contents(tmp_path / "plain")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "two"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs 127.0.0.2, which Linux alone answers to")
+@pytest.mark.parametrize("way", ["in memory", "block by block"])
+def test_two_nodes(way, dense_directory, text_file, command, tmp_path):
+    """Two agents of torchrun on two addresses, each with files of its own: nothing but messages goes between them."""
+    options = ["--keep", "0.6", "--targets", "all-linear", "--tokens", "256", "--json"]
+    options += ["--low-memory"] if way == "block by block" else []
+    assert command("fold", dense_directory, "--calibrate", text_file, *options, "--out", tmp_path / "alone").status == 0
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "fold"]
+    places, nodes = [tmp_path / "node-1", tmp_path / "node-2"], []
+    for number, place in enumerate(places, start=1):
+        shutil.copytree(dense_directory, place / "dense")
+        shutil.copy(text_file, place)
+        launch = ["--nnodes", "2", "--nproc-per-node", "1", *meeting, "--local-addr", f"127.0.0.{number}"]
+        arguments = ["fold", "dense", "--calibrate", text_file.name, *options, "--out", "out"]
+        own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TENSORFOLD_CACHE": str(place / "cache")}
+        process = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "tensorfold", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        nodes.append(subprocess.Popen(process, cwd=place, env={**os.environ, **own}, **pipes))
+    printed = [node.communicate(timeout=600) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    [written] = [place / "out" for place in places if (place / "out").exists()]  # the first rank's, on whichever node
+    assert contents(written) == contents(tmp_path / "alone")
+    assert sorted(bool(out) for out, _ in printed) == [False, True]
 
 
 def refuses(matrix_rank, failure):
