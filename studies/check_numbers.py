@@ -30,7 +30,7 @@ from pages import with_sections
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "studies" / "figures.yaml"
-TABLE_SCRIPTS = sorted(ROOT.glob("studies/*/*table.py"))
+TABLE_SCRIPTS = [*sorted(ROOT.glob("studies/*/*table.py")), ROOT / "studies/scale/paper.py"]
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:e-?\d+)?"
 UNIT = r"\s?(?:%|×(?!\s?[\d(])|±|x\b|s\b|ms\b|µs\b|[MG]B\b|min\b|minutes\b|hours?\b|points?\b|times\b)"
 PLACE = re.compile(r"\{([^{}]+?)(?::([^{}:]*))?\}")
@@ -309,6 +309,7 @@ def check_sections(script: Path) -> list[Fault]:
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look there for the names in their annotations
     spec.loader.exec_module(module)
     name = script.parent.relative_to(ROOT).as_posix() + "/README.md"
     now, then = with_sections(ROOT / name, module.sections()).splitlines(), text_of(name).splitlines()

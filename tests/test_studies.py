@@ -1,5 +1,6 @@
 """The studies run: a few steps of each kind, on the real text."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -88,3 +89,42 @@ def test_the_export_study(tmp_path):
     assert entry["model"] == "krony-81m"
     assert entry["parameters"]["folded"] < entry["parameters"]["dense"]
     assert entry["seconds"].keys() == {"dense", "folded"}
+
+
+def test_the_shapes_on_paper_are_those_of_the_models(monkeypatch):
+    """Parameters of the large models that ``studies/scale/paper.py`` counts, by transformers, without their norms."""
+    from transformers import LlamaConfig, Qwen3MoeConfig
+
+    from tensorfold.models.anatomy import empty_model
+
+    monkeypatch.syspath_prepend(STUDIES / "scale")
+    import paper
+
+    for shape in (*paper.SHAPES, *paper.MEASURED):
+        sizes = {
+            "hidden_size": shape.width, "num_hidden_layers": 2, "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads, "head_dim": shape.head, "intermediate_size": shape.hidden,
+            "vocab_size": shape.vocabulary, "tie_word_embeddings": shape.tied,
+        }  # fmt: skip
+        experts = {
+            "moe_intermediate_size": shape.hidden,
+            "num_experts": shape.experts,
+            "num_experts_per_tok": shape.sent,
+        }
+        model = empty_model(Qwen3MoeConfig(**sizes, **experts) if shape.experts else LlamaConfig(**sizes))
+        counted = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+        assert dataclasses.replace(shape, blocks=2).parameters == counted, shape.name
+
+
+def test_more_of_everything_takes_longer_on_paper(monkeypatch):
+    monkeypatch.syspath_prepend(STUDIES / "scale")
+    import paper
+
+    small, large, mixture = paper.SHAPES
+    one, more = paper.work(small, tokens=1024), paper.work(small, tokens=2048)
+    assert more.passes == 2 * one.passes
+    assert more.decompositions == one.decompositions
+    assert paper.work(small, targets="mlp").macs < paper.work(small).macs < paper.work(large).macs
+    for shape in (small, large, mixture):
+        alone, eight = (paper.on_ranks(paper.work(shape), paper.GPU, ranks) for ranks in (1, 8))
+        assert alone / 8 < eight < alone
