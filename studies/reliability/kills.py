@@ -126,7 +126,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--only", choices=list(COMMANDS), help="by default all but compress")
-    parser.add_argument("--in-a-row", type=int, default=1, help="how often each run is killed before it may end")
+    parser.add_argument(
+        "--in-a-row", type=int, default=1, help="how often each run is killed, if it does not get to its end"
+    )
     parser.add_argument("--keep", type=Path, help="copy what is unequal here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, default=Path(__file__).with_name("kills.jsonl"))
@@ -163,25 +165,25 @@ def main() -> None:
             random = Random(f"{args.seed}:{number}")
             name = list(commands)[number % len(commands)]
             seconds, expected = whole[name]
-            killed, kills = False, 0
-            while not killed:  # a kill that comes after the end is none
-                work, kills = fresh(scratch), 0
-                while kills < args.in_a_row:
+            kills = 0
+            while not kills:  # a kill that comes after the end is none
+                work = fresh(scratch)
+                for _ in range(args.in_a_row):
                     after = random.uniform(0.0, 1.0) * seconds / min(3, args.in_a_row)
                     _, killed, _ = forked(commands[name], work, after)
-                    kills += killed
-                    if not killed:
+                    if not killed:  # it got to its end
                         break
+                    kills += 1
             left = sorted(path.name for path in work.iterdir())
             _, _, status = forked(commands[name], work, None)
             # Killed after its last write, a command has done its work, and says so when it is run again.
-            complete = bool(killed and status == 2 and left == sorted(n for n in expected if n in left) and left)
+            complete = bool(status == 2 and left == sorted(n for n in expected if n in left) and left)
             found = digests(work)
             unequal = sorted(n for n in expected if found.get(n) != expected[n])
             debris = sorted(n for n in found if n not in expected)
             fine = (status == 0 or complete) and not unequal and not debris
             entry = {"number": number, "command": name, "seconds": round(seconds, 2), "after": round(after, 3)}
-            entry.update(killed=killed, kills=kills, left=left, rerun=status, unequal=unequal, debris=debris, fine=fine)
+            entry.update(killed=True, kills=kills, left=left, rerun=status, unequal=unequal, debris=debris, fine=fine)
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
             entries.append(entry)

@@ -76,9 +76,19 @@ class Outcome:
     def rival(self) -> Row | None:
         """The dense row that is no larger than the result and better, by the mean of both texts; None where none is."""
         result = self.rows[-1]
-        dense = [row for row in self.rows if not row.ours and row.bytes <= result.bytes]
-        found = [row for row in dense if row.own * row.unseen <= result.own * result.unseen]
+        found = [row for row in self._smaller if row.own * row.unseen <= result.own * result.unseen]
         return min(found, key=lambda row: (row.own * row.unseen, row.bytes), default=None)
+
+    @property
+    def half_rival(self) -> Row | None:
+        """The dense row that is no larger and better on one of the texts only, where there is no rival; else None."""
+        result = self.rows[-1]
+        found = [row for row in self._smaller if row.own <= result.own or row.unseen <= result.unseen]
+        return None if self.rival else min(found, key=lambda row: row.own * row.unseen, default=None)
+
+    @property
+    def _smaller(self) -> list[Row]:
+        return [row for row in self.rows if not row.ours and row.bytes <= self.rows[-1].bytes]
 
     @property
     def verdict(self) -> str:
@@ -98,23 +108,27 @@ class Outcome:
             speed = _ratio(result.prompt, rival.prompt)
             faster = f" The folded one reads prompts {speed:.2f} times as fast." if speed and speed > 1 else ""
             return (
-                f"Folding does not pay at this size: {rival.name} is smaller ({rival.bytes / 1e6:,.1f} MB against "
-                f"{result.bytes / 1e6:,.1f}) and better (perplexity {rival.own:,.2f} against {result.own:,.2f} on "
-                f"held-out text, {rival.unseen:,.2f} against {result.unseen:,.2f} on unseen). "
-                f"Take {rival.path}.{faster}"
+                "Folding does not pay at this size: by the mean of both texts a smaller model is better. "
+                f"{self._beside(rival)} Take {rival.path}.{faster}"
             )
         same = next(row for row in dense if row.name == dense_name(self.aim["bits"]))
-        speed = _ratio(result.prompt, same.prompt)
-        smaller = "".join(
-            f" {row.name} is smaller still: {row.bytes / 1e6:,.1f} MB, and {row.unseen / dense[0].unseen:.2f} times."
-            for row in dense
-            if row.bytes < result.bytes
-        )
+        other, speed = self.half_rival, _ratio(result.prompt, same.prompt)
+        depends = f"It depends on the text whether folding pays. {self._beside(other)} The result: " if other else ""
+        found = [
+            f"{depends}{result.bytes / 1e6:,.1f} MB, {result.bytes / same.bytes:.2f} of {same.name}",
+            f"perplexity on unseen text {result.unseen / dense[0].unseen:.2f} times the dense model's",
+            *([f"reads prompts {speed:.2f} times as fast as {same.name}"] if speed else []),
+        ]
+        return f"{'; '.join(found)}."
+
+    def _beside(self, row: Row) -> str:
+        """A sentence about a smaller dense row beside the result."""
+        result = self.rows[-1]
+        name = row.name[0].upper() + row.name[1:]
         return (
-            f"{result.bytes / 1e6:,.1f} MB, {result.bytes / same.bytes:.2f} of {same.name}; perplexity on unseen text "
-            f"{result.unseen / dense[0].unseen:.2f} times the dense model's"
-            + (f"; reads prompts {speed:.2f} times as fast as {same.name}." if speed else ".")
-            + smaller
+            f"{name}, takes {row.bytes / 1e6:,.1f} MB against {result.bytes / 1e6:,.1f}, and has a perplexity of "
+            f"{row.own:,.2f} against {result.own:,.2f} on held-out text and {row.unseen:,.2f} against "
+            f"{result.unseen:,.2f} on unseen."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,7 +138,7 @@ class Outcome:
             "aim": self.aim,
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "texts": {"own": self.own, "unseen": self.unseen},
-            "pays": self.rival is None,
+            "pays": self.rival is None and self.half_rival is None,
             "verdict": self.verdict,
             "prompt": self.prompt,
             "samples": self.samples,

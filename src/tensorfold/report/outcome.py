@@ -138,7 +138,7 @@ def outcome_chart(outcome: Mapping[str, Any]) -> Chart:
     note = (
         f"Perplexity by protocol {outcome['rows'][0]['protocol']} on {outcome['texts']['unseen']}; lower and further "
         "left is better, and both axes are logarithmic. Where a dense model lies below and left of the result, folding "
-        "is pointless at that size."
+        "is pointless at that size for such text."
     )
     return chart_of("outcome-sizes", "Size against quality, beside the dense model in fewer bits", note, figure, 360)
 
