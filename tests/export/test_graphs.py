@@ -173,6 +173,17 @@ def test_what_keeps_no_keys_and_values_says_so(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("export", [export_onnx, export_openvino])
+def test_folded_experts_say_what_to_do(tiny, tmp_path, export):
+    for package in (*PACKAGES["onnx"], *PACKAGES["openvino"]):
+        pytest.importorskip(package)
+    model = tiny("qwen3_moe")
+    tensorfold.fold(model, Recipe((Rule("experts", LowRank(rank=4)),)))
+    with pytest.raises(InputError, match=r"mlp\.experts\.gate_up_proj is folded.*Take --to dense"):
+        export(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_graph_that_differs_is_not_kept(tiny, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     model = model_of(tiny, "gpt2")

@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from tensorfold.data.tokens import table_rows
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
+from tensorfold.models.experts import stacks
 from tensorfold.nn import FoldedModule
 
 PACKAGES = {
@@ -65,7 +66,7 @@ def step_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """What the model's forward takes for two further tokens of two rows, the first of them padded on the left.
 
     Raises:
-        InputError: The model has no cache of keys and values, or it cannot generate.
+        InputError: The model has no cache of keys and values, it cannot generate, or its experts are folded.
     """
     from transformers.exporters.utils import decompose_for_generation
 
@@ -74,6 +75,11 @@ def step_inputs(model: PreTrainedModel) -> dict[str, Any]:
         raise InputError(f"{name} does not generate text; needed a causal language model. Take --to dense.")
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise InputError(_NO_CACHE.format(name, model.config.model_type))
+    if folded := next(iter(stacks(model)), None):
+        raise InputError(
+            f"{name}: {folded} is folded, and in a graph the experts of a layer are one tensor, so that all would be "
+            "multiplied out; needed experts as they were. Take --to dense and export that, or fold without experts."
+        )
     ids, mask = probe(model, 2, 6)
     mask[0, :2] = 0
     # Whole caches, also where attention looks at a window: the mask hides what is too far away.
