@@ -61,9 +61,9 @@ def multiplies_bfloat16() -> bool:
 def rounded_products(wanted: bool = True) -> Iterator[None]:
     """Let products of float32 matrices round their inputs, for a ``with`` block; their sums stay in float32.
 
-    To bfloat16 on processors that have instructions for it, to TensorFloat-32 on CUDA devices. Everything else, and
-    every dtype, is as before, so any model's code bears it. A product is off by 2e-3 of its size, and takes half to a
-    third of the time.
+    To bfloat16 on processors for which oneDNN does so, those with AMX, and to TensorFloat-32 on CUDA devices.
+    Everything else, and every dtype, is as before, so any model's code bears it. A product is off by 2e-3 of its size,
+    and takes half to a third of the time.
 
     Args:
         wanted: False leaves everything as it is.
