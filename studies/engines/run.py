@@ -36,7 +36,6 @@ from tensorfold.hf.sources import find_model
 LOG = Path(__file__).with_suffix(".jsonl")
 ENGINES = {"onnx": export_onnx, "openvino": export_openvino}
 BITS = (32, 8, 4)
-FOLD = Recipe((Rule(["all-linear"], LowRank(keep=0.5, pivots=False)),))
 TINY = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
@@ -48,14 +47,21 @@ def dense(quick: bool) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=True)).eval()
 
 
-def export(work: Path, kinds: list[tuple[str, int]], quick: bool) -> None:
+def graphs(work: Path, engine: str, bits: int, multiple: int) -> dict[str, Path]:
+    """Where the dense graph and the folded one are."""
+    folded = "folded" if multiple == 1 else f"folded-{multiple}"
+    return {form: work / f"{engine}-{bits}-{name}" for form, name in (("dense", "dense"), ("folded", folded))}
+
+
+def export(work: Path, kinds: list[tuple[str, int]], multiple: int, quick: bool) -> None:
     """Write the graphs that are not there, of engines and bits."""
     for form in ("dense", "folded"):
         model = dense(quick)
         if form == "folded":
-            tensorfold.fold(model, FOLD)
+            method = LowRank(keep=0.5, pivots=False, multiple=multiple)
+            tensorfold.fold(model, Recipe((Rule(["all-linear"], method),)))
         for engine, bits in kinds:
-            out = work / f"{engine}-{bits}-{form}"
+            out = graphs(work, engine, bits, multiple)[form]
             if not is_exported(out):
                 shutil.rmtree(out, ignore_errors=True)
                 print(out.name, ENGINES[engine](model, out, bits=bits), flush=True)
@@ -96,6 +102,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where the graphs are, some three gigabytes")
     parser.add_argument("--export", action="store_true", help="write the graphs, and time nothing")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="such as openvino-8 or onnx-*")
+    parser.add_argument("--multiple", type=int, default=1, help="what divides the ranks of the folded model")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--log", type=Path, default=LOG)
@@ -105,16 +112,16 @@ def main() -> None:
     kinds = [(engine, bits) for engine in ENGINES for bits in BITS]
     kinds = [kind for kind in kinds if any(fnmatch.fnmatch("{}-{}".format(*kind), each) for each in given.only)]
     if given.export:
-        export(given.work, kinds, given.quick)
+        export(given.work, kinds, given.multiple, given.quick)
         return
     torch.set_num_threads(given.threads)
     done = (
         [json.loads(line) for line in given.log.read_text(encoding="utf-8").splitlines()] if given.log.exists() else []
     )
-    known = {(entry["engine"], entry["bits"], entry["threads"]) for entry in done}
+    known = {(entry["engine"], entry["bits"], entry["threads"], entry["multiple"]) for entry in done}
     for engine, bits in kinds:
-        paths = {form: given.work / f"{engine}-{bits}-{form}" for form in ("dense", "folded")}
-        if (engine, bits, given.threads) in known or not all(map(is_exported, paths.values())):
+        paths = graphs(given.work, engine, bits, given.multiple)
+        if (engine, bits, given.threads, given.multiple) in known or not all(map(is_exported, paths.values())):
             continue
         manifests = {form: json.loads((path / "engine.json").read_text()) for form, path in paths.items()}
         sizes = {form: open_exported(path).stored_bytes for form, path in paths.items()}
@@ -122,6 +129,7 @@ def main() -> None:
             "engine": engine,
             "bits": bits,
             "threads": given.threads,
+            "multiple": given.multiple,
             "rounds": given.rounds,
             "machine": f"{processor()}, {cpu_count()} cores",
             "bytes": sizes,
