@@ -1,12 +1,13 @@
 """Heal SmolLM2-135M folded on ``mixture`` text, and the dense model alike, judged on text that neither has seen.
 
-    OMP_NUM_THREADS=1 python studies/heal/mixture.py --work WORK [--only 0.8 dense] [--steps 200]
+    OMP_NUM_THREADS=1 python studies/smollm2/unseen.py --only mlp-0.8-medium-mixture --save FOLDS
+    OMP_NUM_THREADS=1 python studies/heal/mixture.py --folds FOLDS --work WORK --only dense mlp-0.8-medium-mixture
 
-For each system: fold with ``--keep`` on 24,000 tokens of ``mixture`` (the dense model as it is), then cross-entropy and
-distillation from the dense model on random windows of ``mixture``, a step of 2,048 tokens. The control is the dense
-model, healed with the same text, steps, rate and teacher. Weights are chosen by held-out windows of ``mixture``. Unseen
-ratio as in ``studies/smollm2/unseen.py``. Every command goes on where it was if it is started again; appends to
-``mixture.jsonl``.
+Systems are folds that ``studies/smollm2/unseen.py --save`` left, by name, and the dense model. Each is trained with
+cross-entropy and distillation from the dense model on random windows of ``mixture``, a step of 2,048 tokens. The
+control is the dense model, healed with the same text, steps, rate and teacher. Weights are chosen by held-out windows
+of ``mixture``. Unseen ratio as in ``studies/smollm2/unseen.py``. Every command goes on where it was if it is started
+again; appends to ``mixture.jsonl``.
 """
 
 from __future__ import annotations
@@ -76,22 +77,18 @@ def measure(model: object, system: str, state: str, **more: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", default=["0.8", "dense", "0.5"], help="Kept fractions, or dense.")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--folds", type=Path, help="Where the folds are.")
+    parser.add_argument("--only", nargs="+", default=["dense"], help="Names of folds, or dense.")
+    parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-4)
     args = parser.parse_args()
     mixture = Path(os.environ["TENSORFOLD_DATA"]) / "mixture"
     args.work.mkdir(parents=True, exist_ok=True)
     measure(DENSE, "dense", "as it came")
     for system in args.only:
-        start: object = DENSE
+        start = DENSE if system == "dense" else args.folds / system
         if system != "dense":
-            start = args.work / f"folded-{system}"
-            if not Path(str(start)).exists():
-                _, took = tensorfold("fold", DENSE, "--keep", system, "--calibrate", mixture, "--out", start)
-            else:
-                took = {}
-            measure(start, system, "folded", **took)
+            measure(start, system, "folded")
         state = f"{args.steps} steps, {args.lr:g}"
         out = args.work / f"healed-{system}-{args.steps}-{args.lr:g}"
         options = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]

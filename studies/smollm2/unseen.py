@@ -51,6 +51,8 @@ EFFORT: dict[str, Effort | None] = {
     "shrink-0.1": dataclasses.replace(OLD, gradient_tokens=None, shrink=0.1),
     "no-ridge": dataclasses.replace(EFFORTS["medium"], ridge=0.0),
     "medium": EFFORTS["medium"],
+    # Gradients, and the prices with them, of a part spread over the text; fits on all of it.
+    "spread": dataclasses.replace(EFFORTS["medium"], gradient_tokens=TOKENS),
     "ranks": dataclasses.replace(EFFORTS["medium"], units=False),
     "refined": dataclasses.replace(EFFORTS["medium"], refine=48),
     "plain": EFFORTS["medium"],
@@ -93,7 +95,8 @@ def planned() -> Iterator[Run]:
     yield Run("all-linear", 0.8, "medium", "mixture")
     yield Run("mlp", 0.5, "medium", "mixture")
     yield Run("all-linear", 0.5, "medium")
-    yield Run("mlp", 0.8, "medium", "mixture", 3 * TOKENS)
+    yield Run("mlp", 0.8, "spread", "mixture", 3 * TOKENS)
+    yield Run("mlp", 0.5, "spread", "mixture", 3 * TOKENS)
     yield Run("mlp", 0.8, "medium", "self")
     yield Run("mlp", 0.8, "medium", "self", OWN)  # a fold without a text
     yield Run("mlp", 0.5, "medium", "self")

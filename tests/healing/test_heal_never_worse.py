@@ -10,7 +10,7 @@ import tensorfold
 from tensorfold.data.token_cache import TokenCache
 from tensorfold.errors import TensorfoldError
 from tensorfold.healing.heal import heal
-from tensorfold.healing.losses import cross_entropy
+from tensorfold.healing.logit_losses import cross_entropy
 
 FAST = {"steps": 6, "batch": 4, "block": 16, "validation_fraction": 0.1, "evaluate_every": 2, "schedule": "constant"}
 RUINOUS = {**FAST, "lr": 1.0}

@@ -13,35 +13,13 @@ from transformers import PreTrainedModel
 
 from tensorfold.calibration.block_calls import output_of
 from tensorfold.errors import InputError, pass_on_memory
+from tensorfold.healing.logit_losses import logit_losses
 from tensorfold.healing.noise import Noise
 from tensorfold.models.anatomy import blocks, matrices
 from tensorfold.recipes.settings import HealSettings
 from tensorfold.utils.finite import why_not_finite
 
 Forward = Callable[..., Any]
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean of −log p(next token) in nats.
-
-    Args:
-        logits: Shape (batch, length, vocabulary).
-        labels: Token ids, shape (batch, length); -100 where a token is not to be predicted.
-    """
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-
-
-def logit_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """The mean over tokens of ``T²·KL(teacher ‖ student)``, in nats (distillation: Hinton et al., arXiv 1503.02531).
-
-    Args:
-        student: Logits, shape (batch, length, vocabulary).
-        teacher: Logits, with that shape.
-        temperature: T, by which both are divided.
-    """
-    flat = student.flatten(0, 1).float() / temperature
-    target = (teacher.flatten(0, 1).float() / temperature).log_softmax(-1)
-    return temperature**2 * F.kl_div(flat.log_softmax(-1), target, reduction="batchmean", log_target=True)
 
 
 def attention_kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -244,9 +222,11 @@ class HealLoss:
         labels = ids if labels is None else labels
         options: dict[str, Any] = {"use_cache": False}
         terms: dict[str, Tensor] = {}
-        noisy = not self._needs_teacher or self.settings.dropout > 0
-        if "cross_entropy" in self.weights and noisy:
-            terms["cross_entropy"] = cross_entropy(forward(input_ids=ids, **options).logits, labels)
+        entropy = self.weights.get("cross_entropy", 0.0)
+        total: Tensor | float = 0.0
+        if entropy and (not self._needs_teacher or self.settings.dropout > 0):
+            total, terms = logit_losses(forward(input_ids=ids, **options).logits, labels, cross_entropy=entropy)
+            entropy = 0.0
         if self._needs_teacher:
             assert teach is not None
             if "attention" in self.weights:
@@ -256,19 +236,27 @@ class HealLoss:
                 with torch.no_grad():
                     target = teach(input_ids=ids, **options)
                 given = forward(input_ids=ids, **options)
-                if "cross_entropy" in self.weights and not noisy:
-                    terms["cross_entropy"] = cross_entropy(given.logits, labels)
-                terms |= self._compare(given, target, seen, wanted)
-        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-        return total, {name: term.detach() for name, term in terms.items()}
+                if entropy or "kl" in self.weights:
+                    of_logits, found = logit_losses(
+                        given.logits,
+                        labels,
+                        target.logits,
+                        cross_entropy=entropy,
+                        kl=self.weights.get("kl", 0.0),
+                        temperature=self.settings.temperature,
+                    )
+                    total, terms = total + of_logits, terms | found
+                compared = self._compare(given, seen, target, wanted)
+                total = total + sum(self.weights[name] * term for name, term in compared.items())
+                terms |= {name: term.detach() for name, term in compared.items()}
+        assert isinstance(total, Tensor)
+        return total, terms
 
     def _compare(
-        self, given: Any, target: Any, seen: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+        self, given: Any, seen: Mapping[str, Tensor], target: Any, wanted: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The terms that compare with the teacher, from outputs of both models and of their watched modules."""
+        """The terms that compare what is inside the two models, from their outputs and those of watched modules."""
         terms: dict[str, Tensor] = {}
-        if "kl" in self.weights:
-            terms["kl"] = logit_kl(given.logits, target.logits, self.settings.temperature)
         if "embedding" in self.weights:
             terms["embedding"] = _mse(seen["embedding"], wanted["embedding"])
         if "attention" in self.weights:

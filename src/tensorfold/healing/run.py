@@ -22,7 +22,8 @@ from tensorfold.errors import InputError, pass_on_memory
 from tensorfold.healing.blockwise import heal_blocks
 from tensorfold.healing.checkpoints import damage, newest, sealed
 from tensorfold.healing.log import Reporter, StepLog
-from tensorfold.healing.losses import HealLoss, cross_entropy
+from tensorfold.healing.logit_losses import cross_entropy
+from tensorfold.healing.losses import HealLoss
 from tensorfold.healing.report import HealReport
 from tensorfold.healing.seen import blockwise_order, seen_by_healing
 from tensorfold.healing.setup import arguments, choose_trained, uses_fsdp, validation_subset

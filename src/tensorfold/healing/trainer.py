@@ -21,7 +21,8 @@ from transformers.trainer_callback import PrinterCallback
 from tensorfold.data.windows import TokenWindows
 from tensorfold.errors import TensorfoldError
 from tensorfold.healing.checkpoints import STATE, rotate, sealed
-from tensorfold.healing.losses import HealLoss, cross_entropy
+from tensorfold.healing.logit_losses import cross_entropy
+from tensorfold.healing.losses import HealLoss
 from tensorfold.healing.setup import RunOrder, uses_fsdp
 from tensorfold.hf.sharding import as_accelerate_takes_it
 from tensorfold.recipes.settings import HealSettings
