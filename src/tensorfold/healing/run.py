@@ -26,7 +26,7 @@ from tensorfold.healing.logit_losses import cross_entropy
 from tensorfold.healing.losses import HealLoss
 from tensorfold.healing.report import HealReport
 from tensorfold.healing.seen import blockwise_order, seen_by_healing
-from tensorfold.healing.setup import arguments, choose_trained, uses_fsdp, validation_subset
+from tensorfold.healing.setup import arguments, choose_trained, micro_batch, uses_fsdp, validation_subset
 from tensorfold.healing.start import Start, as_before, round_to
 from tensorfold.healing.sweep import with_best_rate
 from tensorfold.healing.trainer import HealTrainer, own_tensors, read_state
@@ -171,19 +171,25 @@ class Run:
 
     @torch.no_grad()
     def _validate(self) -> float | None:
-        """The mean cross-entropy on the validation windows, computed as the Trainer does; None without any."""
+        """The mean cross-entropy on the validation windows; None without any.
+
+        It is computed as the Trainer does, batch by batch, so that equal weights give equal digits.
+        """
         if self.validation is None:
             return None
         losses = []
         device = self.model.device
+        size = micro_batch(self.settings, self.state.num_processes)
         with (
             evaluation_mode(self.model),
             autocast(device.type, torch.bfloat16 if self.settings.precision == "bf16" else None),
         ):
-            for index in range(len(self.validation)):
-                ids, labels = (self.validation[index][key][None].to(device) for key in ("input_ids", "labels"))
-                losses.append(cross_entropy(self.model(input_ids=ids, use_cache=False).logits, labels).item())
-        return sum(losses) / len(losses)
+            for first in range(0, len(self.validation), size):
+                windows = [self.validation[index] for index in range(first, min(first + size, len(self.validation)))]
+                ids, labels = (torch.stack([each[k] for each in windows]).to(device) for k in ("input_ids", "labels"))
+                loss = cross_entropy(self.model(input_ids=ids, use_cache=False).logits, labels)
+                losses.append(loss.cpu().repeat(len(windows)))
+        return float(torch.cat(losses).numpy().mean())
 
     def end_to_end(self) -> tuple[PreTrainedModel, int, int, float | None, float | None]:
         """Train end to end, from the newest checkpoint where there is one.
