@@ -10,7 +10,7 @@ import torch
 
 import tensorfold
 from documents import blocks
-from tensorfold.errors import InputError
+from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.evaluation.lm_eval import HarnessEvaluation, _origin, check_tasks, evaluate_tasks
 
 needs_harness = pytest.mark.skipif(
@@ -107,6 +107,16 @@ def test_a_task_without_perplexity_has_none(folded_directory, tokenizer, task_di
     assert result.text == "tiny_last_word (first 1 documents)"
     assert model.training
     assert "tiny_last_word: acc" in str(result)
+
+
+@needs_harness
+def test_logits_that_are_no_numbers_have_no_accuracy(folded_directory, tokenizer, task_directory):
+    """The harness takes the first of equal likelihoods for the best, and NaN for equal."""
+    model = tensorfold.load(folded_directory)
+    model.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(TensorfoldError, match=r"not numbers; model.norm.weight holds NaN") as error:
+        evaluate_tasks(model, tokenizer, ["tiny_last_word"], include_path=task_directory)
+    assert not isinstance(error.value, InputError)
 
 
 @needs_harness

@@ -1,6 +1,7 @@
 """``tensorfold sample``: text from any model, as a stream or as JSON."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -80,6 +81,22 @@ def test_folded_models_with_a_beginning_token(command, folded_directory):
 )
 def test_bad_requests_are_refused(refused, characters, options, says):
     refused("sample", characters, *(option.format(long="a" * 60) for option in options), says=says)
+
+
+@pytest.mark.parametrize("options", [(), ("--temperature", "0"), ("--json",)])
+def test_a_model_of_nan_is_called_that(command, characters, tmp_path, options):
+    """Not its settings are at fault; and the likeliest of NaN would be the first token."""
+    damaged = shutil.copytree(characters, tmp_path / "damaged")
+    model = AutoModelForCausalLM.from_pretrained(damaged)
+    with torch.no_grad():
+        next(parameter for name, parameter in model.named_parameters() if "norm" in name or "ln" in name).fill_(
+            torch.nan
+        )
+    model.save_pretrained(damaged)
+    outcome = command("sample", damaged, *options)
+    assert outcome.status == 1
+    assert "the model's logits are NaN" in outcome.err
+    assert "holds NaN or infinity" in outcome.err
 
 
 def test_a_tokenizer_of_another_model_is_refused(refused, characters, prose, edited):

@@ -19,6 +19,7 @@ from tensorfold.evaluation.protocols import HARNESS
 from tensorfold.evaluation.result import Evaluation
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.models.sizes import stored_bytes
+from tensorfold.utils.finite import why_not_finite
 from tensorfold.utils.validation import nearest
 
 _PERPLEXITIES = ("word_perplexity", "perplexity")
@@ -102,7 +103,7 @@ def evaluate_tasks(
 
     Raises:
         InputError: The harness is not installed, a task is unknown, or its data cannot be loaded.
-        TensorfoldError: The harness failed while it ran the tasks.
+        TensorfoldError: The harness failed while it ran the tasks, or the model's logits are NaN.
     """
     names = check_tasks(tasks, include_path, limit)
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
@@ -120,7 +121,11 @@ def evaluate_tasks(
 
             def _loglikelihood_tokens(self, requests: Any, *args: Any, **options: Any) -> Any:
                 self.scored += sum(len(target) for *_, target in requests)
-                return super()._loglikelihood_tokens(requests, *args, **options)
+                found = super()._loglikelihood_tokens(requests, *args, **options)
+                # Among NaN the harness would take the first choice for the likeliest, and call that an accuracy.
+                if any(math.isnan(likelihood) for likelihood, *_ in found):
+                    raise TensorfoldError(f"lm-eval: the model's logits are not numbers; {why_not_finite(model)}.")
+                return found
 
         manager = _manager(names, include_path)
         harness = CountingLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tensorfold.data.tokens import Encoder, check_ids
-from tensorfold.errors import InputError, pass_on_memory, reason
+from tensorfold.errors import InputError, TensorfoldError, pass_on_memory, reason
 from tensorfold.models.anatomy import context_length
+from tensorfold.utils.finite import why_not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,12 +97,24 @@ def generate(model: PreTrainedModel, tokenizer: Any, ids: list[int], count: int,
 
     Raises:
         InputError: transformers cannot generate with what ``generation_config.json`` or the configuration asks for.
+        TensorfoldError: The model's logits are NaN.
     """
+
+    def check(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # The likeliest of NaN is the first token, and drawing among them fails with words on probabilities.
+        if scores.isnan().any():
+            raise TensorfoldError(f"sample: the model's logits are NaN; {why_not_finite(model)}.")
+        return scores
+
     inputs = torch.tensor([ids], device=model.device)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     given = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "pad_token_id": padding, **options}
     try:
-        found = model.eval().generate(max_new_tokens=count, return_dict_in_generate=False, **given)
+        found = model.eval().generate(
+            max_new_tokens=count, return_dict_in_generate=False, logits_processor=[check], **given
+        )
+    except TensorfoldError:
+        raise
     # Prompt and options have been checked before, so what fails are the checkpoint's own settings.
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
         pass_on_memory(error)
