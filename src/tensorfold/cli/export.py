@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from tensorfold.export.kept_graphs import KeptGraphs
+    from tensorfold.export.written import ExportReport
+
 _TOKENS, _WINDOW = 8192, 256  # of calibration text, and of its windows at most
 
 
@@ -84,6 +87,29 @@ def export(
     One graph reads prompts and steps, with a KV cache; it is checked over 32 steps, and with rows padded on the left.
     Tracing takes some seconds a block. What was written runs in sample, eval and bench.
     """
+    report = export_model(
+        model, to, out, bits, calibrate=calibrate, tokens=tokens, dtype=dtype and dtype.value, device=device
+    )
+    emit(as_json, report.to_dict(), lambda: str(report))
+
+
+def export_model(
+    model: str,
+    to: Target,
+    out: Path,
+    bits: Bits | None,
+    *,
+    calibrate: str | None = None,
+    tokens: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    kept: KeptGraphs | None = None,
+) -> ExportReport:
+    """Check what can be checked, load the model, and write it; the arguments are the command's.
+
+    Args:
+        kept: Where graphs of several exports of the model are kept.
+    """
     from tensorfold.calibration.own_text import check_text
     from tensorfold.hf.sources import find_model
     from tensorfold.utils.atomic_files import check_file_target, check_target
@@ -98,7 +124,7 @@ def export(
 
         check_packages(to.value)
     source = find_model(model)
-    loaded = source.model("float32" if packed else dtype and dtype.value, device)
+    loaded = source.model("float32" if packed else dtype, device)
     tokenizer, absent = source.tokenizer_beside()
 
     from tensorfold.export.checkpoints import export_dense, export_int8
@@ -110,12 +136,14 @@ def export(
         options: dict[str, Any] = {"name": source.name, "bits": 32 if bits is None else int(bits.value)}
         if calibrate is not None:
             options["windows"] = _windows(calibrate, tokens or _TOKENS, loaded, source.tokenizer())
+        if kept is not None:
+            options["kept"] = kept
         report = into(loaded, out, tokenizer, **options)
     else:
         report = (export_dense if to is Target.dense else export_int8)(loaded, out, tokenizer, name=source.name)
     if absent is not None:
         typer.echo(f"written without a tokenizer: {absent}", err=True)
-    emit(as_json, report.to_dict(), lambda: str(report))
+    return report
 
 
 def _windows(text: str, tokens: int, model: PreTrainedModel, tokenizer: Any) -> Tensor:

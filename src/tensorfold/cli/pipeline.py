@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tensorfold.cli.outcome import Outcome, Row
+from tensorfold.cli.output import quietly
 from tensorfold.cli.sizes import COSTS, Aim, aim_at, targets_of_size
 from tensorfold.cli.steps import RECORDS, Steps
 from tensorfold.cli.texts import CALIBRATION, HELD_OUT, UNSEEN, check_texts, write_texts
@@ -29,6 +27,7 @@ from tensorfold.utils.records import EVALUATIONS, read_lines, read_object, recor
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from tensorfold.export.kept_graphs import KeptGraphs
     from tensorfold.recipes.recipe import Recipe
 
 RESULT = "compress.json"
@@ -148,6 +147,8 @@ class Pipeline:
             InputError: Model, texts or sizes cannot be used, or the directory is something else's.
             TensorfoldError: Another process is at work in it, or the disk is full.
         """
+        from tensorfold.export.kept_graphs import KeptGraphs
+
         print(f"{self.order.model}\n{self.aim}", file=sys.stderr, flush=True)
         with claimed(self.out, "choose another --out"):
             self._texts()
@@ -155,7 +156,10 @@ class Pipeline:
             self._expect(rows[0])
             last = self._heal(self._fold())
             result = last if self.last_is_result else self._export("export", last, self.out / "exported", self.aim.bits)
-            dense = [self._export(f"dense-{b}", self.order.model, self.out / f"dense-{b}", b) for b in self.bits]
+            with KeptGraphs(self.out / RECORDS / "graphs") as kept:
+                dense = [
+                    self._export(f"dense-{b}", self.order.model, self.out / f"dense-{b}", b, kept) for b in self.bits
+                ]
             for name, bits, path in zip((f"dense-{b}" for b in self.bits), self.bits, dense, strict=True):
                 rows.append(self._row(f"dense, {bits} bits", str(path), f"judge-{name}", [name]))
             made = ["fold", *(["heal"] if self.order.minutes else [])]
@@ -210,7 +214,7 @@ class Pipeline:
 
         def work() -> None:
             write_file(file, yaml.safe_dump(recipe, sort_keys=False).encode())
-            _quietly(fold, model=self.order.model, recipe=str(file), out=target, device=self.order.device)
+            quietly(fold, model=self.order.model, recipe=str(file), out=target, device=self.order.device)
 
         settings = {**self.identity, "after": [self.steps.keys["texts"]], **entry, "tokens": self.order.tokens}
         what = f"fold: tensorfold fold {self.order.model} --recipe {file} --out {target}"
@@ -237,7 +241,7 @@ class Pipeline:
             set_ = [f"{key}={value}" for key, value in options["set"].items()]
             plain = {key: value for key, value in options.items() if key != "set"}
             plain["device"] = self.order.device
-            _quietly(heal, model=str(folded), train=given, teacher=self.order.model, out=target, set_=set_, **plain)
+            quietly(heal, model=str(folded), train=given, teacher=self.order.model, out=target, set_=set_, **plain)
 
         settings = {
             "after": [self.steps.keys["fold"]],
@@ -252,14 +256,14 @@ class Pipeline:
         self.steps.run("heal", what, settings, work, target)
         return target
 
-    def _export(self, name: str, source: str | Path, target: Path, bits: int) -> Path:
-        from tensorfold.cli.export import Bits, Target, export
+    def _export(self, name: str, source: str | Path, target: Path, bits: int, kept: KeptGraphs | None = None) -> Path:
+        from tensorfold.cli.export import Bits, Target, export_model
 
         graph = self.order.engine != "transformers"
         to = Target(self.order.engine if graph else "int8")
 
         def work() -> None:
-            _quietly(export, model=str(source), to=to, out=target, bits=Bits(str(bits)) if graph else None)
+            export_model(str(source), to, target, Bits(str(bits)) if graph else None, kept=kept if graph else None)
 
         before = ["heal" if self.order.minutes else "fold"] if name == "export" else []
         settings = {**self.identity, "after": [self.steps.keys[each] for each in before], "to": to.value, "bits": bits}
@@ -391,9 +395,3 @@ def _record(path: str, result: dict[str, Any]) -> None:
     timeless = {key: value for key, value in result.items() if key != "seconds"}
     if not any(timeless == {key: each.get(key) for key in timeless} for each in known):
         record_evaluation(path, result)
-
-
-def _quietly(command: Callable[..., None], **arguments: Any) -> None:
-    """Run a command with its result on nobody's standard output; what it says on standard error is shown."""
-    with redirect_stdout(io.StringIO()):
-        command(**arguments, as_json=True)

@@ -17,6 +17,7 @@ from tensorfold.export.agreement import agreement, check_close, check_finite
 from tensorfold.export.balanced import balanced_factors
 from tensorfold.export.descriptions import graph_readme, write_genai_config, write_openvino_tokenizer
 from tensorfold.export.engine_model import FILES, MANIFEST, file_bytes, open_exported
+from tensorfold.export.kept_graphs import KeptGraphs, read_program
 from tensorfold.export.onnx_weights import pack_onnx, stored_numbers, tidy
 from tensorfold.export.openvino_weights import GROUP, pack_openvino, share_tables
 from tensorfold.export.tracing import check_packages, probe, trace
@@ -35,7 +36,13 @@ _ONE_FILE = int(1.8e9)
 
 
 def export_onnx(
-    model: PreTrainedModel, out: str | Path, tokenizer: Any = None, *, name: str = "the model", bits: int = 32
+    model: PreTrainedModel,
+    out: str | Path,
+    tokenizer: Any = None,
+    *,
+    name: str = "the model",
+    bits: int = 32,
+    kept: KeptGraphs | None = None,
 ) -> ExportReport:
     """Write ``model`` as ``model.onnx`` with a KV cache and factors kept, beside its tokenizer; whole or not at all.
 
@@ -50,6 +57,7 @@ def export_onnx(
         name: What its README calls the model.
         bits: Of a stored weight. 16: float16, computed with in float32. 8 and 4: ``MatMulNBits`` of ONNX Runtime, in
             groups of 32 along the inputs, a last group that is shorter filled up; tables and heads in 8 at least.
+        kept: Where graphs of several exports of the model are kept; None to trace it anew.
 
     Raises:
         InputError: A package is missing, ``out`` cannot be written, or the model is not in float32 or of a kind that
@@ -58,7 +66,7 @@ def export_onnx(
             largest where that is above 1) over 32 steps with its cache and padded rows, these are not finite, or the
             files cannot be written.
     """
-    return _export("onnx", model, out, tokenizer, name, bits)
+    return _export("onnx", model, out, tokenizer, name, bits, kept=kept)
 
 
 def export_openvino(
@@ -69,11 +77,12 @@ def export_openvino(
     name: str = "the model",
     bits: int = 32,
     windows: Tensor | None = None,
+    kept: KeptGraphs | None = None,
 ) -> ExportReport:
     """Write ``model`` as ``openvino_model.xml`` and ``.bin``, its KV cache a state of the graph; whole or not at all.
 
     Args:
-        model, out, tokenizer, name: As for :func:`export_onnx`. Where ``openvino_tokenizers`` is installed the
+        model, out, tokenizer, name, kept: As for :func:`export_onnx`. Where ``openvino_tokenizers`` is installed the
             tokenizer is written as OpenVINO GenAI reads it, too.
         bits: Of a stored weight. 16: float16. 8 and 4: weights alone, by NNCF; in 4 bits in groups of 32 along the
             inputs, or of 16 where 32 does not divide them; a matrix that neither divides has 8, as tables and heads do.
@@ -86,7 +95,7 @@ def export_openvino(
     """
     if windows is not None and bits != 4:
         raise InputError(f"export --to openvino: calibration text has no effect in {bits} bits; give bits=4, or none.")
-    return _export("openvino", model, out, tokenizer, name, bits, windows)
+    return _export("openvino", model, out, tokenizer, name, bits, windows, kept)
 
 
 @in_usual_modes
@@ -98,6 +107,7 @@ def _export(
     name: str,
     bits: int,
     windows: Tensor | None = None,
+    kept: KeptGraphs | None = None,
 ) -> ExportReport:
     started = time.monotonic()
     if bits not in BITS:
@@ -105,19 +115,24 @@ def _export(
     check_packages(to)
     check_target(Path(out))  # tracing takes minutes
     check_float32(model, to)
+    program: Any = None
     with evaluation_mode(model), writing(out) as partial:
-        _check_finite(model, to)
-        with balanced_factors(model, GROUP) if bits == 4 else nullcontext():
-            program = trace(model, to)
         parameters = count_parameters(model)
         plain_config(model).save_pretrained(partial)
         manifest: dict[str, Any] = {"engine": to, "bits": 32, "parameters": parameters, "tensorfold": version()}
-        _save(to, program, partial, manifest)
-        found = agreement(open_exported(partial), model, to)
-        check_close(to, found.difference, TOLERANCE * max(1.0, found.largest))
+        whole = partial if kept is None or bits == 32 else kept.place(model, to, bits)
+        if whole is partial or not whole.exists():
+            _check_finite(model, to)
+            with balanced_factors(model, GROUP) if bits == 4 else nullcontext():
+                program = _save(to, trace(model, to), partial, manifest)
+            found = agreement(open_exported(partial), model, to)
+            check_close(to, found.difference, TOLERANCE * max(1.0, found.largest))
+            if whole is not partial:
+                KeptGraphs.keep(partial, whole, to)
         if bits != 32:
+            program = None  # its weights are read again: files do not depend on who traced
             manifest["bits"] = bits
-            program = _save(to, program, partial, manifest, windows)
+            program = _save(to, read_program(whole, to), partial, manifest, windows)
             found = agreement(open_exported(partial), model, to)
         stored = stored_numbers(program) if to == "onnx" else pack_openvino(program, 32)[1]
         size = file_bytes(partial, to)

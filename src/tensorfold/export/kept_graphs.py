@@ -1,0 +1,72 @@
+"""Graphs in float32 that several exports of one model are made from, so that it is traced once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tensorfold.export.engine_model import FILES, WEIGHTS
+from tensorfold.nn import FoldedModule
+from tensorfold.utils.fingerprints import hash_json, hash_model
+
+
+class KeptGraphs:
+    """A directory of traced and checked graphs for as long as the ``with`` block lasts.
+
+    Tracing takes most of an export: some two seconds a block. What an earlier process left there is removed.
+
+    Args:
+        directory: Where they are kept; made when the first is. It takes four bytes a parameter.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __enter__(self) -> KeptGraphs:
+        shutil.rmtree(self.directory, ignore_errors=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def place(self, model: PreTrainedModel, to: str, bits: int) -> Path:
+        """Directory of the graph that a file for engine ``to`` in ``bits`` is made from; it may not be there yet."""
+        folded = any(isinstance(module, FoldedModule) for module in model.modules())
+        balanced = folded and bits == 4  # factors are scaled against each other before they are traced
+        return self.directory / hash_json([hash_model(model), to, balanced])
+
+    @staticmethod
+    def keep(written: Path, place: Path, to: str) -> None:
+        """Keep the graph of a directory. Its files are linked, since an export replaces its own and changes none."""
+        partial = place.with_suffix(".partial")
+        partial.mkdir(parents=True)
+        for file in written.glob(WEIGHTS[to]):
+            try:
+                os.link(file, partial / file.name)
+            except OSError:  # a file system without links
+                shutil.copy2(file, partial / file.name)
+        partial.rename(place)
+
+
+def read_program(directory: Path, to: str) -> Any:
+    """The program of an engine that a directory holds, its weights in memory.
+
+    Returns:
+        An ``openvino.Model``, or an ``onnx_ir.Model``.
+    """
+    path = directory / FILES[to]
+    if to == "openvino":
+        import openvino
+
+        core = openvino.Core()
+        core.set_property({"ENABLE_MMAP": False})  # the files are replaced while the program is in use
+        return core.read_model(path)
+    import onnx_ir
+
+    program = onnx_ir.load(path)
+    onnx_ir.external_data.load_to_model(program)
+    return program
