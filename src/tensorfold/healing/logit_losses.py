@@ -120,7 +120,7 @@ class _LogitLosses(torch.autograd.Function):
                 if gradient is not None:
                     away = log_p.exp_().sub_(q).mul_(kl_weight * temperature / count)
                     slope = away if slope is None else slope.add_(away)
-            if gradient is not None:
+            if gradient is not None and slope is not None:
                 gradient[part] = slope
         entropy = torch.stack(entropies).sum() / (predicted or math.nan)
         divergence = temperature**2 * torch.stack(divergences).sum() / count
