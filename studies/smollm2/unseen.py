@@ -95,8 +95,8 @@ def planned() -> Iterator[Run]:
     yield Run("all-linear", 0.8, "medium", "mixture")
     yield Run("mlp", 0.5, "medium", "mixture")
     yield Run("all-linear", 0.5, "medium")
-    yield Run("mlp", 0.8, "spread", "mixture", 3 * TOKENS)
-    yield Run("mlp", 0.5, "spread", "mixture", 3 * TOKENS)
+    for keep in (0.8, 0.5):
+        yield Run("mlp", keep, "spread", "mixture", 3 * TOKENS)
     yield Run("mlp", 0.8, "medium", "self")
     yield Run("mlp", 0.8, "medium", "self", OWN)  # a fold without a text
     yield Run("mlp", 0.5, "medium", "self")
