@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,37 @@ def states(entries: list[Entry]) -> str:
     return "\n".join(lines)
 
 
+def mixture(entries: list[Entry]) -> str:
+    lines = [
+        "| model | parameters | state | wikitext-2-test | Tiny Shakespeare | LAMBADA | Brown | python-docs | "
+        "unseen ratio | over the dense model healed alike | processor time |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    came = next(entry for entry in entries if entry["state"] == "as it came")["perplexity"]
+    healed = {entry["state"]: entry["perplexity"] for entry in entries if entry["system"] == "dense"}
+    order = list(dict.fromkeys(entry["system"] for entry in sorted(entries, key=lambda e: -e["parameters"])))
+    for entry in sorted(entries, key=lambda e: order.index(e["system"])):
+        found = entry["perplexity"]
+        control = "" if "processor_seconds" not in entry else f"{_unseen(found, healed[entry['state']]):.3f}"
+        cells = [
+            entry["system"],
+            f"{entry['parameters']:,}",
+            entry["state"],
+            *(f"{value:.2f}" for value in found.values()),
+            f"{_unseen(found, came):.3f}",
+            control,
+            f"{entry['processor_seconds'] / 60:.1f} min" if control else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _unseen(found: dict[str, float], dense: dict[str, float]) -> float:
+    """Geometric mean of perplexity over dense, of all texts but the first, by which models are usually quoted."""
+    names = list(found)[1:]
+    return math.exp(sum(math.log(found[name] / dense[name]) for name in names) / len(names))
+
+
 def steps(entries: list[Entry]) -> str:
     lines = [
         "| recipe | tokens a step | dense, s | folded, s | ratio, median (quartiles) |",
@@ -67,7 +99,11 @@ def steps(entries: list[Entry]) -> str:
 
 
 def sections() -> dict[str, str]:
-    return {"states": states(read("smollm2.jsonl")), "steps": steps(read("step_time.jsonl"))}
+    return {
+        "states": states(read("smollm2.jsonl")),
+        "mixture": mixture(read("mixture.jsonl")),
+        "steps": steps(read("step_time.jsonl")),
+    }
 
 
 if __name__ == "__main__":
