@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from tensorfold.errors import pass_on_memory
 from tensorfold.export.engine_model import FILES, WEIGHTS
 from tensorfold.nn import FoldedModule
 from tensorfold.utils.fingerprints import hash_json, hash_model
@@ -47,7 +48,8 @@ class KeptGraphs:
         for file in written.glob(WEIGHTS[to]):
             try:
                 os.link(file, partial / file.name)
-            except OSError:  # a file system without links
+            except OSError as error:  # a file system without links
+                pass_on_memory(error)
                 shutil.copy2(file, partial / file.name)
         partial.rename(place)
 
