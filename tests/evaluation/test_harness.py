@@ -111,7 +111,7 @@ def test_a_task_without_perplexity_has_none(folded_directory, tokenizer, task_di
 
 @needs_harness
 def test_logits_that_are_no_numbers_have_no_accuracy(folded_directory, tokenizer, task_directory):
-    """The harness takes the first of equal likelihoods for the best, and NaN for equal."""
+    """NumPy calls the first NaN the largest, so that the harness would score a task by its first choices."""
     model = tensorfold.load(folded_directory)
     model.model.norm.weight.data.fill_(math.nan)
     with pytest.raises(TensorfoldError, match=r"not numbers; model.norm.weight holds NaN") as error:

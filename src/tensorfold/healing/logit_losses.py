@@ -27,17 +27,6 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return logit_losses(logits, labels, cross_entropy=1.0)[0]
 
 
-def logit_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """The mean over tokens of ``T²·KL(teacher ‖ student)``, in nats (distillation: Hinton et al., arXiv 1503.02531).
-
-    Args:
-        student: Logits, shape (batch, length, vocabulary).
-        teacher: Logits, with that shape.
-        temperature: T, by which both are divided.
-    """
-    return logit_losses(student, teacher=teacher, kl=1.0, temperature=temperature)[0]
-
-
 def logit_losses(
     logits: Tensor,
     labels: Tensor | None = None,
@@ -46,7 +35,9 @@ def logit_losses(
     kl: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of :func:`cross_entropy` and :func:`logit_kl`, and each of those of weight other than 0.
+    """The weighted sum of :func:`cross_entropy` and ``T²·KL(teacher ‖ student)``, and each of weight other than 0.
+
+    The divergence is that of distillation (Hinton et al., arXiv 1503.02531), a mean over all tokens, in nats.
 
     Args:
         logits: Of the student, shape (batch, length, vocabulary).
