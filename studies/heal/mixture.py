@@ -74,13 +74,19 @@ def measure(model: object, system: str, state: str, **more: Any) -> None:
     print(entry, "unseen ratio", round(unseen_ratio(entry), 4), flush=True)
 
 
+def swept(healed: Path) -> dict[str, Any]:
+    """The rate that a sweep chose, and the validation loss after the short run with each; nothing if there was none."""
+    lines = map(json.loads, (healed / "heal.jsonl").read_text(encoding="utf-8").splitlines())
+    return next(({"lr": line["lr"], "sweep": line["losses"]} for line in lines if line["stage"] == "sweep"), {})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--folds", type=Path, help="Where the folds are.")
     parser.add_argument("--only", nargs="+", default=["dense"], help="Names of folds, or dense.")
     parser.add_argument("--steps", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1.5e-4)
+    parser.add_argument("--lr", type=float, nargs="+", default=[1.5e-4], help="Several are tried for each system.")
     args = parser.parse_args()
     mixture = Path(os.environ["TENSORFOLD_DATA"]) / "mixture"
     args.work.mkdir(parents=True, exist_ok=True)
@@ -89,15 +95,17 @@ def main() -> None:
         start = DENSE if system == "dense" else args.folds / system
         if system != "dense":
             measure(start, system, "folded")
-        state = f"{args.steps} steps, {args.lr:g}"
-        out = args.work / f"healed-{system}-{args.steps}-{args.lr:g}"
-        options = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
+        rates = " ".join(f"{rate:g}" for rate in args.lr)
+        state = f"{args.steps} steps, {rates}"
+        out = args.work / f"healed-{system}-{args.steps}-{rates.replace(' ', '-')}"
+        settings = {**SETTINGS, "lr_sweep": args.lr} if len(args.lr) > 1 else SETTINGS
+        options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
         report, took = tensorfold(
             "heal", start, "--train", mixture, "--teacher", DENSE, "--steps", args.steps, "--batch", 4, "--block", 512,
-            "--lr", args.lr, *options, "--set", f"evaluate_every={max(1, args.steps // 4)}", "--out", out,
+            "--lr", args.lr[0], *options, "--set", f"evaluate_every={max(1, args.steps // 4)}", "--out", out,
         )  # fmt: skip
         losses = {key: report[key] for key in ("validation_loss_before", "validation_loss", "step")}
-        measure(out, system, state, **took, **losses)
+        measure(out, system, state, **took, **losses, **swept(out))
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ def planned() -> Iterator[Run]:
     yield Run("mlp", 0.8, "medium", "self")
     yield Run("mlp", 0.8, "medium", "self", OWN)  # a fold without a text
     yield Run("mlp", 0.5, "medium", "self")
+    yield Run("mlp", 0.5, "plain", "mixture")  # half the hidden units, for studies/heal/mixture.py
     for effort in ("no-ridge", "shrink-0.1", "gradients", "auto-0.1.0"):
         yield Run("mlp", 0.8, effort)
     for keep, text in ((0.8, "wikitext-2-valid"), (0.8, "mixture"), (0.5, "mixture")):

@@ -139,6 +139,34 @@ def test_windows_tile_the_stream(tmp_path, tokens, window_size, fraction, train,
         cached.train[train]
 
 
+@pytest.mark.parametrize(("files", "fraction"), [(1, 0.1), (3, 0.1), (5, 0.04), (7, 0.5), (7, 0.97), (90, 0.3)])
+def test_windows_for_validation_end_as_many_stretches_as_there_are_files(tmp_path, files, fraction):
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(files):
+        (text / f"{number:02}.txt").write_text(f"{number:02}" * 35)
+    cached = TokenCache.build(text, Bytes(), 5, cache_dir=tmp_path / "cache", validation_fraction=fraction)
+    again = TokenCache.open(cached.path, window_size=5, validation_fraction=fraction)
+    assert again == cached
+    held = {cached.validation.begin_at(index) for index in range(len(cached.validation))}
+    trained = {cached.train.begin_at(index) for index in range(len(cached.train))}
+    assert sorted(held | trained) == list(range(0, cached.tokens // 5 * 5, 5))
+    assert not held & trained
+    windows = cached.tokens // 5
+    assert len(held) == max(1, int(windows * fraction))
+    rows = min(files, 64, len(held), len(trained))
+    ends = [windows * row // rows for row in range(1, rows + 1)]
+    assert {5 * (end - 1) for end in ends} <= held  # the last window of every stretch
+    anywhere = cached.train_anywhere
+    whole = stream(cached).tolist()
+    unseen = {place for begin in held for place in range(begin, begin + 5)}
+    for index in range(len(anywhere)):
+        begin = anywhere.begin_at(index)
+        assert anywhere[index]["input_ids"].tolist() == whole[begin : begin + 5]
+        assert not unseen & set(range(begin, begin + 5))
+    assert {anywhere.begin_at(index) for index in range(len(anywhere))} >= trained
+
+
 def test_bad_numbers(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
     for options in (

@@ -110,7 +110,7 @@ def test_evaluations_say_what_text_the_model_knows(healed, tokenizer, documents,
     path, model = healed
     model = model if where == "memory" else tensorfold.load(path / "healed")
     cache = TokenCache.build(path / "text.txt", tokenizer, BLOCK, validation_fraction=0.2)
-    first = cache.validation.first
+    first = cache.validation.begin_at(0)
     ids = torch.cat([cache.train[i]["input_ids"] for i in range(len(cache.train))])
     trained, chosen = (
         tokenizer.decode(ids),
@@ -130,7 +130,7 @@ def test_the_card_names_the_windows_that_chose(healed, tokenizer):
     cache = TokenCache.build(path / "text.txt", tokenizer, BLOCK, validation_fraction=0.2)
     assert chosen["text"] == "text.txt"
     assert (chosen["cache"], chosen["length"]) == (cache.key, BLOCK)
-    assert chosen["begin_at"] == [cache.validation.first + BLOCK * i for i in range(len(cache.validation))]
+    assert chosen["begin_at"] == [cache.validation.begin_at(i) for i in range(len(cache.validation))]
 
 
 def test_without_validation_nothing_chose(healed, tokenizer, tmp_path):

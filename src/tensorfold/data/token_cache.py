@@ -14,6 +14,7 @@ import logging
 import os
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +31,7 @@ from tensorfold.utils.atomic_files import atomic_directory, cache_directory
 from tensorfold.utils.fingerprints import hash_file, hash_json
 
 _FORMAT = 2  # part of a cache's key
+_STRETCHES = 64  # most that validation windows are spread over
 _TOKENS, _SIDECAR = "tokens.bin", "cache.json"
 
 logger = logging.getLogger(__name__)
@@ -46,8 +48,10 @@ class TokenCache:
         tokens: Length of the whole stream.
         dtype: Dtype of the stored ids: ``uint16``, or ``uint32`` for vocabularies that need it.
         window_size: Tokens of a window, the prefix included.
-        validation_fraction: Share of the windows, from the end, that is not trained on; at least one window where there
-            are two. 0 keeps none.
+        validation_fraction: Share of the windows that is not trained on; at least one window where there are two. 0
+            keeps none.
+        stretches: How many equal stretches of the text the windows for validation end, so that those of a directory of
+            many kinds of text are of many kinds.
         prefix: Token ids that every window begins with: what the tokenizer puts before a document.
         largest: Largest token id in the stream and the prefix.
 
@@ -62,6 +66,7 @@ class TokenCache:
     dtype: str
     window_size: int
     validation_fraction: float = 0.01
+    stretches: int = 1
     prefix: tuple[int, ...] = ()
     largest: int = 0
 
@@ -86,28 +91,37 @@ class TokenCache:
     @property
     def train(self) -> TokenWindows:
         """The windows to train on, one behind the other: all but those for validation."""
-        return self._view(0, self.windows - self._validation_windows)
+        size = self._text_size
+        return self._view([(first * size, count) for first, count, _ in self._divided()], size)
 
     @property
     def train_anywhere(self) -> TokenWindows:
         """Overlapping windows of the text to train on, one from each of its tokens on."""
-        starts = (self.windows - self._validation_windows - 1) * self._text_size + 1
-        return TokenWindows(self.path / _TOKENS, self.dtype, self.window_size, 0, starts, 1, self.prefix)
+        size = self._text_size
+        return self._view([(first * size, (count - 1) * size + 1) for first, count, _ in self._divided() if count], 1)
 
     @property
     def validation(self) -> TokenWindows:
-        """The windows for validation: the last ``validation_fraction`` of them."""
-        return self._view(self.windows - self._validation_windows, self._validation_windows)
-
-    @property
-    def _validation_windows(self) -> int:
-        if not self.validation_fraction or self.windows < 2:
-            return 0
-        return max(1, int(self.windows * self.validation_fraction))
-
-    def _view(self, first: int, length: int) -> TokenWindows:
+        """The windows for validation: ``validation_fraction`` of all, the last ones of every stretch."""
         size = self._text_size
-        return TokenWindows(self.path / _TOKENS, self.dtype, self.window_size, first * size, length, size, self.prefix)
+        return self._view([((first + count) * size, held) for first, count, held in self._divided()], size)
+
+    def _divided(self) -> list[tuple[int, int, int]]:
+        """Of every stretch its first window, how many are trained on, and how many behind those are for validation."""
+        held = max(1, int(self.windows * self.validation_fraction))
+        if not self.validation_fraction or self.windows < 2:
+            held = 0
+        rows = max(1, min(self.stretches, held, self.windows - held))  # each has one of either kind at least
+        ends = [self.windows * row // rows for row in range(rows + 1)]
+        shares = [held * row // rows for row in range(rows + 1)]
+        counts = [
+            (after - before, to - since)
+            for (before, after), (since, to) in zip(pairwise(ends), pairwise(shares), strict=True)
+        ]
+        return [(first, count - share, share) for first, (count, share) in zip(ends, counts, strict=False)]
+
+    def _view(self, parts: list[tuple[int, int]], stride: int) -> TokenWindows:
+        return TokenWindows(self.path / _TOKENS, self.dtype, self.window_size, parts, stride, self.prefix)
 
     @classmethod
     def build(
@@ -201,7 +215,7 @@ class TokenCache:
 
     @classmethod
     def _of(cls, path: Path, sidecar: dict[str, Any], window_size: int, validation_fraction: float) -> Self:
-        own = {name: sidecar[name] for name in ("key", "label", "tokens", "dtype", "prefix", "largest")}
+        own = {name: sidecar[name] for name in ("key", "label", "tokens", "dtype", "stretches", "prefix", "largest")}
         return cls(path, window_size=window_size, validation_fraction=validation_fraction, **own)
 
 
@@ -223,6 +237,7 @@ def _checked_sidecar(path: Path) -> dict[str, Any]:
         prefix = tuple(sidecar["identity"].get("prefix", ()))
         return {
             **{name: sidecar[name] for name in ("key", "label", "tokens", "dtype")},
+            "stretches": max(1, min(_STRETCHES, len(sidecar["files"]))),
             "prefix": prefix,
             "largest": max([sidecar["largest"], *prefix]),
         }

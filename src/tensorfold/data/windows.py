@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import bisect
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,9 @@ class TokenWindows(Dataset[dict[str, torch.Tensor]]):
         path: File with the token stream.
         dtype: Dtype of its token ids, ``uint16`` or ``uint32``.
         window_size: Tokens of a window, the prefix included.
-        first: Index in the stream of the first window's first token.
-        length: Number of windows.
-        stride: Tokens from the first one of a window to the first one of the next, in the stream; less than
+        parts: Rows of windows, one behind the other: of each the place in the stream where its first window begins, and
+            its number of windows.
+        stride: Tokens from the first one of a window to the first one of the next of its row, in the stream; less than
             ``window_size`` less the prefix where windows overlap.
         prefix: Token ids that every window begins with.
     """
@@ -39,22 +41,28 @@ class TokenWindows(Dataset[dict[str, torch.Tensor]]):
         path: Path,
         dtype: str,
         window_size: int,
-        first: int,
-        length: int,
+        parts: Sequence[tuple[int, int]],
         stride: int,
         prefix: tuple[int, ...] = (),
     ) -> None:
         self.path, self.dtype, self.window_size, self.prefix = path, dtype, window_size, prefix
-        self.first, self.length, self.stride = first, length, stride
+        self.parts, self.stride = tuple(parts), stride
+        self._ends = list(itertools.accumulate(count for _, count in self.parts))
         self._stream: np.memmap | None = None
 
     def __len__(self) -> int:
-        return self.length
+        return self._ends[-1] if self._ends else 0
+
+    def begin_at(self, index: int) -> int:
+        """Index in the stream of a window's first token, its prefix not counted."""
+        row = bisect.bisect_right(self._ends, index)
+        first, count = self.parts[row]
+        return first + (index - self._ends[row] + count) * self.stride
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not -self.length <= index < self.length:
-            raise IndexError(f"window {index} of {self.length}")
-        start = self.first + index % self.length * self.stride
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        start = self.begin_at(index % len(self))
         end = start + self.window_size - len(self.prefix)
         text = torch.from_numpy(self._mapped()[start:end].astype(np.int64))
         window = begin(self.prefix, text)  # (window_size,)
@@ -73,7 +81,7 @@ class TokenWindows(Dataset[dict[str, torch.Tensor]]):
         """
         stream = self._mapped()
         first = end = 0
-        for start in sorted({self.first + index * self.stride for index in indices}):
+        for start in sorted(set(map(self.begin_at, indices))):
             if start > end or start - first >= _STRETCH:
                 if end:
                     yield stream[first:end]

@@ -26,7 +26,7 @@ class HealReport:
         steps: Steps taken end to end; fewer than the settings ask for where patience ended.
         step: The step whose weights were kept; 0 is before the first.
         tokens: Tokens trained on in all steps.
-        validation_loss_before: Cross-entropy on the held-out end of the text before healing, in nats a token; None
+        validation_loss_before: Cross-entropy on the held-out windows of the text before healing, in nats a token; None
             without a validation split.
         validation_loss: That cross-entropy after healing.
         text: Name of the training text.

@@ -62,7 +62,7 @@ def selected_on(cache: TokenCache, settings: HealSettings, validation: Subset[An
     if validation is None:
         return None
     windows = cache.validation
-    begins = [windows.first + index * windows.stride for index in validation.indices]
+    begins = [windows.begin_at(index) for index in validation.indices]
     return {"text": cache.label, "cache": cache.key, "length": settings.block, "begin_at": begins}
 
 

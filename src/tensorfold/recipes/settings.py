@@ -116,7 +116,8 @@ class HealSettings:
         embedding: Weight of the squared error of the embedding's output.
         attention: Weight of the divergence from the teacher's attention probabilities.
         ffn: Weight of the squared error of the MLPs' outputs.
-        validation_fraction: Share of the windows, at the text's end, that selects the weights and is never trained on.
+        validation_fraction: Share of the windows that selects the weights and is never trained on: the text's end, or,
+            of several files, the ends of as many equal stretches (64 at most).
         evaluate_every: Steps between evaluations; a tenth of the run if None.
         save_every: Steps between checkpoints; one at each evaluation if None.
         select: Whose weights are kept: those with the ``best`` evaluation, the first one being before healing, or those
