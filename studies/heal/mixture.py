@@ -98,11 +98,11 @@ def main() -> None:
         rates = " ".join(f"{rate:g}" for rate in args.lr)
         state = f"{args.steps} steps, {rates}"
         out = args.work / f"healed-{system}-{args.steps}-{rates.replace(' ', '-')}"
-        settings = {**SETTINGS, "lr_sweep": args.lr} if len(args.lr) > 1 else SETTINGS
+        settings = {**SETTINGS, **({"lr": args.lr[0]} if len(args.lr) == 1 else {"lr_sweep": args.lr})}
         options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
         report, took = tensorfold(
             "heal", start, "--train", mixture, "--teacher", DENSE, "--steps", args.steps, "--batch", 4, "--block", 512,
-            "--lr", args.lr[0], *options, "--set", f"evaluate_every={max(1, args.steps // 4)}", "--out", out,
+            *options, "--set", f"evaluate_every={max(1, args.steps // 4)}", "--out", out,
         )  # fmt: skip
         losses = {key: report[key] for key in ("validation_loss_before", "validation_loss", "step")}
         measure(out, system, state, **took, **losses, **swept(out))

@@ -68,6 +68,17 @@ def test_prompts_steps_and_padded_rows_are_the_models(written):
     torch.testing.assert_close(got[1], model(ids[1:]).logits[0], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["heads share keys", "own keys"])
+def test_openvino_appends_to_its_cache_within_attention(tiny, tmp_path, shared):
+    openvino = pytest.importorskip("openvino")
+    model = tiny("llama", num_hidden_layers=2, head_dim=16, num_key_value_heads=2 if shared else 4)
+    export_openvino(model, tmp_path / "out")
+    compiled = openvino.Core().compile_model(tmp_path / "out" / "openvino_model.xml", "CPU")
+    kinds = [str(each.get_rt_info()["layerType"].value) for each in compiled.get_runtime_model().get_ops()]
+    assert kinds.count("ScaledDotProductAttention") == 2
+    assert "Softmax" not in kinds  # attention in parts, which copies all keys and values at every token
+
+
 def test_it_generates_the_models_tokens(written):
     _, model, _, path = written
     ids = torch.tensor([[5, 7, 11]])

@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from tensorfold.data.tokens import table_rows
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
+from tensorfold.export.openvino_attention import plain_repeats
 from tensorfold.models.experts import stacks
 from tensorfold.nn import FoldedModule
 
@@ -140,7 +141,9 @@ def _trace_openvino(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 
     config = OpenVINOConfig(dynamic=True, dynamic_shapes=_free_axes(inputs))
-    return OpenVINOExporter().export_program(model, inputs, config)[0]
+    program = OpenVINOExporter().export_program(model, inputs, config)[0]
+    plain_repeats(program)
+    return program
 
 
 def _free_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:
