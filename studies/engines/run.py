@@ -31,6 +31,7 @@ from tensorfold.benchmark.report import processor
 from tensorfold.benchmark.timing import Spread
 from tensorfold.export.engine_model import is_exported, open_exported
 from tensorfold.export.graphs import export_onnx, export_openvino
+from tensorfold.export.kept_graphs import KeptGraphs
 from tensorfold.hf.sources import find_model
 
 LOG = Path(__file__).with_suffix(".jsonl")
@@ -60,11 +61,12 @@ def export(work: Path, kinds: list[tuple[str, int]], multiple: int, quick: bool)
         if form == "folded":
             method = LowRank(keep=0.5, pivots=False, multiple=multiple)
             tensorfold.fold(model, Recipe((Rule(["all-linear"], method),)))
-        for engine, bits in kinds:
-            out = graphs(work, engine, bits, multiple)[form]
-            if not is_exported(out):
-                shutil.rmtree(out, ignore_errors=True)
-                print(out.name, ENGINES[engine](model, out, bits=bits), flush=True)
+        with KeptGraphs(work / "kept") as kept:
+            for engine, bits in kinds:
+                out = graphs(work, engine, bits, multiple)[form]
+                if not is_exported(out):
+                    shutil.rmtree(out, ignore_errors=True)
+                    print(out.name, ENGINES[engine](model, out, bits=bits, kept=kept), flush=True)
 
 
 @torch.inference_mode()

@@ -102,7 +102,7 @@ def main() -> None:
         options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
         report, took = tensorfold(
             "heal", start, "--train", mixture, "--teacher", DENSE, "--steps", args.steps, "--batch", 4, "--block", 512,
-            *options, "--set", f"evaluate_every={max(1, args.steps // 4)}", "--out", out,
+            *options, "--set", f"evaluate_every={max(1, args.steps // 3)}", "--out", out,
         )  # fmt: skip
         losses = {key: report[key] for key in ("validation_loss_before", "validation_loss", "step")}
         measure(out, system, state, **took, **losses, **swept(out))

@@ -79,6 +79,35 @@ def test_openvino_appends_to_its_cache_within_attention(tiny, tmp_path, shared):
     assert "Softmax" not in kinds  # attention in parts, which copies all keys and values at every token
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["heads share keys", "own keys"])
+def test_onnx_attention_appends_to_its_cache(tiny, tmp_path, shared):
+    onnx = pytest.importorskip("onnx")
+    model = tiny("llama", num_hidden_layers=2, num_key_value_heads=2 if shared else 4)
+    export_onnx(model, tmp_path / "out")
+    nodes = onnx.load(tmp_path / "out" / "model.onnx").graph.node
+    attentions = [node for node in nodes if node.op_type == "Attention"]
+    assert [list(node.input[4:]) for node in attentions] == [
+        [f"past_key_values.{block}.key", f"past_key_values.{block}.value"] for block in range(2)
+    ]
+    assert [list(node.output[1:]) for node in attentions] == [
+        [f"present.{block}.key", f"present.{block}.value"] for block in range(2)
+    ]
+    kinds = [node.op_type for node in nodes]
+    assert (kinds.count("RotaryEmbedding"), kinds.count("RMSNormalization")) == (4, 5)
+    assert not {"Softmax", "Pow", "Slice"} & set(kinds)
+
+
+def test_onnx_attention_that_has_no_operation_is_left_in_parts(tmp_path):
+    """Falcon's heads read one key together without being told to share it."""
+    pytest.importorskip("onnx")
+    config = AutoConfig.for_model(
+        "falcon", vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, multi_query=True,
+        bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    report = export_onnx(AutoModelForCausalLM.from_config(config).eval(), tmp_path / "out")
+    assert report.same_tokens == "99 of 99"
+
+
 def test_it_generates_the_models_tokens(written):
     _, model, _, path = written
     ids = torch.tensor([[5, 7, 11]])

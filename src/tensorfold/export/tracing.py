@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from tensorfold.data.tokens import table_rows
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
+from tensorfold.export.onnx_attention import OPSET, merge_operations
 from tensorfold.export.openvino_attention import plain_repeats
 from tensorfold.models.experts import stacks
 from tensorfold.nn import FoldedModule
@@ -127,11 +128,19 @@ def trace(model: PreTrainedModel, to: str) -> Any:
 
 def _trace_onnx(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
     from onnxscript import optimizer
+    from torch.onnx.errors import OnnxExporterError
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    config = OnnxConfig(dynamic=True, dynamic_shapes=_free_axes(inputs), optimize=False)
-    program, _ = OnnxExporter().export_program(model, inputs, config)
+    def export(opset: int | None) -> Any:
+        config = OnnxConfig(dynamic=True, dynamic_shapes=_free_axes(inputs), optimize=False, opset_version=opset)
+        return OnnxExporter().export_program(model, inputs, config)[0]
+
+    try:
+        program = export(OPSET)
+    except OnnxExporterError:  # heads that share their keys without being told to, as Falcon's: no Attention says so
+        program = export(None)
     optimizer.optimize(program, input_size_limit=_LARGEST_CONSTANT, output_size_limit=_LARGEST_CONSTANT)
+    merge_operations(program)
     _name_like_the_runtimes(program)
     _drop_origins(program)
     return program
