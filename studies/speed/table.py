@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,32 @@ def models(entries: list[Entry]) -> str:
     return "\n".join(lines)
 
 
+def models_smollm2(entries: list[Entry]) -> str:
+    found = {(entry["dtype"], entry["system"], entry["what"]): entry for entry in entries}
+    lines = [
+        "| | parameters | dtype | prompt, tokens a second | × | after it, tokens a second | × |",
+        "|---|---:|---|---:|---|---:|---|",
+    ]
+    for dtype, system in dict.fromkeys(key[:2] for key in found):
+        prompt, after = found[dtype, system, "prefill"], found[dtype, system, "decode"]
+        speeds = [
+            f"{entry['tokens'] / entry['seconds']['median']:,.0f} | {entry['times_as_fast'].replace('–', ' – ')}"
+            for entry in (prompt, after)
+        ]
+        lines.append(f"| {system} | {prompt['parameters']:,} | {dtype} | {' | '.join(speeds)} |")
+    return "\n".join(lines)
+
+
+def layers_bfloat16(entries: list[Entry]) -> str:
+    tokens = [point["tokens"] for point in entries[0]["tokens"]]
+    lines = [f"| layer, out × in | kept | {' | '.join(map(str, tokens))} |", "|---|---:|" + "---:|" * len(tokens)]
+    for entry in entries:
+        rows, columns = (math.prod(entry[f"{side}_modes"]) for side in ("out", "in"))
+        ratios = [f"{point['speedup']['dense']['median']:.2f}" for point in entry["tokens"]]
+        lines.append(f"| {rows} × {columns} | {entry['system'].removeprefix('pivots-')} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
 def draw_layers(entries: list[Entry]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for side, direction in zip(axes, ("up", "down"), strict=True):
@@ -130,7 +157,14 @@ def draw_fits(entries: list[Entry]) -> None:
 
 
 def sections() -> dict[str, str]:
-    forms = {"layers": layers, "rivals": rivals, "int8": int8, "models": models}
+    forms = {
+        "layers": layers,
+        "layers-bfloat16": layers_bfloat16,
+        "rivals": rivals,
+        "int8": int8,
+        "models": models,
+        "models-smollm2": models_smollm2,
+    }
     return {name: form(read(name)) for name, form in forms.items() if read(name)}
 
 

@@ -7,6 +7,7 @@ import torch
 
 import tensorfold
 from tensorfold import LowRank, Recipe, Rule, Spec, SpecError
+from tensorfold.algebra.contraction import pivots
 from tensorfold.algebra.solvers.pivots import with_pivots
 from tensorfold.algebra.solvers.solve import Factors, fit, relative_error
 from tensorfold.algebra.statistics import Statistics
@@ -67,9 +68,12 @@ def test_it_is_nearer_than_low_rank_of_the_same_size():
     assert errors[1] < 0.75 * errors[0]
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 64, 512, 1300])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tiles_of_tokens_give_what_one_product_gives(tokens, dtype):
+@pytest.mark.parametrize("tokens", [0, 1, 4, 5, 64, 512, 1300])
+@pytest.mark.parametrize(
+    ("dtype", "units"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)], ids=str
+)
+def test_tiles_of_tokens_give_what_one_product_gives(monkeypatch, tokens, dtype, units):
+    monkeypatch.setattr(pivots, "_has_matrix_units", lambda: units)
     torch.manual_seed(0)
     layer = MPOLinear(Spec.low_rank(40, 24, 10, pivoted=True), dtype=dtype)
     layer.out_position.copy_(torch.randperm(40))

@@ -10,7 +10,7 @@ import tensorfold
 from tensorfold import MPO, Kronecker, LowRank, Recipe, Rule
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.export import graphs
-from tensorfold.export.engine_model import is_exported, open_exported
+from tensorfold.export.engine_model import EngineCache, is_exported, open_exported
 from tensorfold.export.graphs import export_onnx, export_openvino
 from tensorfold.export.tracing import PACKAGES
 from tensorfold.models.anatomy import count_parameters
@@ -94,7 +94,8 @@ def test_onnx_attention_appends_to_its_cache(tiny, tmp_path, shared):
     ]
     kinds = [node.op_type for node in nodes]
     assert (kinds.count("RotaryEmbedding"), kinds.count("RMSNormalization")) == (4, 5)
-    assert not {"Softmax", "Pow", "Slice"} & set(kinds)
+    assert kinds.count("Slice") == 1  # of the last tokens, before the head
+    assert not {"Softmax", "Pow"} & set(kinds)
 
 
 def test_onnx_attention_that_has_no_operation_is_left_in_parts(tmp_path):
@@ -106,6 +107,33 @@ def test_onnx_attention_that_has_no_operation_is_left_in_parts(tmp_path):
     )  # fmt: skip
     report = export_onnx(AutoModelForCausalLM.from_config(config).eval(), tmp_path / "out")
     assert report.same_tokens == "99 of 99"
+
+
+@pytest.mark.parametrize("to", EXPORTS)
+@torch.no_grad()
+def test_logits_of_the_last_tokens_alone(tiny, tmp_path, to):
+    for package in PACKAGES[to]:
+        pytest.importorskip(package)
+    EXPORTS[to](tiny("llama", num_hidden_layers=1), tmp_path / "out", bits=8)
+    graph = open_exported(tmp_path / "out")
+    ids = torch.randint(2, 300, (2, 9), generator=torch.Generator().manual_seed(2))
+    whole = graph(ids).logits
+    assert whole.shape == (2, 9, 300)
+    for count in (1, 3, 9, 12):
+        feed = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "num_logits_to_keep": torch.tensor([count])}
+        feed["position_ids"] = torch.arange(9).expand(2, 9).contiguous()
+        computed = graph._session(feed, EngineCache())
+        assert computed.shape == (2, min(count, 9), 300)  # not computed and then left out
+        torch.testing.assert_close(computed, whole[:, -count:], rtol=0, atol=1e-5)
+        torch.testing.assert_close(graph(ids, logits_to_keep=count).logits, computed, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_logits_of_the_last_tokens_of_any_head(written):
+    """A folded head may compute all of them."""
+    *_, path = written
+    graph, ids = open_exported(path), torch.arange(2, 9)[None]
+    torch.testing.assert_close(graph(ids, logits_to_keep=2).logits, graph(ids).logits[:, -2:], rtol=0, atol=1e-5)
 
 
 def test_it_generates_the_models_tokens(written):

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tensorfold.errors import InputError, pass_on_memory, reason
+from tensorfold.export.last_logits import NAME, add_openvino_input
 from tensorfold.export.tracing import check_packages
 from tensorfold.hf.sources import Source, find_model
 from tensorfold.utils.records import read_object
@@ -115,6 +116,7 @@ class EngineModel(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
         feed = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        feed[NAME] = torch.tensor([logits_to_keep])
         logits = self._session({name: tensor.long().contiguous() for name, tensor in feed.items()}, cache)
         cache.length += length
         return CausalLMOutputWithPast(
@@ -135,7 +137,8 @@ class _OnnxSession:
         # Or the threads of one graph still spin, for work that will not come, while another is timed.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        self._inputs = {value.name: value.shape for value in self._session.get_inputs()}
+        optional = self._session.get_overridable_initializers()
+        self._inputs = {value.name: value.shape for value in (*self._session.get_inputs(), *optional)}
         self._outputs = [value.name for value in self._session.get_outputs()]
 
     def __call__(self, feed: dict[str, Tensor], cache: EngineCache) -> Tensor:
@@ -172,7 +175,9 @@ class _OpenVINOSession:
             "INFERENCE_PRECISION_HINT": "f32",
             "KV_CACHE_PRECISION": "f32",
         }
-        compiled = openvino.Core().compile_model(str(file), "CPU", options)
+        program = openvino.Core().read_model(str(file))
+        add_openvino_input(program)
+        compiled = openvino.Core().compile_model(program, "CPU", options)
         self._names = {port.get_any_name() for port in compiled.inputs}
         self._request = compiled.create_infer_request()
         self._cache: EngineCache | None = None

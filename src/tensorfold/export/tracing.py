@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from tensorfold.data.tokens import table_rows
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory
+from tensorfold.export.last_logits import add_onnx_input
 from tensorfold.export.onnx_attention import OPSET, merge_operations
 from tensorfold.export.openvino_attention import plain_repeats
 from tensorfold.models.experts import stacks
@@ -143,6 +144,7 @@ def _trace_onnx(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
     merge_operations(program)
     _name_like_the_runtimes(program)
     _drop_origins(program)
+    add_onnx_input(program)
     return program
 
 
@@ -180,7 +182,7 @@ def _name_like_the_runtimes(program: Any) -> None:
     lengths = {
         "input_ids": "sequence_length",
         "position_ids": "sequence_length",
-        "logits": "sequence_length",
+        "logits": "logits_length",
         "attention_mask": "total_sequence_length",
     }
     for value in (*graph.inputs, *graph.outputs):

@@ -9,21 +9,27 @@ Notation:
 On a processor the products are soon done, and bringing the outputs into their order takes as long: in bf16, where
 PyTorch moves single numbers four times as slowly as in fp32, longer than a dense layer. So where the outputs can be in
 any order, as the hidden units of an MLP can, the pivots are given places one behind the other, and nothing is brought
-into order (:func:`first_of_pivots`). Elsewhere many vectors in bf16 are multiplied by ``[I; T]`` with its rows in
-order, which costs r² multiply–adds more and moves no output; a few are put in order as fp32.
+into order (:func:`first_of_pivots`). Elsewhere vectors in bf16 are columns, so that an output of all of them is a row,
+which moves as a whole, and they are turned back at the end; factors then are the left sides of products, too, which
+needs no copy of them in the processor's own layout. Where r² multiply–adds take less time than turning, as with matrix
+units, many vectors are multiplied by ``[I; T]`` with its rows in order instead, which moves no output. A few vectors
+are put in order as fp32.
 """
 
 from __future__ import annotations
 
 import threading
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _FEW, _TILE = 64, 512  # tokens from which outputs are computed in tiles, and tokens of a tile
+_TURNED = 8  # tokens in bf16 from which they are taken as columns
+_TURNING = 72  # multiply–adds in bf16 without matrix units in the time in which a number is turned
 _LEAST_SHARE = 3  # of the rank, as many tokens in bf16, from which on rows are put in order instead of outputs
-_MANY = 256  # tokens in bf16 from which factors are filled up to whole registers
+_MANY = 256  # tokens in bf16 from which factors are filled up to whole registers of matrix units
 _MOST_HELD = 2**22  # numbers
 _ALIGNED = 32  # numbers in bf16 that matrix units take at once: other lengths take up to twice as long
 
@@ -69,12 +75,14 @@ def from_pivots(x: Tensor, others: Tensor, pivots: Tensor, position: Tensor, fir
             nor in a traced graph.
     """
     in_bf16 = plain and x.dtype is torch.bfloat16 and x.device.type == "cpu"
-    if in_bf16 and first is not None and len(x) >= _MANY:
-        return _in_whole_registers(x, others, pivots, len(position), first)
     if in_bf16 and first is None:
-        if len(x) * _LEAST_SHARE >= len(pivots):
+        if len(x) < _TURNED:
+            return _joined(x, others, pivots, 0, len(position)).float().index_select(1, position).to(x.dtype)
+        if _are_rows_sooner_in_order(len(x), len(pivots), len(position)):
             return _rows_in_order(x, others, pivots, position)
-        return _joined(x, others, pivots, 0, len(position)).float().index_select(1, position).to(x.dtype)
+        return _in_columns(x, others, pivots, position)
+    if in_bf16 and _has_matrix_units() and len(x) >= _MANY:
+        return _in_whole_registers(x, others, pivots, len(position), first or 0)
     if plain and not in_bf16 and len(x) >= _FEW:
         return _in_tiles(x, others, pivots, position, first)
     y = _joined(x, others, pivots, first or 0, len(position))
@@ -108,6 +116,30 @@ def _rows_in_order(x: Tensor, others: Tensor, pivots: Tensor, position: Tensor) 
     table[rank:made, :rank] = others
     rows = torch.index_select(table, 0, position, out=_SPACE.of("rows", x, len(position), width))
     return F.linear(F.linear(x, _padded("pivots", pivots, width, pivots.shape[1])), rows)
+
+
+def _in_columns(x: Tensor, others: Tensor, pivots: Tensor, position: Tensor) -> Tensor:
+    """Outputs as rows of all vectors, or of a tile of them, put in order as such, then turned."""
+    if len(x) <= _TILE:
+        return _ordered_rows(x, others, pivots, position).T.contiguous()
+    y = x.new_empty(len(x), len(position))
+    for start in range(0, len(x), _TILE):
+        y[start : start + _TILE] = _ordered_rows(x[start : start + _TILE], others, pivots, position).T
+    return y
+
+
+def _ordered_rows(x: Tensor, others: Tensor, pivots: Tensor, position: Tensor) -> Tensor:
+    """``[I; T] S xᵀ`` in the outputs' own order, (out, tokens); to be read before the next call."""
+    rank, made, zeros = len(pivots), len(pivots) + len(others), int(len(position) > len(pivots) + len(others))
+    if len(x) < _FEW:
+        known = torch.mm(pivots, x.T)
+        parts = [known, torch.mm(others, known), known.new_zeros(zeros, len(x))]
+        return torch.cat(parts).index_select(0, position)
+    rows = _SPACE.of("outputs", x, made + zeros, len(x))
+    torch.mm(pivots, x.T, out=rows[:rank])
+    torch.mm(others, rows[:rank], out=rows[rank:made])
+    rows[made:] = 0
+    return torch.index_select(rows, 0, position, out=_SPACE.of("rows", x, len(position), len(x)))
 
 
 def _in_tiles(x: Tensor, others: Tensor, pivots: Tensor, position: Tensor, first: int | None) -> Tensor:
@@ -150,6 +182,20 @@ def _padded(name: str, matrix: Tensor, rows: int, columns: int) -> Tensor:
     space[len(matrix) :] = 0
     space[:, matrix.shape[1] :] = 0
     return space
+
+
+def _are_rows_sooner_in_order(tokens: int, rank: int, outputs: int) -> bool:
+    """Whether r² multiply–adds a token, and the ordering of rows, take less time than the turning of outputs."""
+    if _has_matrix_units():
+        return tokens * _LEAST_SHARE >= rank
+    return tokens >= _TILE and rank * rank < _TURNING * outputs
+
+
+@cache
+def _has_matrix_units() -> bool:
+    """Whether the processor multiplies tiles in bf16 (AMX); False where torch, before 2.10, cannot tell."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16", False))
 
 
 class _Space(threading.local):
