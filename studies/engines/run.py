@@ -2,12 +2,14 @@
 
     python studies/engines/run.py --work WORK --export [--only openvino-8 …]    # writes the graphs that are not there
     python studies/engines/run.py --work WORK [--only …] [--rounds 9] [--threads 2]
+    python studies/engines/run.py --model llama-1.1b …          # the same for a larger shape
     python studies/engines/table.py                             # into README.md
 
-SmolLM2-135M, dense and with all linear layers of its blocks at half their parameters by plain low rank, without text,
-since only shapes matter to speed; engines ONNX Runtime and OpenVINO in 32, 8 and 4 bits. A round reads a prompt of 512
-tokens into an empty cache and then feeds 32 tokens one by one, with each of the two; ratios are of the same round,
-medians and quartiles are reported. Appends to ``run.jsonl``; what is there for the same engine, bits and threads is not
+SmolLM2-135M, or random weights of TinyLlama's shape with 1.1 billion parameters, dense and with all linear layers of
+the blocks at half their parameters by plain low rank, without text, since only shapes matter to speed; engines ONNX
+Runtime and OpenVINO in 32, 8 and 4 bits. A round reads a prompt of 512 tokens into an empty cache, for the logits of
+its last token, and then feeds 32 tokens one by one, with each of the two; ratios are of the same round, medians and
+quartiles are reported. Appends to ``run.jsonl``; what is there for the same model, engine, bits and threads is not
 measured again. Times mean something on a machine that does nothing else.
 """
 
@@ -17,12 +19,16 @@ import argparse
 import fnmatch
 import json
 import shutil
+import sys
 import time
 from os import cpu_count
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "speed"))
+
 import torch
+from layers import folded
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import tensorfold
@@ -37,36 +43,46 @@ from tensorfold.hf.sources import find_model
 LOG = Path(__file__).with_suffix(".jsonl")
 ENGINES = {"onnx": export_onnx, "openvino": export_openvino}
 BITS = (32, 8, 4)
+FORMS = ("dense", "folded")
+LARGE = {
+    "vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+    "num_attention_heads": 32, "num_key_value_heads": 4,
+}  # fmt: skip
 TINY = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
-def dense(quick: bool) -> PreTrainedModel:
-    """The dense model in float32."""
-    if not quick:
-        return find_model("smollm2-135m").model("float32").eval()
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=True)).eval()
-
-
-def graphs(work: Path, engine: str, bits: int, multiple: int) -> dict[str, Path]:
-    """Where the dense graph and the folded one are."""
-    folded = "folded" if multiple == 1 else f"folded-{multiple}"
-    return {form: work / f"{engine}-{bits}-{name}" for form, name in (("dense", "dense"), ("folded", folded))}
-
-
-def export(work: Path, kinds: list[tuple[str, int]], multiple: int, quick: bool) -> None:
-    """Write the graphs that are not there, of engines and bits."""
-    for form in ("dense", "folded"):
-        model = dense(quick)
+def model_of(name: str, form: str, multiple: int) -> PreTrainedModel:
+    """The dense or the folded model in float32; random cores where the weights are random."""
+    method = LowRank(keep=0.5, pivots=False, multiple=multiple)
+    recipe = Recipe((Rule(["all-linear"], method),))
+    if name == "smollm2-135m":
+        model = find_model(name).model("float32").eval()
         if form == "folded":
-            method = LowRank(keep=0.5, pivots=False, multiple=multiple)
-            tensorfold.fold(model, Recipe((Rule(["all-linear"], method),)))
+            tensorfold.fold(model, recipe)
+        return model
+    config = LlamaConfig(**(TINY if name == "tiny" else LARGE), tie_word_embeddings=name == "tiny")
+    if form == "folded":
+        return folded(config, recipe)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def graphs(work: Path, name: str, engine: str, bits: int, multiple: int) -> dict[str, Path]:
+    """Where the dense graph and the folded one are."""
+    ranks = "" if multiple == 1 else f"-{multiple}"
+    return {form: work / f"{name}-{engine}-{bits}-{form}{ranks if form == 'folded' else ''}" for form in FORMS}
+
+
+def export(work: Path, name: str, kinds: list[tuple[str, int]], multiple: int) -> None:
+    """Write the graphs that are not there, of engines and bits."""
+    for form in FORMS:
+        missing = [k for k in kinds if not is_exported(graphs(work, name, *k, multiple)[form])]
+        model = model_of(name, form, multiple) if missing else None
         with KeptGraphs(work / "kept") as kept:
-            for engine, bits in kinds:
-                out = graphs(work, engine, bits, multiple)[form]
-                if not is_exported(out):
-                    shutil.rmtree(out, ignore_errors=True)
-                    print(out.name, ENGINES[engine](model, out, bits=bits, kept=kept), flush=True)
+            for engine, bits in missing:
+                out = graphs(work, name, engine, bits, multiple)[form]
+                shutil.rmtree(out, ignore_errors=True)
+                print(out.name, ENGINES[engine](model, out, bits=bits, kept=kept), flush=True)
 
 
 @torch.inference_mode()
@@ -101,6 +117,7 @@ def measure(paths: dict[str, Path], rounds: int, prompt: int, steps: int) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["smollm2-135m", "llama-1.1b"], default="smollm2-135m")
     parser.add_argument("--work", type=Path, required=True, help="where the graphs are, some three gigabytes")
     parser.add_argument("--export", action="store_true", help="write the graphs, and time nothing")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="such as openvino-8 or onnx-*")
@@ -113,21 +130,24 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     kinds = [(engine, bits) for engine in ENGINES for bits in BITS]
     kinds = [kind for kind in kinds if any(fnmatch.fnmatch("{}-{}".format(*kind), each) for each in given.only)]
+    name = "tiny" if given.quick else given.model
     if given.export:
-        export(given.work, kinds, given.multiple, given.quick)
+        export(given.work, name, kinds, given.multiple)
         return
     torch.set_num_threads(given.threads)
     done = (
         [json.loads(line) for line in given.log.read_text(encoding="utf-8").splitlines()] if given.log.exists() else []
     )
-    known = {(entry["engine"], entry["bits"], entry["threads"], entry["multiple"]) for entry in done}
+    known = {(e["model"], e["engine"], e["bits"], e["threads"], e["multiple"]) for e in done}
     for engine, bits in kinds:
-        paths = graphs(given.work, engine, bits, given.multiple)
-        if (engine, bits, given.threads, given.multiple) in known or not all(map(is_exported, paths.values())):
+        paths = graphs(given.work, name, engine, bits, given.multiple)
+        kind = (name, engine, bits, given.threads, given.multiple)
+        if kind in known or not all(map(is_exported, paths.values())):
             continue
         manifests = {form: json.loads((path / "engine.json").read_text()) for form, path in paths.items()}
         sizes = {form: open_exported(path).stored_bytes for form, path in paths.items()}
         entry = {
+            "model": name,
             "engine": engine,
             "bits": bits,
             "threads": given.threads,

@@ -16,9 +16,9 @@ LOG = Path(__file__).with_name("run.jsonl")
 def table() -> str:
     """Markdown: what is in the log, by engine and bits."""
     rows = [
-        "| engine | bits | ranks | MB, dense | MB, folded | of dense | prompt, tokens/s | × | steps, tokens/s | × |"
+        "| model | engine | bits | ranks | MB, dense | MB, folded | of dense | prompt, tok/s | × | steps, tok/s | × |"
     ]
-    rows += ["|---|---:|---|---:|---:|---:|---|---|---|---|"]
+    rows += ["|---|---|---:|---|---:|---:|---:|---|---|---|---|"]
     lines = LOG.read_text(encoding="utf-8").splitlines() if LOG.exists() else []
     for entry in map(json.loads, lines):
         ranks = "any" if entry["multiple"] == 1 else f"multiples of {entry['multiple']}"
@@ -27,11 +27,20 @@ def table() -> str:
             what: " → ".join(f"{many / entry['seconds'][form][what]['median']:,.0f}" for form in ("dense", "folded"))
             for what, many in (("prompt", 512), ("step", 1))
         }
-        rows.append(
-            f"| {entry['engine']} | {entry['bits']} | {ranks} | {size['dense']:.1f} | {size['folded']:.1f} | "
-            f"{size['folded'] / size['dense']:.2f} | {speed['prompt']} | {entry['times_as_fast']['prompt']} | "
-            f"{speed['step']} | {entry['times_as_fast']['step']} |"
-        )
+        cells = [
+            entry["model"],
+            entry["engine"],
+            str(entry["bits"]),
+            ranks,
+            f"{size['dense']:.1f}",
+            f"{size['folded']:.1f}",
+            f"{size['folded'] / size['dense']:.2f}",
+            speed["prompt"],
+            entry["times_as_fast"]["prompt"],
+            speed["step"],
+            entry["times_as_fast"]["step"],
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
