@@ -6,8 +6,9 @@
     python studies/engines/table.py                             # into README.md
 
 SmolLM2-135M, or random weights of TinyLlama's shape with 1.1 billion parameters, dense and with all linear layers of
-the blocks at half their parameters by plain low rank, without text, since only shapes matter to speed; engines ONNX
-Runtime and OpenVINO in 32, 8 and 4 bits. A round reads a prompt of 512 tokens into an empty cache, for the logits of
+the blocks at half their parameters by plain low rank, without text, since only shapes matter to speed, or with half of
+the hidden units of every MLP (``--fold units``, SmolLM2's shapes alone); engines ONNX Runtime and OpenVINO in 32, 8 and
+4 bits. A round reads a prompt of 512 tokens into an empty cache, for the logits of
 its last token, and then feeds 32 tokens one by one, with each of the two; ratios are of the same round, medians and
 quartiles are reported. Appends to ``run.jsonl``; what is there for the same model, engine, bits and threads is not
 measured again. Times mean something on a machine that does nothing else.
@@ -51,12 +52,16 @@ LARGE = {
 TINY = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
-def model_of(name: str, form: str, multiple: int) -> PreTrainedModel:
-    """The dense or the folded model in float32; random cores where the weights are random."""
+def model_of(name: str, form: str, fold: str, multiple: int) -> PreTrainedModel:
+    """The dense or the folded model in float32; random cores or weights where only shapes are known."""
     method = LowRank(keep=0.5, pivots=False, multiple=multiple)
     recipe = Recipe((Rule(["all-linear"], method),))
     if name == "smollm2-135m":
         model = find_model(name).model("float32").eval()
+        if form == "folded" and fold == "units":
+            model.config.intermediate_size //= 2
+            torch.manual_seed(0)
+            return LlamaForCausalLM(model.config).float().eval()
         if form == "folded":
             tensorfold.fold(model, recipe)
         return model
@@ -67,20 +72,20 @@ def model_of(name: str, form: str, multiple: int) -> PreTrainedModel:
     return LlamaForCausalLM(config).eval()
 
 
-def graphs(work: Path, name: str, engine: str, bits: int, multiple: int) -> dict[str, Path]:
+def graphs(work: Path, name: str, engine: str, bits: int, fold: str, multiple: int) -> dict[str, Path]:
     """Where the dense graph and the folded one are."""
-    ranks = "" if multiple == 1 else f"-{multiple}"
+    ranks = ("" if fold == "low-rank" else f"-{fold}") + ("" if multiple == 1 else f"-{multiple}")
     return {form: work / f"{name}-{engine}-{bits}-{form}{ranks if form == 'folded' else ''}" for form in FORMS}
 
 
-def export(work: Path, name: str, kinds: list[tuple[str, int]], multiple: int) -> None:
+def export(work: Path, name: str, kinds: list[tuple[str, int]], fold: str, multiple: int) -> None:
     """Write the graphs that are not there, of engines and bits."""
     for form in FORMS:
-        missing = [k for k in kinds if not is_exported(graphs(work, name, *k, multiple)[form])]
-        model = model_of(name, form, multiple) if missing else None
+        missing = [k for k in kinds if not is_exported(graphs(work, name, *k, fold, multiple)[form])]
+        model = model_of(name, form, fold, multiple) if missing else None
         with KeptGraphs(work / "kept") as kept:
             for engine, bits in missing:
-                out = graphs(work, name, engine, bits, multiple)[form]
+                out = graphs(work, name, engine, bits, fold, multiple)[form]
                 shutil.rmtree(out, ignore_errors=True)
                 print(out.name, ENGINES[engine](model, out, bits=bits, kept=kept), flush=True)
 
@@ -121,6 +126,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where the graphs are, some three gigabytes")
     parser.add_argument("--export", action="store_true", help="write the graphs, and time nothing")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="such as openvino-8 or onnx-*")
+    parser.add_argument("--fold", choices=["low-rank", "units"], default="low-rank")
     parser.add_argument("--multiple", type=int, default=1, help="what divides the ranks of the folded model")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
@@ -132,16 +138,16 @@ def main() -> None:
     kinds = [kind for kind in kinds if any(fnmatch.fnmatch("{}-{}".format(*kind), each) for each in given.only)]
     name = "tiny" if given.quick else given.model
     if given.export:
-        export(given.work, name, kinds, given.multiple)
+        export(given.work, name, kinds, given.fold, given.multiple)
         return
     torch.set_num_threads(given.threads)
     done = (
         [json.loads(line) for line in given.log.read_text(encoding="utf-8").splitlines()] if given.log.exists() else []
     )
-    known = {(e["model"], e["engine"], e["bits"], e["threads"], e["multiple"]) for e in done}
+    known = {(e["model"], e["engine"], e["bits"], e["fold"], e["threads"], e["multiple"]) for e in done}
     for engine, bits in kinds:
-        paths = graphs(given.work, name, engine, bits, given.multiple)
-        kind = (name, engine, bits, given.threads, given.multiple)
+        paths = graphs(given.work, name, engine, bits, given.fold, given.multiple)
+        kind = (name, engine, bits, given.fold, given.threads, given.multiple)
         if kind in known or not all(map(is_exported, paths.values())):
             continue
         manifests = {form: json.loads((path / "engine.json").read_text()) for form, path in paths.items()}
@@ -150,6 +156,7 @@ def main() -> None:
             "model": name,
             "engine": engine,
             "bits": bits,
+            "fold": given.fold,
             "threads": given.threads,
             "multiple": given.multiple,
             "rounds": given.rounds,

@@ -16,12 +16,13 @@ LOG = Path(__file__).with_name("run.jsonl")
 def table() -> str:
     """Markdown: what is in the log, by engine and bits."""
     rows = [
-        "| model | engine | bits | ranks | MB, dense | MB, folded | of dense | prompt, tok/s | × | steps, tok/s | × |"
+        "| model | engine | bits | folded | MB, dense | MB, folded | of dense | prompt, tok/s | × | steps, tok/s | × |"
     ]
     rows += ["|---|---|---:|---|---:|---:|---:|---|---|---|---|"]
     lines = LOG.read_text(encoding="utf-8").splitlines() if LOG.exists() else []
     for entry in map(json.loads, lines):
-        ranks = "any" if entry["multiple"] == 1 else f"multiples of {entry['multiple']}"
+        fold = {"low-rank": "all linear, low rank", "units": "half of the hidden units"}[entry["fold"]]
+        fold += "" if entry["multiple"] == 1 else f", multiples of {entry['multiple']}"
         size = {form: stored / 1e6 for form, stored in entry["bytes"].items()}
         speed = {
             what: " → ".join(f"{many / entry['seconds'][form][what]['median']:,.0f}" for form in ("dense", "folded"))
@@ -31,7 +32,7 @@ def table() -> str:
             entry["model"],
             entry["engine"],
             str(entry["bits"]),
-            ranks,
+            fold,
             f"{size['dense']:.1f}",
             f"{size['folded']:.1f}",
             f"{size['folded'] / size['dense']:.2f}",
