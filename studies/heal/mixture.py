@@ -77,7 +77,7 @@ def measure(model: object, system: str, state: str, **more: Any) -> None:
 def swept(healed: Path) -> dict[str, Any]:
     """The rate that a sweep chose, and the validation loss after the short run with each; nothing if there was none."""
     lines = map(json.loads, (healed / "heal.jsonl").read_text(encoding="utf-8").splitlines())
-    return next(({"lr": line["lr"], "sweep": line["losses"]} for line in lines if line["stage"] == "sweep"), {})
+    return next(({"lr": line["lr"], "sweep": line["losses"]} for line in lines if line.get("stage") == "sweep"), {})
 
 
 def main() -> None:

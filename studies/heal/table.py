@@ -59,12 +59,14 @@ def mixture(entries: list[Entry]) -> str:
         "unseen ratio | over the dense model healed alike | processor time |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    entries = [entry for entry in entries if "perplexity" in entry]  # without the sweep of rates
     came = next(entry for entry in entries if entry["state"] == "as it came")["perplexity"]
     healed = {entry["state"]: entry["perplexity"] for entry in entries if entry["system"] == "dense"}
     order = list(dict.fromkeys(entry["system"] for entry in sorted(entries, key=lambda e: -e["parameters"])))
     for entry in sorted(entries, key=lambda e: order.index(e["system"])):
         found = entry["perplexity"]
-        control = "" if "processor_seconds" not in entry else f"{_unseen(found, healed[entry['state']]):.3f}"
+        control = "" if "step" not in entry else f"{_unseen(found, healed[entry['state']]):.3f}"
+        took = entry.get("processor_seconds")
         cells = [
             entry["system"],
             f"{entry['parameters']:,}",
@@ -72,7 +74,7 @@ def mixture(entries: list[Entry]) -> str:
             *(f"{value:.2f}" for value in found.values()),
             f"{_unseen(found, came):.3f}",
             control,
-            f"{entry['processor_seconds'] / 60:.1f} min" if control else "",
+            f"{took / 60:.1f} min" if took else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
