@@ -60,6 +60,19 @@ def test_other_weights_and_balanced_factors_are_traced_anew(export, traces, tiny
         assert len(traces) == 3
 
 
+def test_weights_beside_an_onnx_file_can_be_read_again(tiny, tmp_path, monkeypatch):
+    """As those of every model beyond 450 million parameters; onnx does not read a file with two names."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(graphs, "_ONE_FILE", 1000)
+    model = tiny("llama", num_hidden_layers=1)
+    with KeptGraphs(tmp_path / "kept") as kept:
+        for bits in (8, 4):
+            report = graphs.export_onnx(model, tmp_path / f"shared-{bits}", bits=bits, kept=kept)
+            files = list((tmp_path / f"shared-{bits}").glob("model.onnx*"))
+            assert {path.name for path in files} == {"model.onnx", "model.onnx.data"}
+            assert report.bytes == sum(path.stat().st_size for path in files)
+
+
 def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / "kept" / "half").mkdir(parents=True)
     with KeptGraphs(tmp_path / "kept"):

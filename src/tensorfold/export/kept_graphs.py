@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from tensorfold.errors import pass_on_memory
 from tensorfold.export.engine_model import FILES, WEIGHTS
 from tensorfold.nn import FoldedModule
 from tensorfold.utils.fingerprints import hash_json, hash_model
@@ -42,15 +40,11 @@ class KeptGraphs:
 
     @staticmethod
     def keep(written: Path, place: Path, to: str) -> None:
-        """Keep the graph of a directory. Its files are linked, since an export replaces its own and changes none."""
+        """Move the graph of a directory to its place. Readers of ONNX refuse weights that have a second name."""
         partial = place.with_suffix(".partial")
         partial.mkdir(parents=True)
         for file in written.glob(WEIGHTS[to]):
-            try:
-                os.link(file, partial / file.name)
-            except OSError as error:  # a file system without links
-                pass_on_memory(error)
-                shutil.copy2(file, partial / file.name)
+            shutil.move(file, partial / file.name)
         partial.rename(place)
 
 
