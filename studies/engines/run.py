@@ -8,10 +8,10 @@
 SmolLM2-135M, or random weights of TinyLlama's shape with 1.1 billion parameters, dense and with all linear layers of
 the blocks at half their parameters by plain low rank, without text, since only shapes matter to speed, or with half of
 the hidden units of every MLP (``--fold units``, SmolLM2's shapes alone); engines ONNX Runtime and OpenVINO in 32, 8 and
-4 bits. A round reads a prompt of 512 tokens into an empty cache, for the logits of
-its last token, and then feeds 32 tokens one by one, with each of the two; ratios are of the same round, medians and
-quartiles are reported. Appends to ``run.jsonl``; what is there for the same model, engine, bits and threads is not
-measured again. Times mean something on a machine that does nothing else.
+4 bits. A round reads a prompt of 512 tokens into an empty cache, for the logits of its last token, and then feeds 32
+tokens one by one, with each of the two; ratios are of the same round, medians and quartiles are reported. Appends to
+``run.jsonl``; what is there for the same model, fold, engine, bits and threads is not measured again. Times mean
+something on a machine that does nothing else.
 """
 
 from __future__ import annotations
