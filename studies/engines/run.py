@@ -9,8 +9,10 @@ SmolLM2-135M, or random weights of TinyLlama's shape with 1.1 billion parameters
 the blocks at half their parameters by plain low rank, without text, since only shapes matter to speed, or with half of
 the hidden units of every MLP (``--fold units``, SmolLM2's shapes alone); engines ONNX Runtime and OpenVINO in 32, 8 and
 4 bits. A round reads a prompt of 512 tokens into an empty cache, for the logits of its last token, and then feeds 32
-tokens one by one, with each of the two; ratios are of the same round, medians and quartiles are reported. Appends to
-``run.jsonl``; what is there for the same model, fold, engine, bits and threads is not measured again. Times mean
+tokens one by one, with each of the two; ratios are of the same round, medians and quartiles are reported. Graphs
+compute in float32; in bfloat16 by ``--dtype bfloat16`` in OpenVINO, which on processors with instructions for it is its
+default. Appends to ``run.jsonl``; what is there for the same model, fold, engine, bits, dtype and threads is not
+measured again. Times mean
 something on a machine that does nothing else.
 """
 
@@ -91,9 +93,9 @@ def export(work: Path, name: str, kinds: list[tuple[str, int]], fold: str, multi
 
 
 @torch.inference_mode()
-def measure(paths: dict[str, Path], rounds: int, prompt: int, steps: int) -> dict[str, Any]:
+def measure(paths: dict[str, Path], dtype: str, rounds: int, prompt: int, steps: int) -> dict[str, Any]:
     """Seconds of a prompt and of a step with each form, and times as fast as dense, from rounds in turn."""
-    models = {form: open_exported(path) for form, path in paths.items()}
+    models = {form: open_exported(path, getattr(torch, dtype)) for form, path in paths.items()}
     ids = torch.randint(300, (1, prompt + steps), generator=torch.Generator().manual_seed(0))
     samples: dict[str, dict[str, list[float]]] = {form: {"prompt": [], "step": []} for form in models}
     for number in range(rounds + 1):
@@ -130,6 +132,7 @@ def main() -> None:
     parser.add_argument("--multiple", type=int, default=1, help="what divides the ranks of the folded model")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="what OpenVINO computes in")
     parser.add_argument("--log", type=Path, default=LOG)
     parser.add_argument("--quick", action="store_true", help="a tiny model and few tokens, to see that it runs")
     given = parser.parse_args()
@@ -144,10 +147,15 @@ def main() -> None:
     done = (
         [json.loads(line) for line in given.log.read_text(encoding="utf-8").splitlines()] if given.log.exists() else []
     )
-    known = {(e["model"], e["engine"], e["bits"], e["fold"], e["threads"], e["multiple"]) for e in done}
+    known = {
+        (e["model"], e["engine"], e["bits"], e["fold"], e["threads"], e["multiple"], e.get("dtype", "float32"))
+        for e in done
+    }
     for engine, bits in kinds:
         paths = graphs(given.work, name, engine, bits, given.fold, given.multiple)
-        kind = (name, engine, bits, given.fold, given.threads, given.multiple)
+        kind = (name, engine, bits, given.fold, given.threads, given.multiple, given.dtype)
+        if given.dtype != "float32" and engine == "onnx":
+            continue
         if kind in known or not all(map(is_exported, paths.values())):
             continue
         manifests = {form: json.loads((path / "engine.json").read_text()) for form, path in paths.items()}
@@ -159,11 +167,12 @@ def main() -> None:
             "fold": given.fold,
             "threads": given.threads,
             "multiple": given.multiple,
+            "dtype": given.dtype,
             "rounds": given.rounds,
             "machine": f"{processor()}, {cpu_count()} cores",
             "bytes": sizes,
             "stored": {form: manifest["stored"] for form, manifest in manifests.items()},
-            **measure(paths, given.rounds, *((8, 4) if given.quick else (512, 32))),
+            **measure(paths, given.dtype, given.rounds, *((8, 4) if given.quick else (512, 32))),
         }
         with given.log.open("a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")

@@ -15,10 +15,8 @@ LOG = Path(__file__).with_name("run.jsonl")
 
 def table() -> str:
     """Markdown: what is in the log, by engine and bits."""
-    rows = [
-        "| model | engine | bits | folded | MB, dense | MB, folded | of dense | prompt, tok/s | × | steps, tok/s | × |"
-    ]
-    rows += ["|---|---|---:|---|---:|---:|---:|---|---|---|---|"]
+    heads = "model|engine|bits|computed in|folded|MB, dense|MB, folded|of dense|prompt, tok/s|×|steps, tok/s|×"
+    rows = [f"| {heads.replace('|', ' | ')} |", "|---|---|---:|---|---|---:|---:|---:|---|---|---|---|"]
     lines = LOG.read_text(encoding="utf-8").splitlines() if LOG.exists() else []
     for entry in map(json.loads, lines):
         fold = {"low-rank": "all linear, low rank", "units": "half of the hidden units"}[entry["fold"]]
@@ -32,6 +30,7 @@ def table() -> str:
             entry["model"],
             entry["engine"],
             str(entry["bits"]),
+            entry.get("dtype", "float32"),
             fold,
             f"{size['dense']:.1f}",
             f"{size['folded']:.1f}",

@@ -245,6 +245,17 @@ def test_the_verdict_is_that_of_the_rows(rows, pays, says):
     assert says in str(outcome)
 
 
+def test_what_graphs_round_to_is_said_beside_their_speeds():
+    rows = [row("dense", 400, 10).timed(5, 2, ""), row("ours", 90, 11, True).timed(9, 3, "bfloat16")]
+    order = {"texts": (), "most": None, "engine": "openvino"}
+    outcome = Outcome(order, {"bits": 32}, rows, "own", "other", "A tool", [], "out", None)
+    said = "Graphs were timed in bfloat16, as openvino computes on this processor"
+    assert said in str(outcome)
+    assert outcome.to_dict()["rounding"].startswith(said)
+    rows = [rows[0], rows[1].timed(9, 3, "float32")]
+    assert not dataclasses.replace(outcome, rows=rows).rounding
+
+
 def test_more_bytes_than_were_asked_for_are_owned_up_to():
     rows = [row("dense", 400, 10), row("dense, 8 bits", 100, 10), row("ours", 90, 11, True)]
     said = "The result takes 90 bytes, more than the 80 asked for"

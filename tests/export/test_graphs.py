@@ -10,10 +10,11 @@ import tensorfold
 from tensorfold import MPO, Kronecker, LowRank, Recipe, Rule
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.export import graphs
-from tensorfold.export.engine_model import EngineCache, is_exported, open_exported
+from tensorfold.export.engine_model import EngineCache, engine_dtype, find_runnable, is_exported, open_exported
 from tensorfold.export.graphs import export_onnx, export_openvino
 from tensorfold.export.tracing import PACKAGES
 from tensorfold.models.anatomy import count_parameters
+from tensorfold.utils.torch_modes import multiplies_bfloat16
 
 EXPORTS = {"onnx": export_onnx, "openvino": export_openvino}
 MIXED = (
@@ -194,6 +195,32 @@ def test_fewer_bits(tiny, tmp_path, to, bits):
     graph = open_exported(tmp_path / "out")
     assert graph.stored_type == f"{to} {kind}"
     assert f"{kind}" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+@torch.no_grad()
+def test_a_graph_computes_in_the_dtype_that_is_asked_for(tiny, tmp_path):
+    for package in PACKAGES["openvino"]:
+        pytest.importorskip(package)
+    EXPORTS["openvino"](tiny("llama", num_hidden_layers=1), tmp_path / "out", bits=8)
+    ids = torch.randint(2, 300, (2, 9), generator=torch.Generator().manual_seed(2))
+    source = find_runnable(str(tmp_path / "out"))
+    exact, rounded = source.model()(ids).logits, source.model("bfloat16")(ids).logits
+    assert rounded.dtype is torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=0.1 * exact.std().item())
+    assert bool((rounded != exact).any()) is multiplies_bfloat16()  # others compute in float32 all the same
+    torch.testing.assert_close(source.model(torch.float32)(ids).logits, exact, rtol=0, atol=0)
+    assert source.model("bfloat16").stored_type == "openvino int8, computed in bfloat16"
+    with pytest.raises(InputError, match="got the dtype float16, needed float32 or none, or bfloat16"):
+        source.model("float16")
+
+
+def test_onnx_computes_in_float32(tiny, tmp_path):
+    for package in PACKAGES["onnx"]:
+        pytest.importorskip(package)
+    EXPORTS["onnx"](tiny("llama", num_hidden_layers=1), tmp_path / "out")
+    with pytest.raises(InputError, match="got the dtype bfloat16, needed float32 or none: its weights"):
+        find_runnable(str(tmp_path / "out")).model("bfloat16")
+    assert engine_dtype("onnx") is torch.float32
 
 
 def test_four_bits_are_fitted_to_a_text(tiny, tmp_path):

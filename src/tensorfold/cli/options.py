@@ -53,7 +53,11 @@ Multiple = Annotated[
     ),
 ]
 Dtype = Annotated[
-    DtypeChoice | None, typer.Option("--dtype", help="Load the weights in this type. Default: as stored.")
+    DtypeChoice | None,
+    typer.Option(
+        "--dtype",
+        help="Load the weights in this type. Default: as stored. Exported graphs compute in it: default float32.",
+    ),
 ]
 Device = Annotated[
     str | None,

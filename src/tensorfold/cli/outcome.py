@@ -26,6 +26,7 @@ class Row:
         seen: Share of a text that it was judged by which it was fitted to, about; the larger of the two texts', 0 to 1.
         tokens: Predicted tokens of the held-out part.
         protocol: Protocol of the perplexities.
+        timed_in: What the speeds were computed in: the engine's choice on this processor; empty before that.
     """
 
     name: str
@@ -40,10 +41,11 @@ class Row:
     seen: float = 0.0
     tokens: int = 0
     protocol: str = ""
+    timed_in: str = ""
 
-    def timed(self, prompt: float, decode: float | None) -> Row:
-        """The row with its speeds."""
-        return dataclasses.replace(self, prompt=prompt, decode=decode)
+    def timed(self, prompt: float, decode: float | None, dtype: str) -> Row:
+        """The row with its speeds, and what they were computed in."""
+        return dataclasses.replace(self, prompt=prompt, decode=decode, timed_in=dtype)
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,17 @@ class Outcome:
             f"{result.unseen:,.2f} on unseen."
         )
 
+    @property
+    def rounding(self) -> str:
+        """A sentence on what graphs round to where speeds are not of float32; else empty."""
+        found = [row for row in self.rows if row.timed_in not in ("", "float32")]
+        if not found:
+            return ""
+        return (
+            f"Graphs were timed in {found[0].timed_in}, as {self.order['engine']} computes on this processor unless it "
+            "is told otherwise; their perplexities are of float32."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
@@ -140,6 +153,7 @@ class Outcome:
             "texts": {"own": self.own, "unseen": self.unseen},
             "pays": self.rival is None and self.half_rival is None,
             "verdict": self.verdict,
+            "rounding": self.rounding,
             "prompt": self.prompt,
             "samples": self.samples,
             "out": self.out,
@@ -150,6 +164,7 @@ class Outcome:
         lines = [self._table(), self.verdict, f"The result is in {self.rows[-1].path}."]
         first = self.rows[0]
         lines.insert(1, f"Perplexity by {first.protocol}, {first.tokens:,} tokens of each text; × is against dense.")
+        lines[2:2] = [self.rounding] if self.rounding else []
         if seen := max(row.seen for row in self.rows):
             lines.append(
                 f"About {seen:.0%} of a text that was judged by stands in what was calibrated or healed on as well."

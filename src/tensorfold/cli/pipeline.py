@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import sys
@@ -18,7 +17,7 @@ from tensorfold.cli.outcome import Outcome, Row
 from tensorfold.cli.output import quietly
 from tensorfold.cli.sizes import COSTS, Aim, aim_at, targets_of_size
 from tensorfold.cli.steps import RECORDS, Steps
-from tensorfold.cli.texts import CALIBRATION, HELD_OUT, UNSEEN, check_texts, write_texts
+from tensorfold.cli.texts import CALIBRATION, HELD_OUT, UNSEEN, check_texts, hashes_of, write_texts
 from tensorfold.utils.atomic_files import check_target, write_file
 from tensorfold.utils.claims import claimed
 from tensorfold.utils.devices import one_device
@@ -182,18 +181,10 @@ class Pipeline:
 
         settings = {
             **self.identity, "texts": list(order.texts), "unseen": order.unseen, "tokens": order.tokens,
-            "judged": order.judged, "contents": self._stamps(),
+            "judged": order.judged, "contents": hashes_of(order.texts),
         }  # fmt: skip
         names = " and ".join((*order.texts, f"unseen {order.unseen}"))
         self.steps.run("texts", f"texts: {names}", settings, work, folder)
-
-    def _stamps(self) -> list[Any]:
-        """Hashes of the files that the texts are in, so that a changed one is read anew."""
-        from tensorfold.calibration.own_text import SELF
-        from tensorfold.data.texts import locate
-
-        found = [locate(text, split) for text in self.order.texts if text != SELF for split in ("validation", "test")]
-        return [[hashlib.sha256(file.read_bytes()).hexdigest() for file in each.files or ()] for each in found]
 
     def _file(self, part: str) -> str:
         return str(self.out / "text" / f"{part}.jsonl")
@@ -272,12 +263,12 @@ class Pipeline:
         self.steps.run(name, what, settings, work, target)
         return target
 
-    def _runnable(self, path: str, alone: bool = True) -> PreTrainedModel:
+    def _runnable(self, path: str, alone: bool = True, dtype: str | None = None) -> PreTrainedModel:
         """A model of the run on the run's device; a graph, and what is compared with graphs, on the CPU."""
         from tensorfold.export.engine_model import find_runnable, is_exported
 
         there = not is_exported(path) if alone else self.order.engine == "transformers"
-        return find_runnable(path).model(device=self.order.device if there else None)
+        return find_runnable(path).model(dtype, self.order.device if there else None)
 
     def _row(self, name: str, path: str, step: str, after: list[str], ours: bool = False) -> Row:
         from tensorfold.data.texts import load_text
@@ -335,8 +326,10 @@ class Pipeline:
     def _speed(self, rows: list[Row]) -> list[Row]:
         from tensorfold.benchmark.whole import bench_models, prompt_length
 
+        types = {row.name: self._timed_in(row.path) for row in rows}
+
         def work() -> dict[str, Any]:
-            models = {row.name: self._runnable(row.path, alone=False) for row in rows}
+            models = {row.name: self._runnable(row.path, False, types[row.name] or None) for row in rows}
             prompt = prompt_length(list(models.values()), None, _DECODED)
             prefill, decode = bench_models(models, {}, prompt, _DECODED, _ROUNDS, time.perf_counter, lambda: None)
             return {
@@ -346,8 +339,15 @@ class Pipeline:
             }
 
         keys = [self.steps.keys[name] for name in self.steps.names if name.startswith(("judge", "dense"))]
-        found = self.steps.run("speed", "speed: prompts and steps of every row, in turn", {"after": keys}, work)
-        return [row.timed(found["prompt"][row.name], found["decode"].get(row.name)) for row in rows]
+        settings = {"after": keys, "types": types}
+        found = self.steps.run("speed", "speed: prompts and steps of every row, in turn", settings, work)
+        return [row.timed(found["prompt"][row.name], found["decode"].get(row.name), types[row.name]) for row in rows]
+
+    def _timed_in(self, path: str) -> str:
+        """What a graph computes in when nobody says otherwise; empty for what is no graph."""
+        from tensorfold.export.engine_model import engine_dtype, is_exported
+
+        return str(engine_dtype(self.order.engine)).removeprefix("torch.") if is_exported(path) else ""
 
     def _samples(self, rows: list[Row]) -> list[dict[str, Any]]:
         from tensorfold.report.samples import sample_of

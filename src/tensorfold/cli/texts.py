@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,15 @@ def check_texts(texts: Sequence[str], unseen: str) -> None:
     check_text(unseen, "test")
     if unseen in texts or len(set(texts)) < len(texts):
         raise InputError("compress: got a text twice; needed other texts for each --text and for --unseen.")
+
+
+def hashes_of(texts: Sequence[str]) -> list[list[str]]:
+    """SHA-256 of the files that each text is in, except the model's own, so that a changed one is read anew."""
+    from tensorfold.calibration.own_text import SELF
+    from tensorfold.data.texts import locate
+
+    found = [locate(text, split) for text in texts if text != SELF for split in ("validation", "test")]
+    return [[hashlib.sha256(file.read_bytes()).hexdigest() for file in each.files or ()] for each in found]
 
 
 def write_texts(

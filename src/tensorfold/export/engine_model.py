@@ -23,6 +23,8 @@ FILES = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
 WEIGHTS = {"onnx": "model.onnx*", "openvino": "openvino_model.*"}
 
 
+# By the name of the dtype that is asked for.
+_COMPUTED_IN = {**dict.fromkeys(("None", "auto", "float32"), torch.float32), "bfloat16": torch.bfloat16}
 _TYPES = {32: "float32", 16: "float16", 8: "int8", 4: "int4"}
 
 
@@ -52,21 +54,29 @@ class EngineModel(PreTrainedModel, GenerationMixin):
     Attributes:
         engine: ``onnx`` or ``openvino``.
         stored_parameters, stored_bytes: Of the exported model, and of its weight files.
-        stored_type: Engine and type of a stored weight, such as ``onnx int4``.
+        stored_type: Engine and type of a stored weight, such as ``onnx int4``, and what products round to if that is
+            not float32: ``openvino int8, computed in bfloat16``.
     """
 
     main_input_name = "input_ids"
 
-    def __init__(self, config: PreTrainedConfig, directory: Path, manifest: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        directory: Path,
+        manifest: dict[str, Any],
+        computed_in: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(config)
         self.engine: str = manifest["engine"]
-        self.stored_type = f"{self.engine} {_TYPES[manifest['bits']]}"
+        rounded = "" if computed_in == torch.float32 else f", computed in {str(computed_in).removeprefix('torch.')}"
+        self.stored_type = f"{self.engine} {_TYPES[manifest['bits']]}{rounded}"
         self.stored_parameters: int = manifest["parameters"]
         self.stored_bytes = file_bytes(directory, self.engine)
         self.name_or_path = str(directory)
         check_packages(self.engine)
         file = directory / FILES[self.engine]
-        self._session = _OnnxSession(file) if self.engine == "onnx" else _OpenVINOSession(file)
+        self._session = _OnnxSession(file) if self.engine == "onnx" else _OpenVINOSession(file, computed_in)
 
     @property
     def device(self) -> torch.device:
@@ -165,15 +175,16 @@ class _OnnxSession:
 class _OpenVINOSession:
     """OpenVINO; keys and values are the state of its one request, so that one cache is in use at a time."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, computed_in: torch.dtype) -> None:
         import openvino
 
+        precision = "bf16" if computed_in == torch.bfloat16 else "f32"
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            # By default some processors compute in bfloat16 and keep keys and values in eight bits.
-            "INFERENCE_PRECISION_HINT": "f32",
-            "KV_CACHE_PRECISION": "f32",
+            # By default it depends on the processor: some compute in bfloat16 and keep keys and values in eight bits.
+            "INFERENCE_PRECISION_HINT": precision,
+            "KV_CACHE_PRECISION": precision,
         }
         program = openvino.Core().read_model(str(file))
         add_openvino_input(program)
@@ -199,20 +210,38 @@ class EngineSource(Source):
     def model(self, dtype: torch.dtype | str | None = None, device: str | None = None) -> PreTrainedModel:
         """The graph, ready to run.
 
+        Args:
+            dtype: What it computes in: float32 by default; bfloat16 in OpenVINO, as that does by default on processors
+                with instructions for it. Weights stay as they are stored.
+            device: The CPU.
+
         Raises:
-            InputError: A type or another device than the CPU is asked for, what runs the engine is not installed, or
-                the files are damaged.
+            InputError: Another type, or another device than the CPU, is asked for, what runs the engine is not
+                installed, or the files are damaged.
         """
-        if dtype not in (None, "auto", "float32", torch.float32):
+        computed_in = _COMPUTED_IN.get(str(dtype).removeprefix("torch."))
+        engine = (read_object(Path(self.path) / MANIFEST) or {}).get("engine")
+        if computed_in is None or (computed_in != torch.float32 and engine == "onnx"):
             raise InputError(
-                f"{self.name} is an exported graph; got the dtype {dtype}, needed none: its weights are stored as "
-                "--bits of tensorfold export said, and it computes in float32."
+                f"{self.name} is an exported graph; got the dtype {dtype}, needed float32 or none"
+                f"{'' if engine == 'onnx' else ', or bfloat16'}: its weights stay as --bits of tensorfold export said, "
+                "and the dtype is what it computes in."
             )
         if device not in (None, "cpu"):
             raise InputError(
                 f"{self.name} runs on the CPU, as exported graphs do; got the device {device}, needed none."
             )
-        return open_exported(self.path)
+        return open_exported(self.path, computed_in)
+
+
+def engine_dtype(engine: str) -> torch.dtype:
+    """What an engine's products round to on this processor if nobody says otherwise: bfloat16 or float32."""
+    if engine != "openvino":
+        return torch.float32
+    import openvino
+
+    chosen = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT")
+    return torch.bfloat16 if chosen == openvino.Type.bf16 else torch.float32
 
 
 def is_exported(name: str | Path) -> bool:
@@ -226,8 +255,12 @@ def find_runnable(name: str) -> Source:
     return EngineSource(found.name, found.place) if is_exported(name) else found
 
 
-def open_exported(directory: str | Path) -> EngineModel:
+def open_exported(directory: str | Path, computed_in: torch.dtype = torch.float32) -> EngineModel:
     """The graph of an exported directory as a model.
+
+    Args:
+        directory: What ``tensorfold export`` wrote.
+        computed_in: float32, or bfloat16 in OpenVINO: what products and attention round to, and keys and values.
 
     Raises:
         InputError: The engine is not installed, or a file is missing or damaged.
@@ -237,7 +270,7 @@ def open_exported(directory: str | Path) -> EngineModel:
     if manifest.get("engine") not in FILES or manifest.get("bits") not in _TYPES or "parameters" not in manifest:
         raise InputError(f"{path / MANIFEST}: names no engine; needed what tensorfold export wrote: export again.")
     try:
-        model = EngineModel(AutoConfig.from_pretrained(path), path, manifest)
+        model = EngineModel(AutoConfig.from_pretrained(path), path, manifest, computed_in)
     except InputError:
         raise
     except Exception as error:  # each runtime has its own
