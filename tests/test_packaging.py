@@ -29,6 +29,7 @@ COMMANDS = (
     "recipes",
     "demo",
 )
+NAMED_OTHERWISE = {"llama_cpp": ["llama-cpp-python"]}  # where it is not installed
 LATE = ("lora.py", "figures.py")  # modules that are imported where their extra is known to be there
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -86,7 +87,7 @@ def test_every_import_is_declared():
         for name in {name for node in ast.walk(tree) for name in imported(node)}:
             if name in sys.stdlib_module_names or name == "tensorfold":
                 continue
-            given = {distribution(name), *map(distribution, owners.get(name, ()))}
+            given = {distribution(name), *map(distribution, owners.get(name, NAMED_OTHERWISE.get(name, ())))}
             needed = name in at_once and path.name not in LATE
             assert given & (wanted if needed else wanted | optional), f"{path}: {name}"
 

@@ -7,13 +7,15 @@
 
 SmolLM2-135M, or random weights of TinyLlama's shape with 1.1 billion parameters, dense and with all linear layers of
 the blocks at half their parameters by plain low rank, without text, since only shapes matter to speed, or with half of
-the hidden units of every MLP (``--fold units``, SmolLM2's shapes alone); engines ONNX Runtime and OpenVINO in 32, 8 and
-4 bits. A round reads a prompt of 512 tokens into an empty cache, for the logits of its last token, and then feeds 32
-tokens one by one, with each of the two; ratios are of the same round, medians and quartiles are reported. Graphs
-compute in float32; in bfloat16 by ``--dtype bfloat16`` in OpenVINO, which on processors with instructions for it is its
-default. Appends to ``run.jsonl``; what is there for the same model, fold, engine, bits, dtype and threads is not
-measured again. Times mean
-something on a machine that does nothing else.
+the hidden units of every MLP (``--fold units``, SmolLM2's shapes alone). Engines: ONNX Runtime and OpenVINO in 32, 8
+and 4 bits; with ``--fold units``, which leaves a plain model, also llama.cpp in 16, 8 and 4, where llama-cpp-python is
+installed.
+
+A round reads a prompt of 512 tokens into an empty cache, for the logits of its last token, and then feeds 32 tokens one
+by one, with each of the two; ratios are of the same round, medians and quartiles are reported. Graphs compute in
+float32; in bfloat16 by ``--dtype bfloat16`` in OpenVINO, which on processors with instructions for it is its default.
+Appends to ``run.jsonl``; what is there for the same model, fold, engine, bits, dtype and threads is not measured again.
+Times mean something on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -39,13 +41,14 @@ from tensorfold import LowRank, Recipe, Rule
 from tensorfold.benchmark.report import processor
 from tensorfold.benchmark.timing import Spread
 from tensorfold.export.engine_model import is_exported, open_exported
+from tensorfold.export.gguf_file import export_gguf
 from tensorfold.export.graphs import export_onnx, export_openvino
 from tensorfold.export.kept_graphs import KeptGraphs
 from tensorfold.hf.sources import find_model
 
 LOG = Path(__file__).with_suffix(".jsonl")
-ENGINES = {"onnx": export_onnx, "openvino": export_openvino}
-BITS = (32, 8, 4)
+ENGINES = {"onnx": export_onnx, "openvino": export_openvino, "llama.cpp": export_gguf}
+BITS = {"onnx": (32, 8, 4), "openvino": (32, 8, 4), "llama.cpp": (16, 8, 4)}
 FORMS = ("dense", "folded")
 LARGE = {
     "vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
@@ -89,7 +92,8 @@ def export(work: Path, name: str, kinds: list[tuple[str, int]], fold: str, multi
             for engine, bits in missing:
                 out = graphs(work, name, engine, bits, fold, multiple)[form]
                 shutil.rmtree(out, ignore_errors=True)
-                print(out.name, ENGINES[engine](model, out, bits=bits, kept=kept), flush=True)
+                more = {"tokenizer": find_model(name).tokenizer()} if engine == "llama.cpp" else {"kept": kept}
+                print(out.name, ENGINES[engine](model, out, bits=bits, **more), flush=True)
 
 
 @torch.inference_mode()
@@ -137,7 +141,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model and few tokens, to see that it runs")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    kinds = [(engine, bits) for engine in ENGINES for bits in BITS]
+    engines = [engine for engine in ENGINES if engine != "llama.cpp" or given.fold == "units"]
+    kinds = [(engine, bits) for engine in engines for bits in BITS[engine]]
     kinds = [kind for kind in kinds if any(fnmatch.fnmatch("{}-{}".format(*kind), each) for each in given.only)]
     name = "tiny" if given.quick else given.model
     if given.export:
@@ -154,7 +159,7 @@ def main() -> None:
     for engine, bits in kinds:
         paths = graphs(given.work, name, engine, bits, given.fold, given.multiple)
         kind = (name, engine, bits, given.fold, given.threads, given.multiple, given.dtype)
-        if given.dtype != "float32" and engine == "onnx":
+        if given.dtype != "float32" and engine != "openvino":
             continue
         if kind in known or not all(map(is_exported, paths.values())):
             continue

@@ -30,7 +30,7 @@ def table() -> str:
             entry["model"],
             entry["engine"],
             str(entry["bits"]),
-            entry.get("dtype", "float32"),
+            "its own choice" if entry["engine"] == "llama.cpp" else entry.get("dtype", "float32"),
             fold,
             f"{size['dense']:.1f}",
             f"{size['folded']:.1f}",

@@ -62,9 +62,7 @@ def export(
     ],
     bits: Annotated[
         Bits | None,
-        typer.Option(
-            "--bits", help="Of a stored weight (onnx, openvino, gguf): 32, 16, 8 or, not of gguf, 4. Default: 32."
-        ),
+        typer.Option("--bits", help="Of a stored weight (onnx, openvino, gguf): 32, 16, 8 or 4. Default: 32."),
     ] = None,
     calibrate: Annotated[
         str | None,

@@ -1,7 +1,9 @@
-"""Exported models, run: a graph of ONNX Runtime or OpenVINO as a transformers model that evaluates and generates."""
+"""Exported models, run: a graph of ONNX Runtime or OpenVINO, or a GGUF file in llama.cpp, as a transformers model."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,47 +14,29 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tensorfold.errors import InputError, pass_on_memory, reason
-from tensorfold.export.last_logits import NAME, add_openvino_input
+from tensorfold.export.engine_sessions import EngineCache, LlamaCppSession, OnnxSession, OpenVINOSession, Session
+from tensorfold.export.last_logits import NAME
 from tensorfold.export.tracing import check_packages
 from tensorfold.hf.sources import Source, find_model
+from tensorfold.models.anatomy import context_length
 from tensorfold.utils.records import read_object
 
 # What an exported directory says of itself: engine, bits, parameters, and how far its logits were from the model's.
 MANIFEST = "engine.json"
-FILES = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
-WEIGHTS = {"onnx": "model.onnx*", "openvino": "openvino_model.*"}
-
+LLAMA_CPP = "llama.cpp"
+FILES = {"onnx": "model.onnx", "openvino": "openvino_model.xml", LLAMA_CPP: "*.gguf"}
+WEIGHTS = {"onnx": "model.onnx*", "openvino": "openvino_model.*", LLAMA_CPP: "*.gguf"}
 
 # By the name of the dtype that is asked for.
 _COMPUTED_IN = {**dict.fromkeys(("None", "auto", "float32"), torch.float32), "bfloat16": torch.bfloat16}
 _TYPES = {32: "float32", 16: "float16", 8: "int8", 4: "int4"}
 
 
-class EngineCache(Cache):
-    """What an engine keeps of the tokens so far; :attr:`state` is the engine's own form of it."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.length = 0
-        self.state: Any = None
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that were read."""
-        return self.length
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.length > 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise InputError("an exported model was asked for beams; needed one row of tokens: set num_beams=1.")
-
-
 class EngineModel(PreTrainedModel, GenerationMixin):
-    """A graph with a cache, called as any causal language model is; on the CPU, without parameters of torch's.
+    """What an engine runs, called as any causal language model is; on the CPU, without parameters of torch's.
 
     Attributes:
-        engine: ``onnx`` or ``openvino``.
+        engine: ``onnx``, ``openvino`` or ``llama.cpp``.
         stored_parameters, stored_bytes: Of the exported model, and of its weight files.
         stored_type: Engine and type of a stored weight, such as ``onnx int4``, and what products round to if that is
             not float32: ``openvino int8, computed in bfloat16``.
@@ -70,13 +54,12 @@ class EngineModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.engine: str = manifest["engine"]
         rounded = "" if computed_in == torch.float32 else f", computed in {str(computed_in).removeprefix('torch.')}"
-        self.stored_type = f"{self.engine} {_TYPES[manifest['bits']]}{rounded}"
+        self.stored_type = f"{self.engine} {manifest.get('type') or _TYPES[manifest['bits']]}{rounded}"
         self.stored_parameters: int = manifest["parameters"]
         self.stored_bytes = file_bytes(directory, self.engine)
         self.name_or_path = str(directory)
-        check_packages(self.engine)
-        file = directory / FILES[self.engine]
-        self._session = _OnnxSession(file) if self.engine == "onnx" else _OpenVINOSession(file, computed_in)
+        file = next(directory.glob(FILES[self.engine]), directory / FILES[self.engine])
+        self._session = _session(self.engine, file, computed_in, context_length(config))
 
     @property
     def device(self) -> torch.device:
@@ -135,73 +118,21 @@ class EngineModel(PreTrainedModel, GenerationMixin):
         )
 
 
-class _OnnxSession:
-    """ONNX Runtime; keys and values go from call to call in its own memory."""
+def _session(engine: str, file: Path, computed_in: torch.dtype, context: int | None) -> Session:
+    """A file opened in its engine.
 
-    def __init__(self, file: Path) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        # Or the threads of one graph still spin, for work that will not come, while another is timed.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        optional = self._session.get_overridable_initializers()
-        self._inputs = {value.name: value.shape for value in (*self._session.get_inputs(), *optional)}
-        self._outputs = [value.name for value in self._session.get_outputs()]
-
-    def __call__(self, feed: dict[str, Tensor], cache: EngineCache) -> Tensor:
-        from onnxruntime import OrtValue
-
-        given = {
-            name: OrtValue.ortvalue_from_numpy(tensor.numpy()) for name, tensor in feed.items() if name in self._inputs
-        }
-        if cache.state is None:
-            batch = len(feed["input_ids"])
-            empty = {
-                name: torch.zeros(batch, shape[1], 0, shape[3]).numpy()
-                for name, shape in self._inputs.items()
-                if name.startswith("past_key_values.")
-            }
-            cache.state = {name: OrtValue.ortvalue_from_numpy(value) for name, value in empty.items()}
-        results = self._session.run_with_ort_values(self._outputs, {**given, **cache.state})
-        found = dict(zip(self._outputs, results, strict=True))
-        logits = torch.from_numpy(found.pop("logits").numpy())
-        cache.state = {name.replace("present.", "past_key_values."): value for name, value in found.items()}
-        return logits
-
-
-class _OpenVINOSession:
-    """OpenVINO; keys and values are the state of its one request, so that one cache is in use at a time."""
-
-    def __init__(self, file: Path, computed_in: torch.dtype) -> None:
-        import openvino
-
-        precision = "bf16" if computed_in == torch.bfloat16 else "f32"
-        options = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            # By default it depends on the processor: some compute in bfloat16 and keep keys and values in eight bits.
-            "INFERENCE_PRECISION_HINT": precision,
-            "KV_CACHE_PRECISION": precision,
-        }
-        program = openvino.Core().read_model(str(file))
-        add_openvino_input(program)
-        compiled = openvino.Core().compile_model(program, "CPU", options)
-        self._names = {port.get_any_name() for port in compiled.inputs}
-        self._request = compiled.create_infer_request()
-        self._cache: EngineCache | None = None
-
-    def __call__(self, feed: dict[str, Tensor], cache: EngineCache) -> Tensor:
-        if cache.state is None:
-            self._request.reset_state()
-            self._cache, cache.state = cache, True
-        if self._cache is not cache:
-            raise InputError("OpenVINO holds another cache by now; needed the one of its latest prompt: read it again.")
-        feed["beam_idx"] = torch.arange(len(feed["input_ids"]), dtype=torch.int32)
-        given = {name: tensor.numpy() for name, tensor in feed.items() if name in self._names}
-        return torch.from_numpy(self._request.infer(given)["logits"]).float()
+    Raises:
+        InputError: The engine is not installed.
+    """
+    if engine == LLAMA_CPP:
+        if importlib.util.find_spec("llama_cpp") is None:
+            raise InputError(
+                f"{file.parent}: llama.cpp runs it, by the package llama-cpp-python, which is missing; run: "
+                f"pip install llama-cpp-python, or give the file {file.name} itself, which transformers reads."
+            )
+        return LlamaCppSession(file, context)
+    check_packages(engine)
+    return OnnxSession(file) if engine == "onnx" else OpenVINOSession(file, computed_in)
 
 
 class EngineSource(Source):
@@ -221,15 +152,15 @@ class EngineSource(Source):
         """
         computed_in = _COMPUTED_IN.get(str(dtype).removeprefix("torch."))
         engine = (read_object(Path(self.path) / MANIFEST) or {}).get("engine")
-        if computed_in is None or (computed_in != torch.float32 and engine == "onnx"):
+        if computed_in is None or (computed_in != torch.float32 and engine != "openvino"):
             raise InputError(
-                f"{self.name} is an exported graph; got the dtype {dtype}, needed float32 or none"
-                f"{'' if engine == 'onnx' else ', or bfloat16'}: its weights stay as --bits of tensorfold export said, "
-                "and the dtype is what it computes in."
+                f"{self.name} is an exported model; got the dtype {dtype}, needed float32 or none"
+                f"{', or bfloat16' if engine == 'openvino' else ''}: its weights stay as they are stored; the dtype is "
+                "what it computes in."
             )
         if device not in (None, "cpu"):
             raise InputError(
-                f"{self.name} runs on the CPU, as exported graphs do; got the device {device}, needed none."
+                f"{self.name} runs on the CPU, as exported models do; got the device {device}, needed none."
             )
         return open_exported(self.path, computed_in)
 
@@ -245,7 +176,7 @@ def engine_dtype(engine: str) -> torch.dtype:
 
 
 def is_exported(name: str | Path) -> bool:
-    """Whether ``name`` is a directory that ``tensorfold export --to onnx`` or ``openvino`` wrote."""
+    """Whether ``name`` is a directory that ``tensorfold export --to onnx``, ``openvino`` or ``gguf`` wrote."""
     return (Path(name) / MANIFEST).is_file()
 
 
@@ -256,7 +187,7 @@ def find_runnable(name: str) -> Source:
 
 
 def open_exported(directory: str | Path, computed_in: torch.dtype = torch.float32) -> EngineModel:
-    """The graph of an exported directory as a model.
+    """An exported directory as a model.
 
     Args:
         directory: What ``tensorfold export`` wrote.
@@ -282,5 +213,16 @@ def open_exported(directory: str | Path, computed_in: torch.dtype = torch.float3
 
 
 def file_bytes(directory: Path, engine: str) -> int:
-    """Bytes of the graph and its weights."""
+    """Bytes of the file or files that graph and weights are in."""
     return sum(file.stat().st_size for file in directory.glob(WEIGHTS[engine]))
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Say beside a file what runs it.
+
+    Args:
+        directory: Where the file is.
+        manifest: ``engine``, ``bits`` of a stored weight and ``parameters``; ``type`` is the weights' where it is not
+            float32, float16, int8 or int4. Whatever else is for readers.
+    """
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

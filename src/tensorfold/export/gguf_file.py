@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,11 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tensorfold.errors import InputError, TensorfoldError, pass_on_memory, reason
 from tensorfold.export.agreement import compared, expected_logits
+from tensorfold.export.engine_model import LLAMA_CPP, write_manifest
 from tensorfold.export.gguf_layout import Layout, layout_of, scaled, tensors, write_settings
 from tensorfold.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from tensorfold.export.tracing import check_packages
-from tensorfold.export.written import ExportReport, check_float32, version, writing
-from tensorfold.hf.beside import carry_licences
+from tensorfold.export.written import ExportReport, check_float32, version, write_beside, writing
+from tensorfold.hf.dense import plain_config
 from tensorfold.models.anatomy import count_parameters
 from tensorfold.models.modes import evaluation_mode
 from tensorfold.utils.atomic_files import atomic_file, check_file_target, check_target
@@ -29,7 +30,8 @@ from tensorfold.utils.torch_modes import in_usual_modes
 # Of logits in float32, in units of the largest where that is above 1.
 TOLERANCE = 1e-4
 # By bits: the type of a matrix, the file's number for "mostly of this type", and the size of a group of a row.
-_TYPES = {32: ("F32", 0, 1), 16: ("F16", 1, 1), 8: ("Q8_0", 7, 32)}
+_TYPES = {32: ("F32", 0, 1), 16: ("F16", 1, 1), 8: ("Q8_0", 7, 32), 4: ("Q4_0", 2, 32)}
+_TABLES = ("token_embd.weight", "output.weight")  # eight bits where others have four, as in llama.cpp's own files
 _QUANTIZATION = 2  # version of the layouts of quantised groups
 # What transformers does not take from a file of this architecture, though llama.cpp does.
 _UNREAD = {"llama": (), "qwen2": ("head_dim",), "qwen3": ("head_dim",), "gpt2": ("n_positions", "n_inner")}
@@ -48,9 +50,11 @@ from llama_cpp import Llama  # llama-cpp-python
 print(Llama("{file}")("Once upon a time", max_tokens=50)["choices"][0]["text"])
 ```
 
-transformers, and tensorfold, read it too, as float32:
+tensorfold runs this directory in llama.cpp, where llama-cpp-python is installed, and reads the file itself as float32
+into transformers:
 
 ```
+tensorfold bench .
 tensorfold eval {file} --text wikitext-2
 ```
 
@@ -76,7 +80,8 @@ def export_gguf(
         tokenizer: Byte-level BPE that llama.cpp has a name for.
         name: What file and README call the model.
         bits: Of a number of a matrix. 16: F16. 8: Q8_0, groups of 32 along the inputs; F16 where 32 does not divide
-            them. Norms, biases and positions are in float32.
+            them. 4: Q4_0, in the same groups, and Q8_0 for the table and the head. Norms, biases and positions are in
+            float32.
 
     Raises:
         InputError: The package gguf is missing, the model has factors, llama.cpp has no such architecture, settings or
@@ -108,8 +113,13 @@ def export_gguf(
             f"{same} of {expected[..., 0].numel()}", dict(stored),
         )  # fmt: skip
         if not alone:
-            carry_licences(model.config, place)
-            (place / "README.md").write_text(_readme(name, file, report), encoding="utf-8")
+            plain_config(model).save_pretrained(place)
+            with suppress(ValueError):  # settings that contradict each other stay with the model they came with
+                model.generation_config.save_pretrained(place)
+            manifest = {"engine": LLAMA_CPP, "bits": bits, "type": kind, "parameters": report.parameters}
+            more = {"difference": difference, "same_tokens": report.same_tokens, "stored": report.stored}
+            write_manifest(place, {**manifest, "tensorfold": version(), **more})
+            write_beside(place, model, tokenizer, _readme(name, file, report))
     seconds = round(time.monotonic() - started, 3)
     return ExportReport(**{**report.to_dict(), "seconds": seconds})
 
@@ -154,7 +164,8 @@ def _write(
     vocabulary.write(writer)
     stored: Counter[str] = Counter()
     for tensor, values, fewer in tensors(layout, model):
-        chosen = "F32" if not fewer else kind if values.shape[-1] % group == 0 else "F16"
+        wanted = "Q8_0" if bits == 4 and tensor in _TABLES else kind
+        chosen = "F32" if not fewer else wanted if values.shape[-1] % group == 0 else "F16"
         stored[chosen] += values.size
         number = gguf.GGMLQuantizationType[chosen]
         writer.add_tensor(tensor, gguf.quants.quantize(values, number), raw_dtype=number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from tensorfold.errors import InputError
 from tensorfold.export.agreement import agreement, check_close, check_finite
 from tensorfold.export.balanced import balanced_factors
 from tensorfold.export.descriptions import graph_readme, write_genai_config, write_openvino_tokenizer
-from tensorfold.export.engine_model import FILES, MANIFEST, file_bytes, open_exported
+from tensorfold.export.engine_model import FILES, file_bytes, open_exported, write_manifest
 from tensorfold.export.kept_graphs import KeptGraphs, read_program
 from tensorfold.export.onnx_weights import pack_onnx, stored_numbers, tidy
 from tensorfold.export.openvino_weights import GROUP, pack_openvino, share_tables
@@ -147,7 +146,7 @@ def _export(
         else:
             beside = write_openvino_tokenizer(partial, tokenizer)
         manifest.update(difference=found.difference, same_tokens=report.same_tokens, stored=stored)
-        _write_manifest(partial, manifest)
+        write_manifest(partial, manifest)
         write_beside(partial, model, tokenizer, graph_readme(name, report, beside))
     seconds = round(time.monotonic() - started, 3)
     return ExportReport(**{**report.to_dict(), "seconds": seconds})
@@ -181,9 +180,5 @@ def _save(to: str, program: Any, directory: Path, manifest: dict[str, Any], wind
         pack_onnx(program, manifest["bits"])
         size = sum(value.const_value.nbytes for value in program.graph.initializers.values())
         onnx_ir.save(program, path, external_data="model.onnx.data" if size > _ONE_FILE else None)
-    _write_manifest(directory, manifest)
+    write_manifest(directory, manifest)
     return program
-
-
-def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

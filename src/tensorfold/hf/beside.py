@@ -54,13 +54,6 @@ def carry_over(config: PreTrainedConfig, directory: Path) -> None:
     _carry_code(source, directory)
 
 
-def carry_licences(config: PreTrainedConfig, directory: Path) -> None:
-    """Copy what says how a model may be used from beside its weights to a new directory; see :func:`carry_over`."""
-    source = _source(config)
-    for file in _files(source, _LICENCES) if source is not None else ():
-        _copy(file, directory / file.name)
-
-
 def _carry_code(source: Path | None, directory: Path) -> None:
     """Copy the Python files that ``auto_map`` in a new directory's config.json needs, or take the map out."""
     described = directory / "config.json"
