@@ -48,15 +48,16 @@ def test_one_trace_serves_all_bits_and_weights_are_the_same(export, traces, tiny
         assert {path.name for path in shared.iterdir()} == {path.name for path in alone.iterdir()}
 
 
-def test_other_weights_and_balanced_factors_are_traced_anew(export, traces, tiny, tmp_path):
+def test_other_weights_and_factors_for_other_bits_are_traced_anew(export, traces, tiny, tmp_path):
     model = tiny("llama")
     with KeptGraphs(tmp_path / "kept") as kept:
         export(model, tmp_path / "a", bits=8, kept=kept)
         tensorfold.fold(model, Recipe((Rule("mlp", LowRank(rank=8)),)))
         export(model, tmp_path / "b", bits=8, kept=kept)
-        export(model, tmp_path / "c", bits=16, kept=kept)
         assert len(traces) == 2
-        export(model, tmp_path / "d", bits=4, kept=kept)
+        export(model, tmp_path / "c", bits=4, kept=kept)  # rounded otherwise, and balanced
+        assert len(traces) == 3
+        export(model, tmp_path / "d", bits=8, kept=kept)
         assert len(traces) == 3
 
 

@@ -76,7 +76,8 @@ def test_what_lies_between_the_factors_of_a_table_may_be_large(name, power):
     with torch.no_grad():
         assert_as_in_float64(table, torch.arange(96))
         assert_as_in_float64(table.head(), 1000 * normal(5, 32).half())
-        eight = Int8Folded(table), Int8Folded(table.head())
+        eight = [Int8Folded(table)]
+        eight.append(Int8Folded(table.head(), eight[0]))
         dense = eight[0].to_dense(torch.float64)
         torch.testing.assert_close(eight[0](torch.arange(96)).double(), dense, rtol=4e-3, atol=4e-3)
         x = 1000 * normal(5, 32).half()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from tensorfold.errors import InputError
 from tensorfold.export.agreement import agreement, check_close, check_finite
-from tensorfold.export.balanced import balanced_factors
+from tensorfold.export.balanced import in_few_bits
 from tensorfold.export.descriptions import graph_readme, write_genai_config, write_openvino_tokenizer
 from tensorfold.export.engine_model import FILES, file_bytes, open_exported, write_manifest
 from tensorfold.export.kept_graphs import KeptGraphs, read_program
 from tensorfold.export.onnx_weights import pack_onnx, stored_numbers, tidy
-from tensorfold.export.openvino_weights import GROUP, pack_openvino, share_tables
+from tensorfold.export.openvino_weights import pack_openvino, share_tables
 from tensorfold.export.tracing import check_packages, probe, trace
 from tensorfold.export.written import ExportReport, check_float32, version, write_beside, writing
 from tensorfold.hf.dense import plain_config
@@ -119,12 +119,12 @@ def _export(
         parameters = count_parameters(model)
         plain_config(model).save_pretrained(partial)
         manifest: dict[str, Any] = {"engine": to, "bits": 32, "parameters": parameters, "tensorfold": version()}
-        whole = partial if kept is None or bits == 32 else kept.place(model, to, bits)
+        whole = partial if kept is None or bits == 32 else kept.place(model, to, bits, fitted=windows is not None)
         if whole is partial or not whole.exists():
             _check_finite(model, to)
-            with balanced_factors(model, GROUP) if bits == 4 else nullcontext():
+            with in_few_bits(model, to, bits, fitted=windows is not None):
                 program = _save(to, trace(model, to), partial, manifest)
-            found = agreement(open_exported(partial), model, to)
+                found = agreement(open_exported(partial), model, to)
             check_close(to, found.difference, TOLERANCE * max(1.0, found.largest))
             if whole is not partial:
                 KeptGraphs.keep(partial, whole, to)

@@ -32,11 +32,17 @@ class KeptGraphs:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def place(self, model: PreTrainedModel, to: str, bits: int) -> Path:
-        """Directory of the graph that a file for engine ``to`` in ``bits`` is made from; it may not be there yet."""
+    def place(self, model: PreTrainedModel, to: str, bits: int, fitted: bool = False) -> Path:
+        """Directory of the graph that a file for engine ``to`` in ``bits`` is made from; it may not be there yet.
+
+        Args:
+            model: Where it is folded, its factors are made ready for the bits before they are traced.
+            to: Engine.
+            bits: Of a stored weight.
+            fitted: Whether scales are fitted to a text.
+        """
         folded = any(isinstance(module, FoldedModule) for module in model.modules())
-        balanced = folded and bits == 4  # factors are scaled against each other before they are traced
-        return self.directory / hash_json([hash_model(model), to, balanced])
+        return self.directory / hash_json([hash_model(model), to, *([bits, fitted] if folded else [])])
 
     @staticmethod
     def keep(written: Path, place: Path, to: str) -> None:

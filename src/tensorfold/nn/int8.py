@@ -3,8 +3,9 @@
     w ≈ scale · code        code in −127 … 127, scale = max |w| / 127 over the numbers that share it
 
 A scale belongs to an output row of a dense matrix, to a row of a table, and in a core (left bond, out mode, in mode,
-right bond) to each pair of left bond and out mode; so no weight is off by more than half its scale. Biases, bond
-scalars, norms, and cores whose scales would be too many (fewer than four numbers to one) stay as they are.
+right bond) to each pair of left bond and out mode; so no weight is off by more than half its scale, except in two
+factors of low rank, which are rounded together so that their product is off by less. Biases, bond scalars, norms, and
+cores whose scales would be too many (fewer than four numbers to one) stay as they are.
 
 Weights are for inference only. They take a quarter of the memory of float32, and are turned back into floating point in
 every forward that uses them, one module at a time, which costs time: int8 is for size, and slower than float32 where
@@ -24,8 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorfold.algebra.precision import as_given, product_dtype
+from tensorfold.algebra.solvers.rounding import Grid
 from tensorfold.nn.base import FoldedModule, FoldedTable, StoresOrders, in_table
 from tensorfold.nn.owners import Codes
+from tensorfold.nn.rounded import rounded_cores
 from tensorfold.utils.validation import check_floating
 
 _LARGEST = 127
@@ -178,8 +181,9 @@ class Int8Folded(StoresOrders):
         super().__init__()
         lead = folded.spec.shared_axes
         self.codes, self.scales, self.others = Codes(), Codes(), Codes()
-        for name, tensor in folded.named_parameters():
-            key = name.replace(".", "_")
+        together = dict(zip(("cores.0", "cores.1"), rounded_cores(folded, Grid(_LARGEST)), strict=False))
+        for name, own in folded.named_parameters():
+            key, tensor = name.replace(".", "_"), together.get(name, own)
             if shared is not None and key in shared.codes:
                 self.codes[key], self.scales[key] = shared.codes[key], shared.scales[key]
             elif shared is not None and key in shared.others:
@@ -188,7 +192,7 @@ class Int8Folded(StoresOrders):
                 codes, scale = quantize_rows(tensor, lead)
                 self.codes[key], self.scales[key] = _frozen(codes), _frozen(scale)
             else:
-                self.others[key] = _frozen(tensor)
+                self.others[key] = _frozen(own)
         for name, buffer in folded.named_buffers():
             self.register_buffer(name, buffer, persistent=name not in folded._non_persistent_buffers_set)
         # What computes, without numbers of its own; in a list, so that it is no submodule.
