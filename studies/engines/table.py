@@ -1,4 +1,4 @@
-"""Write the table of what ``run.py`` has measured into README.md: python studies/engines/table.py"""
+"""Write the tables of what was measured into README.md: python studies/engines/table.py"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from pages import write_sections
 
-LOG = Path(__file__).with_name("run.jsonl")
+LOG, ROUNDING = (Path(__file__).with_name(name) for name in ("run.jsonl", "rounding.jsonl"))
 
 
 def table() -> str:
@@ -44,8 +44,21 @@ def table() -> str:
     return "\n".join(rows)
 
 
+def rounding() -> str:
+    """Markdown: perplexities of folded graphs by bits, with factors rounded one by one and together."""
+    rows = [
+        "| folded | bits | factors rounded | MB | python-docs | Tiny Shakespeare |",
+        "|---|---:|---|---:|---:|---:|",
+    ]
+    for entry in map(json.loads, ROUNDING.read_text(encoding="utf-8").splitlines()):
+        size = "" if entry["bytes"] is None else f"{entry['bytes'] / 1e6:.1f}"
+        texts = " | ".join(f"{entry['perplexity'][text]:.2f}" for text in ("python-docs", "tinyshakespeare"))
+        rows.append(f"| {entry['model']} | {entry['bits']} | {entry['rounded'] or ''} | {size} | {texts} |")
+    return "\n".join(rows)
+
+
 def sections() -> dict[str, str]:
-    return {"engines": table()}
+    return {"engines": table(), "rounding": rounding()}
 
 
 if __name__ == "__main__":

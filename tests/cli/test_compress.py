@@ -172,6 +172,9 @@ def test_a_directory_of_something_else_is_refused(refused, arguments, tmp_path):
         (("--size", "0.8", "--text", "nowhere"), ["no text 'nowhere'"]),
         (("--size", "0.8", "--text", "self", "--text", "python-docs"), ["--unseen"]),
         (("--size", "0.8", "--text", "python-docs", "--unseen", "python-docs"), ["twice"]),
+        (("--size", "0.8", "--plain", "--targets", "mlp"), ["targets", "without --plain"]),
+        (("--size", "0.8", "--targets", "mpl"), ["mpl"]),
+        (("--size", "0.2", "--targets", "mlp"), ["what is not folded takes more"]),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_runs(refused, dense_directory, workplace, given, says):
@@ -286,6 +289,8 @@ def test_sizes_need_a_fraction_of_something(tiny):
 def test_experts_in_one_tensor_are_folded_with_the_rest(engine, architecture, targets, tiny):
     order = Order("m", 0.5, None, (), "", 0.0, engine, None, False, "low", 300, 300)
     assert order.recipe(tiny(architecture).config).fold[0].targets == targets
+    named = dataclasses.replace(order, targets="mlp,attention")
+    assert named.recipe(tiny(architecture).config).fold[0].targets == "mlp,attention"
 
 
 def test_plan_and_compress_mean_the_same_by_a_size(command, mixture_directory):

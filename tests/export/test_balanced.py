@@ -36,6 +36,20 @@ def test_the_matrices_stay_and_come_back(tiny):
 
 
 @torch.no_grad()
+def test_what_would_take_more_numbers_than_the_matrix_is_whole():
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
+    for rank, whole in ((32, False), (40, True)):  # 160 numbers a rank, of 6,144
+        model = torch.nn.Module()
+        model.layer = MPOLinear.from_dense(weight, LowRank(rank=rank, pivots=True).spec(96, 64))
+        own, wanted = model.layer, model.layer.to_dense()
+        with balanced_factors(model, 1):
+            assert isinstance(model.layer, torch.nn.Linear) is whole
+            got = model.layer.weight if whole else model.layer.to_dense()
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        assert model.layer is own
+
+
+@torch.no_grad()
 def test_they_are_rounded_with_smaller_errors():
     torch.manual_seed(0)
     weight = torch.randn(96, 64) @ torch.diag(torch.logspace(0, -2, 64)) @ torch.randn(64, 64)

@@ -59,6 +59,10 @@ def compress(
             "--bytes needs them.",
         ),
     ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option("--targets", help="What is folded, as of fold. Default: every linear layer, and experts."),
+    ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Narrow the MLPs only: a model that transformers loads without tensorfold.")
     ] = False,
@@ -92,6 +96,7 @@ def compress(
         effort=effort.value,
         tokens=tokens,
         judged=max_tokens,
+        targets=targets,
         device=device,
     )
     outcome = Pipeline(order, out).run()

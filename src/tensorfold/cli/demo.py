@@ -26,10 +26,11 @@ def order() -> Order:
         minutes=0,
         engine=_engine(),
         bits=None,
-        plain=True,
+        plain=False,
         effort="medium",
         tokens=4096,
         judged=4096,
+        targets="mlp",
     )
 
 

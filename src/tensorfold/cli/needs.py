@@ -23,6 +23,7 @@ _NO_MULTIPLE = Need(
 _SIZE = Need("--size or --bytes", lambda given: given["size"] is not None or given["bytes_"] is not None)
 _HARNESS = Need("--protocol lm-eval", lambda given: given["protocol"] == "lm-eval")
 _TEXT_PROTOCOL = Need("a protocol that reads a text, not lm-eval", lambda given: given["protocol"] != "lm-eval")
+_NOT_NARROWED = Need("a fold without --plain, which narrows the MLPs", lambda given: not given["plain"])
 _SAMPLING = Need("a --temperature above 0", lambda given: given["temperature"] > 0)
 _SAMPLES = Need("samples; leave out --no-samples", lambda given: given["samples"])
 _PACKED = Need("--to onnx, openvino or gguf", lambda given: str(given["to"]) in ("onnx", "openvino", "gguf"))
@@ -61,6 +62,7 @@ NEEDS: Mapping[str, Needs] = {
         **_MODEL,
         **dict.fromkeys(("out", "size", "bytes_", "text", "unseen", "minutes", "to", "bits"), ALWAYS),
         **dict.fromkeys(("plain", "effort", "tokens", "max_tokens", "device"), ALWAYS),
+        "targets": (_NOT_NARROWED,),
     },
     "plan": {
         **_MODEL,

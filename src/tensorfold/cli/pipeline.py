@@ -53,6 +53,8 @@ class Order:
         effort: How much time calibration takes.
         tokens: Of calibration text.
         judged: Tokens of each text that is judged by.
+        targets: What is folded, as ``fold --targets`` takes it; None for every linear layer, and experts where they can
+            be, or the MLPs if ``plain``.
         device: Where models compute; the CPU if None. Graphs are written by the CPU, and run there.
     """
 
@@ -68,13 +70,14 @@ class Order:
     effort: str
     tokens: int
     judged: int
+    targets: str | None = None
     device: str | None = None
 
     def recipe(self, config: PreTrainedConfig) -> Recipe:
         """The fold of a dense model, at a size that is still to be found."""
         from tensorfold.recipes.recipe import Recipe
 
-        targets = targets_of_size(config, self.engine, self.plain)
+        targets = self.targets or targets_of_size(config, self.engine, self.plain)
         return Recipe.keep(0.5, targets, self.effort, self.plain)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tensorfold.algebra.solvers.rounding import Grid
@@ -75,7 +75,7 @@ def _set(core: Tensor, values: Tensor) -> None:
 
 @contextmanager
 def balanced_factors(model: PreTrainedModel, multiple: int) -> Iterator[None]:
-    """Let pivoted low-rank layers be ``U V`` with balanced factors while the context is open.
+    """Let pivoted low-rank layers be ``U V`` with balanced factors, or dense, while the context is open.
 
     Args:
         model: Has its own layers back afterwards.
@@ -107,9 +107,19 @@ def _unshared(model: PreTrainedModel) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _balanced(layer: Any, multiple: int) -> StructuredLinear:
-    """A layer of the same matrix whose factors U (out, r) and V (r, in) have the roots of its singular values each."""
+def _balanced(layer: Any, multiple: int) -> nn.Module:
+    """A layer of the same matrix whose factors U (out, r) and V (r, in) have the roots of its singular values each.
+
+    It is dense where the two have as many numbers as the matrix.
+    """
     spec = layer.spec
+    filled = spec.ranks[0] + -spec.ranks[0] % multiple
+    if filled * (spec.out_features + spec.in_features) >= spec.out_features * spec.in_features:
+        dense = nn.Linear(spec.in_features, spec.out_features, bias=layer.bias is not None)
+        dense.weight.copy_(layer.to_dense())
+        if layer.bias is not None:
+            dense.bias.copy_(layer.bias)
+        return dense.train(layer.training)
     top, pivots = (core.detach().double() for core in layer.factors())
     rank = spec.ranks[0]
     left = F.pad(top.reshape(-1, rank), (0, 0, 0, 1))[layer.out_position]  # (out, r)
