@@ -20,7 +20,7 @@ def test_the_demo(command, monkeypatch, workplace, dense_directory):
         assert outcome.err.count("done before") == expected
     folded = tensorfold.load(workplace / "shown" / "folded")
     assert folded.num_parameters() < tensorfold.load(dense_directory).num_parameters()
-    assert folded.config.intermediate_size < 48
+    assert folded.config.quantization_config.modules  # factors, and no narrower MLPs
     for words in ("python-docs (unseen)", "dense: The most", "folded: The most", "The report is shown/report.html."):
         assert words in outcome.out
 

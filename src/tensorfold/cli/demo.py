@@ -27,10 +27,9 @@ def order() -> Order:
         engine=_engine(),
         bits=None,
         plain=False,
-        effort="medium",
+        effort="low",
         tokens=4096,
         judged=4096,
-        targets="mlp",
     )
 
 
