@@ -42,6 +42,9 @@ WITHOUT = {
     ("plan", "to"): [(("m", "--keep", ".5", "--to", "onnx"), "--size or --bytes")],
     ("plan", "bits"): [(("m", "--keep", ".5", "--bits", "8"), "--size or --bytes")],
     ("fold", "multiple"): [(("m", "--out", "o", "--recipe", "demo", "--multiple", "8"), "method: auto or low-rank")],
+    ("compress", "targets"): [
+        (("m", "--out", "o", "--size", ".6", "--plain", "--targets", "mlp"), "a fold without --plain"),
+    ],
     ("fold", "plain"): [
         (("m", "--out", "o", "--keep", ".6", "--calibrate", "none", "--plain"), "--calibrate TEXT"),
         (("m", "--out", "o", "--recipe", "demo", "--plain"), "method: auto"),

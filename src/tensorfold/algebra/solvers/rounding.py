@@ -96,7 +96,7 @@ def rounded_factors(left: Tensor, right: Tensor, pivots: bool, grid: Grid) -> tu
     gram = near @ near.T
     fitted = outer + torch.linalg.solve(_damped(gram), near @ (outer @ (inner - near)).T).T
     outer = _in_turn(fitted.T.contiguous(), gram, grid.of(fitted).turned()).T
-    return outer.to(left), near.to(right)
+    return outer.to(left).contiguous(), near.to(right).contiguous()
 
 
 def _in_turn(matrix: Tensor, metric: Tensor, steps: _Steps) -> Tensor:
