@@ -5,7 +5,7 @@ import torch
 
 import tensorfold
 from tensorfold import LowRank, Recipe, Rule, Spec
-from tensorfold.export.balanced import balanced_factors
+from tensorfold.export.balanced import balanced_factors, in_few_bits
 from tensorfold.nn import MPOLinear
 
 
@@ -77,3 +77,16 @@ def test_what_is_zero_stays_zero(kept):
     wanted = model.layer.to_dense()
     with balanced_factors(model, 1):
         torch.testing.assert_close(model.layer.to_dense(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("bits", "changed"), [(8, True), (4, False)])
+def test_a_head_that_is_stored_in_eight_bits_is_not_rounded_to_four(tiny, bits, changed):
+    model = tiny("llama", tied=False, hidden_size=32)
+    tensorfold.fold(model, Recipe((Rule({"regex": "lm_head|up_proj"}, LowRank(rank=32)),)))
+    layers = model.lm_head, model.model.layers[0].mlp.up_proj
+    before = [layer.to_dense() for layer in layers]
+    with in_few_bits(model, "openvino", bits):
+        now = [bool((layer.to_dense() != own).any()) for layer, own in zip(layers, before, strict=True)]
+    assert now == [changed, True]
+    assert all(torch.equal(layer.to_dense(), own) for layer, own in zip(layers, before, strict=True))

@@ -47,17 +47,21 @@ def in_few_bits(model: PreTrainedModel, to: str, bits: int, fitted: bool = False
     """
     with balanced_factors(model, GROUP) if bits == 4 else nullcontext():
         grid = None if fitted else _GRIDS.get((to, bits))
-        with _rounded(model, grid, filled=to == "onnx") if grid is not None else nullcontext():
+        head = model.get_output_embeddings() if bits == 4 else None  # packers give it eight bits
+        with _rounded(model, grid, to == "onnx", head) if grid is not None else nullcontext():
             yield
 
 
 @contextmanager
-def _rounded(model: PreTrainedModel, grid: Grid, filled: bool) -> Iterator[None]:
-    """Let factors lie on a grid; without ``filled`` not where a last group is shorter, as NNCF then takes others."""
+def _rounded(model: PreTrainedModel, grid: Grid, filled: bool, apart: Any) -> Iterator[None]:
+    """Let factors, but those of ``apart``, lie on a grid; without ``filled`` not where a last group is shorter.
+
+    NNCF then takes other groups.
+    """
     size, before = 1 if filled or grid.group is None else grid.group, []
     try:
         for layer in _unshared(model).values():
-            if any(number % size for number in (layer.spec.in_features, *layer.spec.ranks)):
+            if layer is apart or any(number % size for number in (layer.spec.in_features, *layer.spec.ranks)):
                 continue
             for core, rounded in zip(layer.cores, rounded_cores(layer, grid), strict=False):
                 before.append((core, core.detach().clone()))

@@ -83,7 +83,7 @@ def rounded_factors(left: Tensor, right: Tensor, pivots: bool, grid: Grid) -> tu
         left: L, floating.
         right: R.
         pivots: Whether the matrix is ``[R; L R]``, and not ``L R``.
-        grid: Of both, with a step a row, or a group of one.
+        grid: Of both, with a step for a row, or for a group of its numbers.
 
     Returns:
         The two in their dtypes. Rounding them again, each by itself, changes nothing but the last bit.
