@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["dense"], help="Names of folds, or dense.")
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--lr", type=float, nargs="+", default=[1.5e-4], help="Several are tried for each system.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the windows' order.")
     args = parser.parse_args()
     mixture = Path(os.environ["TENSORFOLD_DATA"]) / "mixture"
     args.work.mkdir(parents=True, exist_ok=True)
@@ -96,9 +97,10 @@ def main() -> None:
         if system != "dense":
             measure(start, system, "folded")
         rates = " ".join(f"{rate:g}" for rate in args.lr)
-        state = f"{args.steps} steps, {rates}"
-        out = args.work / f"healed-{system}-{args.steps}-{rates.replace(' ', '-')}"
-        settings = {**SETTINGS, **({"lr": args.lr[0]} if len(args.lr) == 1 else {"lr_sweep": args.lr})}
+        state = f"{args.steps} steps, {rates}" + (f", seed {args.seed}" if args.seed else "")
+        out = args.work / f"healed-{system}-{state.replace(' steps', '').replace(', ', '-').replace(' ', '-')}"
+        rate = {"lr": args.lr[0]} if len(args.lr) == 1 else {"lr_sweep": args.lr}
+        settings = {**SETTINGS, "seed": args.seed, **rate}
         options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
         report, took = tensorfold(
             "heal", start, "--train", mixture, "--teacher", DENSE, "--steps", args.steps, "--batch", 4, "--block", 512,

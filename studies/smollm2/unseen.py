@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 import tensorfold
 from tensorfold import Auto, Recipe, Rule
 from tensorfold.calibration.own_text import own_text
+from tensorfold.calibration.windows import calibration_windows
 from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
 from tensorfold.methods.auto import EFFORTS, Effort
@@ -72,7 +73,7 @@ class Run:
     targets: str
     keep: float
     effort: str
-    text: str = "wikitext-2-valid"  # or mixture, or self: what the dense model writes
+    text: str = "wikitext-2-valid"  # or mixture, or self: what the dense model writes, or half of each: mixture+self
     tokens: int = TOKENS
 
     @property
@@ -100,6 +101,8 @@ def planned() -> Iterator[Run]:
     yield Run("mlp", 0.8, "medium", "self")
     yield Run("mlp", 0.8, "medium", "self", OWN)  # a fold without a text
     yield Run("mlp", 0.5, "medium", "self")
+    for keep in (0.5, 0.8):
+        yield Run("mlp", keep, "spread", "mixture+self", 2 * TOKENS)
     yield Run("mlp", 0.5, "plain", "mixture")  # half the hidden units, for studies/heal/mixture.py
     for effort in ("no-ridge", "shrink-0.1", "gradients", "auto-0.1.0"):
         yield Run("mlp", 0.8, effort)
@@ -137,6 +140,10 @@ def calibration(run: Run, model: PreTrainedModel, tokenizer: Any) -> list[str]:
     """The documents that a run is calibrated on."""
     if run.text == "self":
         return own_text(model, tokenizer, run.tokens)
+    if run.text == "mixture+self":
+        both = documents("mixture"), own_text(model, tokenizer, run.tokens // 2)
+        windows = [calibration_windows(tokenizer, text, run.tokens // 2) for text in both]
+        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in torch.cat(windows)]
     return documents("mixture") if run.text == "mixture" else list(load_text("wikitext-2", split="validation"))
 
 

@@ -11,6 +11,7 @@ import torch
 import tensorfold
 from documents import blocks
 from tensorfold.errors import InputError, TensorfoldError
+from tensorfold.evaluation import lm_eval
 from tensorfold.evaluation.lm_eval import HarnessEvaluation, _origin, check_tasks, evaluate_tasks
 
 needs_harness = pytest.mark.skipif(
@@ -208,3 +209,43 @@ def test_tasks_are_checked_before_a_model_is_loaded(monkeypatch, tmp_path):
         check_tasks(["wikitext"], tmp_path / "absent", None)
     with pytest.raises(InputError, match="limit=0"):
         check_tasks(["wikitext"], None, 0)
+
+
+@needs_harness
+def test_requests_of_like_length_are_scored_together_with_the_same_result(
+    monkeypatch, folded_directory, tokenizer, task_directory
+):
+    """A batch holds as many of the longest left as its logits allow; each document's likelihood stays its own."""
+    data, shapes = task_directory / "pages.jsonl", []
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    pages = [" ".join(words[:count]) for count in (12, 3, 7, 4, 12, 3, 5)]
+    data.write_text("".join(json.dumps({"page": page}) + "\n" for page in pages))
+    model = tensorfold.load(folded_directory)
+    model.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+
+    def results(batch_size):
+        shapes.clear()
+        found = evaluate_tasks(
+            model, tokenizer, ["tiny_pages", "tiny_last_word"], include_path=task_directory, batch_size=batch_size
+        )
+        return found.results, list(shapes)
+
+    one, alone = results(1)
+    assert {rows for rows, _ in alone} == {1}
+    most = 2 * max(length for _, length in alone)
+    monkeypatch.setattr(lm_eval, "_LOGITS_BYTES", 4 * model.config.vocab_size * most)
+    together, batches = results(None)
+    assert together == {task: pytest.approx(values, rel=1e-5) for task, values in one.items()}
+    assert all(rows * length <= most or rows == 1 for rows, length in batches)
+    assert max(rows for rows, _ in batches) > 2
+    assert sum(rows for rows, _ in batches) == len(alone)
+
+
+@needs_harness
+def test_likelihoods_are_added_up_in_float32(folded_directory, tokenizer, task_directory):
+    """Of a model in bfloat16 too, where a sum of tens of nats would be rounded to quarters."""
+    model = tensorfold.load(folded_directory).bfloat16()
+    found = evaluate_tasks(model, tokenizer, ["tiny_pages"], include_path=task_directory)
+    scores = [log_likelihood(model, tokenizer, document)[0] for document in DOCUMENTS]
+    words = sum(len(document.split()) for document in DOCUMENTS)
+    assert found.perplexity == pytest.approx(math.exp(-sum(scores) / words), rel=1e-5)

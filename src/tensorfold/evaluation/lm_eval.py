@@ -23,6 +23,8 @@ from tensorfold.utils.finite import why_not_finite
 from tensorfold.utils.validation import nearest
 
 _PERPLEXITIES = ("word_perplexity", "perplexity")
+# Of the logits of one batch. Twice as much is no faster on two cores, and the harness takes the logarithm of them all.
+_LOGITS_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,12 @@ def evaluate_tasks(
     *,
     include_path: str | Path | None = None,
     limit: int | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
 ) -> HarnessEvaluation:
     """Run tasks of lm-evaluation-harness on a model, on its own device and in its own dtype.
+
+    Likelihoods are added up in float32 whatever the model computes in: in bfloat16 a sum of 100 nats has steps of half
+    a nat, and choices would tie.
 
     Without network only tasks run whose data is on this machine: in the cache of ``datasets``, or in local files that
     a YAML file of ``include_path`` names. Such a file may name Python functions, which are run: include only files that
@@ -99,7 +104,7 @@ def evaluate_tasks(
         tasks: Names of tasks, groups or tags, as ``lm_eval ls tasks`` lists them.
         include_path: Directory with YAML files of further tasks, which take precedence over the harness's own.
         limit: Most documents of each task, from its beginning; None for all.
-        batch_size: Sequences in one forward pass.
+        batch_size: Sequences in one forward pass; None for as many as have 64 MiB of logits together, at least one.
 
     Raises:
         InputError: The harness is not installed, a task is unknown, or its data cannot be loaded.
@@ -118,6 +123,22 @@ def evaluate_tasks(
 
         class CountingLM(HFLM):  # type: ignore[misc]
             scored = 0
+            first = 0  # of the batch that is being gathered, among the requests in the order of their lengths
+
+            # The two ways in which the harness asks for a batch size of "auto". Its own try forward passes until one
+            # does not fit, which on a processor ends the process.
+            def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+                return max(1, _positions(model) // self.max_length)
+
+            def _batch_scheduler(self, pos: int, requests: Any) -> int:
+                """How many make a batch, asked as each request joins one; 0 while there is room for another."""
+                self.first = min(self.first, pos) if pos else 0
+                rows = pos + 1 - self.first
+                _, context, continuation = requests[self.first]  # the longest
+                if (rows + 1) * (len(context) + len(continuation)) <= _positions(model):
+                    return 0
+                self.first = pos + 1
+                return rows
 
             def _loglikelihood_tokens(self, requests: Any, *args: Any, **options: Any) -> Any:
                 self.scored += sum(len(target) for *_, target in requests)
@@ -128,7 +149,9 @@ def evaluate_tasks(
                 return found
 
         manager = _manager(names, include_path)
-        harness = CountingLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        harness = CountingLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size or "auto", softmax_dtype="float32"
+        )
         try:
             found = simple_evaluate(harness, tasks=names, task_manager=manager, limit=limit, log_samples=False)
         except TensorfoldError:
@@ -188,6 +211,11 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
             return manager
     hint = nearest(unknown[0], manager.all_tasks, otherwise="`lm_eval ls tasks` lists them.")
     raise InputError(f"lm-eval knows no task {unknown[0]!r}; {hint}")
+
+
+def _positions(model: Any) -> int:
+    """How many tokens make the logits of a batch, in float32, as large as they may be."""
+    return _LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size)
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, float]:

@@ -74,7 +74,7 @@ def evaluate(
     protocol: str = "hf-1024",
     *,
     max_tokens: int | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     text_name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     tasks: Sequence[str] | None = None,
@@ -92,7 +92,8 @@ def evaluate(
         protocol: A name that :func:`get_protocol` knows, or ``lm-eval``.
         max_tokens: How many tokens of the text are used, from its beginning (for ``lambada`` the whole passages within
             them); None for all.
-        batch_size: Windows in one forward pass.
+        batch_size: Windows, or sequences of ``lm-eval``, in one forward pass; None for one window, and for as many
+            sequences as :func:`tensorfold.evaluation.lm_eval.evaluate_tasks` says.
         text_name: Name of the text in the result.
         progress: Called after each forward pass with the number of windows done and that of all windows.
         tasks: Names of tasks for ``lm-eval``, see :func:`tensorfold.evaluation.lm_eval.evaluate_tasks`.
@@ -106,7 +107,7 @@ def evaluate(
     """
     start = time.perf_counter()
     check_types("evaluate", model=(model, nn.Module), protocol=(protocol, str), text=(text, str | Sequence | None))
-    check_types("evaluate", max_tokens=(max_tokens, int | None), batch_size=(batch_size, int))
+    check_types("evaluate", max_tokens=(max_tokens, int | None), batch_size=(batch_size, int | None))
     check_judge(protocol, text, tasks, include_path, limit, max_tokens)
     if protocol == HARNESS:
         if text_name is not None or progress is not None:
@@ -116,7 +117,7 @@ def evaluate(
         return evaluate_tasks(
             model, tokenizer, tasks or (), include_path=include_path, limit=limit, batch_size=batch_size
         )
-    rule = get_protocol(protocol)
+    rule, batch_size = get_protocol(protocol), 1 if batch_size is None else batch_size
     documents = [text] if isinstance(text, str) else list(text or ())
     _check_arguments(documents, max_tokens, batch_size)
     positions = context_length(getattr(model, "config", None))
