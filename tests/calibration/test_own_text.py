@@ -13,6 +13,7 @@ from tensorfold.calibration.own_text import documents_of, own_text
 from tensorfold.errors import InputError, TensorfoldError
 from tensorfold.healing.heal import heal
 from tensorfold.recipes.settings import HealSettings
+from tensorfold.utils import torch_modes
 
 
 @pytest.fixture
@@ -168,3 +169,24 @@ def test_healing_in_python_takes_the_word(cache, student, teacher, tokenizer):
     settings = HealSettings(steps=2, batch=2, block=16)
     report = heal(student, "self", teacher, tokenizer=tokenizer, settings=settings)
     assert report.text == "text that the model wrote itself"
+
+
+def test_a_model_in_float32_writes_in_bfloat16_where_the_processor_multiplies_it(tiny, tokenizer, monkeypatch):
+    """Its weights stay float32, and a model whose code bears no other dtype writes in float32."""
+    monkeypatch.setattr(torch_modes, "multiplies_bfloat16", lambda: True)
+    model, seen = tiny("llama"), []
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append((inputs[0].dtype, module.weight.dtype)))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows = list(module._sampled(model, tokenizer, (tokenizer.bos_token_id,), "0" * 15))
+    assert len(rows) == module._ROWS
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    def only_float32(_, inputs):
+        if inputs[0].dtype != torch.float32:
+            raise RuntimeError("expected m1 and m2 to have the same dtype")
+
+    seen.clear()
+    model.model.norm.register_forward_pre_hook(only_float32)
+    assert len(list(module._sampled(model, tokenizer, (tokenizer.bos_token_id,), "0" * 15))) == module._ROWS
+    assert set(seen) == {(torch.float32, torch.float32)}

@@ -25,7 +25,7 @@ from tensorfold.utils.atomic_files import cache_directory, write_file
 from tensorfold.utils.fingerprints import hash_json, hash_model
 from tensorfold.utils.finite import why_not_finite
 from tensorfold.utils.terminal import progress_bar
-from tensorfold.utils.torch_modes import rounded_products
+from tensorfold.utils.torch_modes import forward_in_bfloat16, rounded_products
 from tensorfold.utils.validation import check_types
 
 SELF = "self"  # the name of this text, where a TEXT is asked for; a file of that name is ./self
@@ -33,6 +33,7 @@ LABEL = "text that the model wrote itself"
 
 _ROWS = 32  # documents that are written at a time
 _LENGTH = 256  # tokens of a document, at most
+_DRAWS = "uniform, bfloat16"  # how; other ways have other documents in the cache
 _BARREN = 8  # batches without a token after which a model is given up
 
 
@@ -62,7 +63,7 @@ def own_text(
     start = _beginning(model, tokenizer)
     check_ids(model, torch.tensor(start), "own text", tokenizer)
     identity = {"model": hash_model(model), "tokenizer": tokenizer_fingerprint(tokenizer), "seed": seed}
-    folder = cache_directory("own-text") / hash_json({**identity, "shape": [_ROWS, _LENGTH]})[:32]
+    folder = cache_directory("own-text") / hash_json({**identity, "shape": [_ROWS, _LENGTH], "draws": _DRAWS})[:32]
     documents: list[str] = []
     written = barren = batch = 0
     bar = progress_bar("own text", progress)
@@ -152,12 +153,16 @@ def _sampled(model: PreTrainedModel, tokenizer: Any, start: tuple[int, ...], see
     columns: list[Tensor] = []
     ended = torch.zeros(_ROWS, dtype=torch.bool)
     with evaluation_mode(model), torch.inference_mode(), rounded_products():
+        forward = forward_in_bfloat16(model, input_ids=fed)
         while len(columns) < length and not ended.all():
-            out = model(input_ids=fed, past_key_values=cache, use_cache=True)
+            out = forward(input_ids=fed, past_key_values=cache, use_cache=True)
             logits, cache = out.logits[:, -1, :known].float().cpu(), out.past_key_values  # (rows, known)
             if not logits.isfinite().all():
                 raise TensorfoldError(f"own text: the model's logits are not finite; {why_not_finite(model)}")
-            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)  # (rows, 1)
+            # Which part of the unit interval a uniform draw falls in; torch.multinomial draws a number a token.
+            upto = logits.softmax(-1).cumsum(-1)  # (rows, known)
+            places = torch.rand(len(upto), 1, generator=generator) * upto[:, -1:]
+            drawn = torch.searchsorted(upto, places, right=True).clamp_max(upto.shape[1] - 1)  # (rows, 1)
             columns.append(drawn)
             ended |= drawn[:, 0] == end if end is not None else False
             fed = drawn.to(model.device)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from tensorfold.errors import InputError, pass_on_memory
 
@@ -95,6 +96,31 @@ def bears_bfloat16(model: nn.Module, forward: Callable[[], object]) -> bool:
         pass_on_memory(error)
         return False
     return True
+
+
+def forward_in_bfloat16(model: nn.Module, **trial: Any) -> Callable[..., Any]:
+    """The forward pass of a model with a copy of its weights in bfloat16; the model itself where that gains nothing.
+
+    That is where the processor has no instructions for such products, where weights are not float32 on the CPU, and
+    where the model's code does not bear the dtype. The model and its buffers stay as they are; the copy lives as long
+    as the result, and takes half of the weights' memory.
+
+    Args:
+        model: The model.
+        trial: Arguments of a short forward pass, which is tried.
+    """
+    parameters = dict(model.named_parameters())
+    held = all(each.dtype == torch.float32 and each.device.type == "cpu" for each in parameters.values())
+    if not held or not multiplies_bfloat16():
+        return model
+    with torch.inference_mode(False), torch.no_grad():
+        copies = {name: parameter.bfloat16() for name, parameter in parameters.items()}
+        try:
+            functional_call(model, copies, (), trial)
+        except RuntimeError as error:
+            pass_on_memory(error)
+            return model
+    return lambda **inputs: functional_call(model, copies, (), inputs)
 
 
 def check_takes_gradients(model: nn.Module, what: str) -> None:
