@@ -6,8 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import tensorfold
+from tensorfold import Recipe
 from tensorfold.calibration import own_text as module
 from tensorfold.calibration.own_text import documents_of, own_text
 from tensorfold.errors import InputError, TensorfoldError
@@ -106,8 +108,8 @@ def test_the_word_names_it_and_a_path_does_not(cache, tiny, tokenizer, tmp_path,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "self").write_text("a file", encoding="utf-8")
     model = tiny("llama")
-    assert documents_of("./self", model, tokenizer, 100, split="test") == ["a file"]
-    assert documents_of("self", model, tokenizer, 100, split="test") == own_text(model, tokenizer, 100)
+    assert documents_of("./self", model, tokenizer, 100, split="test") == [["a file"]]
+    assert documents_of("self", model, tokenizer, 100, split="test") == [own_text(model, tokenizer, 100)]
 
 
 def test_fold_calibrates_on_it(command, cache, workplace, dense_directory):
@@ -118,6 +120,40 @@ def test_fold_calibrates_on_it(command, cache, workplace, dense_directory):
     assert json.loads(outcome.out)["calibration_tokens"] > 100
     card = json.loads((workplace / "o" / "tensorfold.json").read_text(encoding="utf-8"))
     assert card["calibration"].endswith("tokens of text that the model wrote itself")
+
+
+def test_fold_calibrates_on_it_and_on_another_text_in_equal_shares(command, cache, workplace, dense_directory, prose):
+    (workplace / "text.txt").write_text(prose, encoding="utf-8")
+    both = ("--calibrate", "text.txt", "--calibrate", "self", "--tokens", "200")
+    outcome = command("fold", dense_directory, "--keep", "0.5", *both, "--out", "options", "--json")
+    assert outcome.status == 0, outcome.err
+    assert json.loads(outcome.out)["calibration_tokens"] == 200
+    card = json.loads((workplace / "options" / "tensorfold.json").read_text(encoding="utf-8"))
+    assert card["calibration"] == "200 tokens of text.txt and text that the model wrote itself"
+    (workplace / "recipe.yaml").write_text(
+        "fold: [{targets: mlp, method: auto, keep: 0.5}]\ncalibrate: {text: [text.txt, self], tokens: 200}\n"
+    )
+    again = command("fold", dense_directory, "--recipe", "recipe.yaml", "--out", "recipe")
+    assert again.status == 0, again.err
+    model, tokenizer = tensorfold.load(dense_directory), AutoTokenizer.from_pretrained(dense_directory)
+    texts = documents_of(["text.txt", "self"], model, tokenizer, 200, split="validation")
+    tensorfold.fold(model, Recipe.keep(0.5), tokenizer, texts, calibration_tokens=200)
+    model.save_pretrained("python")
+    weights = [(workplace / way / "model.safetensors").read_bytes() for way in ("options", "recipe", "python")]
+    assert weights[0] == weights[1] == weights[2]
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        (("none", "self"), "--calibrate none and another text"),
+        (("self", "self"), "text 'self' is given 2 times"),
+        (("self", "absent.txt"), "absent.txt"),
+    ],
+)
+def test_texts_that_do_not_go_together_are_refused_before_a_model_is_loaded(refused, workplace, texts, says):
+    options = [part for text in texts for part in ("--calibrate", text)]
+    refused("fold", "no-model", "--keep", "0.5", *options, "--out", "o", says=[says])
 
 
 def test_fold_takes_it_where_no_text_is_named(command, cache, workplace, dense_directory, monkeypatch):

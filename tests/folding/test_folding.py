@@ -227,6 +227,26 @@ def test_of_many_documents_some_begin_windows(tokenizer, prose):
     )
 
 
+@pytest.mark.parametrize("words", [300, 20])
+def test_texts_have_equal_shares_of_the_windows_however_many_documents_they_have(tokenizer, words):
+    """The second text is of ten documents; the first is of one, whose lack it makes up for."""
+    cat = tokenizer(" ".join(["cat"] * words))["input_ids"][:120]
+    texts = [[" ".join(["cat"] * words)], [" ".join(["dog"] * 300)] * 10]
+    windows = calibration_windows(tokenizer, texts, 240, 40)
+    assert windows.shape == (6, 40)
+    assert windows.flatten()[: len(cat)].tolist() == cat
+    rest = tokenizer.decode(windows.flatten()[len(cat) :])
+    assert "dog" in rest
+    assert "cat" not in rest
+    assert len(calibration_windows(tokenizer, texts, 60, 1024)) == 2  # one window would be of the first alone
+
+
+def test_what_is_no_text_is_refused(tokenizer):
+    for wrong in ([1, 2], [["text"], [1]], [["text"], 1]):
+        with pytest.raises(InputError, match="no text; needed a list of documents"):
+            calibration_windows(tokenizer, wrong, 240, 40)
+
+
 def test_calibration_needs_a_tokenizer(tiny, prose):
     with pytest.raises(InputError, match="tokenizer"):
         tensorfold.fold(tiny("llama"), LowRank(keep=0.5), None, [prose])

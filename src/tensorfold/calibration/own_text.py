@@ -7,7 +7,7 @@ its training text did (LLM-QAT: Liu et al., arXiv 2305.17888, use them to train 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,35 +83,54 @@ def own_text(
 
 
 def documents_of(
-    text: str, model: PreTrainedModel, tokenizer: Any, tokens: int, *, split: str, progress: bool = False
-) -> list[str]:
-    """Documents of a TEXT, or those that the model writes itself where its name is ``self``.
+    texts: str | Sequence[str],
+    model: PreTrainedModel,
+    tokenizer: Any,
+    tokens: int,
+    *,
+    split: str,
+    progress: bool = False,
+) -> list[list[str]]:
+    """Documents of every TEXT, or those that the model writes itself where its name is ``self``.
 
     Args:
-        text: As :func:`~tensorfold.data.texts.load_text` takes it, or ``self``.
-        model, tokenizer, tokens, progress: As :func:`own_text` takes them.
+        texts: One or several, each as :func:`~tensorfold.data.texts.load_text` takes it, or ``self``.
+        model, tokenizer, progress: As :func:`own_text` takes them.
+        tokens: How many tokens are wanted, of all texts together and in equal shares.
         split: Split of a named text.
 
     Raises:
         InputError: As of the two.
     """
-    if text == SELF:
-        return own_text(model, tokenizer, tokens, progress=progress)
-    return load_text(text, split=split)
+    names = _names(texts)
+    share = -(-tokens // len(names))
+    return [
+        own_text(model, tokenizer, share, progress=progress) if name == SELF else load_text(name, split=split)
+        for name in names
+    ]
 
 
-def check_text(text: str | None, split: str) -> None:
-    """Raise :class:`InputError` where there is no such TEXT; ``self`` and None are always right.
+def check_named(texts: str | Sequence[str], split: str) -> None:
+    """Raise :class:`InputError` where there is no such TEXT, or one is named twice; ``self`` is always right.
 
     For before a model is loaded.
     """
-    if text not in (None, SELF):
-        locate(text, split)
+    names = _names(texts)
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"text {name!r} is given {names.count(name)} times; needed different ones.")
+        if name != SELF:
+            locate(name, split)
 
 
-def label_of(text: str, split: str) -> str:
-    """Name of a TEXT for results, as :func:`~tensorfold.data.texts.describe` gives it; of ``self`` in words."""
-    return LABEL if text == SELF else describe(text, split)
+def label_of(texts: str | Sequence[str], split: str) -> str:
+    """Names of TEXTs for results, as :func:`~tensorfold.data.texts.describe` gives them; of ``self`` in words."""
+    return " and ".join(LABEL if name == SELF else describe(name, split) for name in _names(texts))
+
+
+def _names(texts: str | Sequence[str]) -> list[str]:
+    """The names of one TEXT or of several."""
+    return [texts] if isinstance(texts, str) else list(texts)
 
 
 def _beginning(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:

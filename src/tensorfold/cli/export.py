@@ -108,12 +108,12 @@ def export_model(
     Args:
         kept: Where graphs of several exports of the model are kept.
     """
-    from tensorfold.calibration.own_text import check_text
+    from tensorfold.calibration.own_text import check_named
     from tensorfold.hf.sources import find_model
     from tensorfold.utils.atomic_files import check_file_target, check_target
     from tensorfold.utils.devices import one_device
 
-    check_text(calibrate, "validation")
+    check_named(calibrate or (), "validation")
     one_device(device, "an export is written by one device")
     (check_file_target if to is Target.gguf and out.suffix == ".gguf" else check_target)(out)
     packed = to in (Target.onnx, Target.openvino, Target.gguf)

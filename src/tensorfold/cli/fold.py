@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,10 +61,11 @@ def fold(
     ] = False,
     multiple: Multiple = None,
     calibrate: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--calibrate",
-            help=f"{OWN_TEXT_HELP} Default: the recipe's; with --keep 'self'. 'none': data-free.",
+            help=f"{OWN_TEXT_HELP} Again for more texts, which have equal shares of the tokens. Default: the recipe's; "
+            "with --keep 'self'. 'none': data-free.",
         ),
     ] = None,
     tokens: Annotated[
@@ -91,8 +93,8 @@ def fold(
 
     A calibrated fold by one process keeps finished blocks in OUT.fold until OUT is there; the same command resumes.
     """
-    from tensorfold.calibration.own_text import SELF, check_text, documents_of, label_of
-    from tensorfold.errors import TensorfoldError
+    from tensorfold.calibration.own_text import SELF, check_named, documents_of, label_of
+    from tensorfold.errors import InputError, TensorfoldError
     from tensorfold.folding.from_disk import MAX_SHARD_BYTES, fold_stream, model_facts
     from tensorfold.folding.in_memory import fold as fold_model
     from tensorfold.folding.out_of_core import fold_out_of_core
@@ -109,35 +111,37 @@ def fold(
     one_device(device, "a fold computes on one device; eval and sample take auto")
     elsewhere = device not in (None, "cpu")
     chosen = recipe_of(recipe, keep, targets, untie, effort, plain, multiple)
-    unasked = calibrate is None and recipe is None  # text is the default, since without any a model is ruined
-    if calibrate == "none":
-        chosen, calibrate = chosen.without_text(), None
-    text = SELF if unasked else calibrate or (chosen.calibrate.text if chosen.calibrate else None)
+    unasked = not calibrate and recipe is None  # text is the default, since without any a model is ruined
+    texts: Sequence[str] = [SELF] if unasked else calibrate or (chosen.calibrate.texts if chosen.calibrate else ())
+    if "none" in texts:
+        if len(texts) > 1:
+            raise InputError("--calibrate none and another text: needed one of the two.")
+        chosen, texts = chosen.without_text(), ()
     ranks = Ranks.find(cpu=True)
     with ranks.together():
-        check_text(text, "validation")
+        check_named(texts, "validation")
         source = source_of(model, chosen)
-        tokenizer, absent = (source.tokenizer(), None) if text and not unasked else source.tokenizer_beside()
+        tokenizer, absent = (source.tokenizer(), None) if texts and not unasked else source.tokenizer_beside()
         if unasked and tokenizer is None:
-            text = None
-        stream = None if text or dtype or elsewhere else _stream(source, chosen)
-        low = text is not None and _goes_by_blocks(low_memory, source, chosen, text, dtype is not None or elsewhere)
+            texts = ()
+        stream = None if texts or dtype or elsewhere else _stream(source, chosen)
+        low = bool(texts) and _goes_by_blocks(low_memory, source, chosen, texts, dtype is not None or elsewhere)
         loaded = source.model(dtype and dtype.value, device) if stream is None and not low else None
         bar = sys.stderr.isatty()
         documents, reason = None, None
-        if text is not None and stream is None:
-            if text == SELF and loaded is not None:
+        if texts and stream is None:
+            if SELF in texts and loaded is not None:
                 plan(loaded, chosen)  # what cannot be folded is refused before the model writes
             tokens = tokens or (_UNASKED if unasked else (chosen.calibrate or CalibrateSettings()).tokens)
             try:
-                documents = documents_of(text, loaded, tokenizer, tokens, split="validation", progress=bar)
+                documents = documents_of(texts, loaded, tokenizer, tokens, split="validation", progress=bar)
             except TensorfoldError as error:
                 if not unasked:
                     raise
-                text, tokens, reason = None, None, str(error)
+                texts, tokens, reason = (), None, str(error)
 
         def card(report: FoldReport) -> dict[str, Any]:
-            label = f"{report.calibration_tokens} tokens of {label_of(text, 'validation')}" if text else None
+            label = f"{report.calibration_tokens} tokens of {label_of(texts, 'validation')}" if texts else None
             return model_facts(source, _label(recipe, keep, targets, untie, effort, plain, multiple), report, label)
 
         if stream is not None:
@@ -146,7 +150,7 @@ def fold(
             assert documents is not None  # self is refused, and named texts raise
             report = fold_out_of_core(source, chosen, out, tokenizer, documents, tokens, card, MAX_SHARD_BYTES, bar)
         else:
-            partial = Path(f"{out}.fold") if text else None
+            partial = Path(f"{out}.fold") if texts else None
             options: dict[str, Any] = {"calibration_tokens": tokens, "checkpoint": partial, "progress": bar}
             alone = partial is not None and ranks.count == 1  # several processes write no checkpoints
             with claimed(partial, "choose another --out") if alone and partial else nullcontext():
@@ -158,7 +162,7 @@ def fold(
     if ranks.is_first:
         if absent is not None:
             typer.echo(f"written without a tokenizer: {absent}", err=True)
-        if unasked and text is None:
+        if unasked and not texts:
             typer.echo(f"folded without text, at a price in quality: {reason or 'there is no tokenizer'}", err=True)
         result = {**report.to_dict(), "out": str(out)}
         emit(as_json, result, lambda: f"{report}\nwritten to {out} in {report.seconds:.0f} s")
@@ -178,7 +182,7 @@ def _stream(source: Source, recipe: Recipe) -> Stream | None:
         return None
 
 
-def _goes_by_blocks(asked: bool, source: Source, recipe: Recipe, text: str, converts: bool) -> bool:
+def _goes_by_blocks(asked: bool, source: Source, recipe: Recipe, texts: Sequence[str], converts: bool) -> bool:
     """Whether a calibrated fold holds one block at a time: where it is asked for, or the memory is small and it can.
 
     Raises:
@@ -189,9 +193,9 @@ def _goes_by_blocks(asked: bool, source: Source, recipe: Recipe, text: str, conv
     from tensorfold.folding.out_of_core import check_out_of_core, is_large
     from tensorfold.hf.on_disk import NotStoredError
 
-    if not asked and (text == SELF or converts or not is_large(source)):
+    if not asked and (SELF in texts or converts or not is_large(source)):
         return False
-    if text == SELF:
+    if SELF in texts:
         raise InputError(
             "--low-memory: the model writes the calibration text itself, for which it has to be in memory; give a text "
             "with --calibrate TEXT."

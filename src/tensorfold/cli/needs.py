@@ -44,8 +44,8 @@ _NAME = Need("the name of a shipped recipe", lambda given: given["name"] is not 
 
 def _calibrates(given: Values) -> bool:
     """Whether a fold has calibration text, by its options and its recipe."""
-    if given["calibrate"] is not None or given["recipe"] is None:
-        return given["calibrate"] != "none"
+    if given["calibrate"] or given["recipe"] is None:
+        return "none" not in (given["calibrate"] or ())
     from tensorfold.recipes.recipe import Recipe
 
     return Recipe.load(given["recipe"]).calibrate is not None

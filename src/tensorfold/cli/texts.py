@@ -39,13 +39,12 @@ def unseen_of(texts: Sequence[str], given: str | None) -> str:
 
 def check_texts(texts: Sequence[str], unseen: str) -> None:
     """Raise :class:`InputError` for a text that there is none of, or that is given twice, before anything is loaded."""
-    from tensorfold.calibration.own_text import check_text
+    from tensorfold.calibration.own_text import check_named
 
-    for text in texts:
-        check_text(text, "validation")
-    check_text(unseen, "test")
     if unseen in texts or len(set(texts)) < len(texts):
         raise InputError("compress: got a text twice; needed other texts for each --text and for --unseen.")
+    check_named(texts, "validation")
+    check_named(unseen, "test")
 
 
 def hashes_of(texts: Sequence[str]) -> list[list[str]]:

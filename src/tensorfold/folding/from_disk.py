@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensorfold.calibration.windows import Documents
 from tensorfold.errors import InputError
 from tensorfold.folding.inputs import check_method, check_same, check_uses, identity_of
 from tensorfold.folding.out_of_core import fold_out_of_core
@@ -68,7 +69,7 @@ def fold_directory(
     recipe: Recipe | Method | Mapping[str, Any] | str | Path,
     out: str | Path,
     *,
-    calibration: Iterable[str] | None = None,
+    calibration: Documents | None = None,
     calibration_tokens: int | None = None,
     progress: bool = False,
 ) -> FoldReport:
@@ -85,7 +86,8 @@ def fold_directory(
         source: A directory with safetensors, or a hub id that has been downloaded; as ``MODEL`` of the command line.
         recipe: As for :func:`tensorfold.fold`; the text that it names is not read.
         out: Directory to write; must not exist, or be empty.
-        calibration: Documents of calibration text; the tokenizer is the one beside the model.
+        calibration: Documents of calibration text, or a list of them for each of several texts, which have
+            equal shares; the tokenizer is the one beside the model.
         calibration_tokens: How many tokens of it; the recipe's number, else 24,000.
         progress: Show a progress bar on standard error, on the first rank.
 
@@ -100,8 +102,8 @@ def fold_directory(
     recipe = Recipe.of(recipe)
     if recipe.calibrate is not None and calibration is None:
         warnings.warn(
-            f"the recipe calibrates on {recipe.calibrate.text!r}, but fold_directory reads no text: folding without. "
-            "Give it as calibration.",
+            f"the recipe calibrates on {' and '.join(recipe.calibrate.texts)!r}, but fold_directory reads no text: "
+            "folding without. Give it as calibration.",
             stacklevel=2,
         )
     if calibration is None and calibration_tokens is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensorfold.algebra.solvers.fewer_units import KeptUnits
+from tensorfold.calibration.windows import Documents
 from tensorfold.errors import InputError
 from tensorfold.folding.batches import Batch, batches
 from tensorfold.folding.found import Found
@@ -57,7 +58,7 @@ def fold(
     model: PreTrainedModel,
     recipe: Recipe | Method | Mapping[str, Any] | str | Path,
     tokenizer: Any = None,
-    calibration: Iterable[str] | None = None,
+    calibration: Documents | None = None,
     *,
     calibration_tokens: int | None = None,
     checkpoint: str | Path | None = None,
@@ -80,7 +81,8 @@ def fold(
         model: A decoder-only transformers model with floating-point weights.
         recipe: A recipe, a method (applied to the MLP), a mapping, a shipped recipe's name or a YAML file.
         tokenizer: The model's; needed with ``calibration``.
-        calibration: Documents of calibration text; None takes the text that the recipe names, if it names one.
+        calibration: Documents of calibration text, or a list of them for each of several texts, which have
+            equal shares; None takes the text that the recipe names, if it names one.
         calibration_tokens: How many tokens of it; the recipe's number, else 24,000.
         checkpoint: Directory for what is solved so far of a calibrated fold; the same call with the dense model goes on
             from there, to the same bytes. The caller removes it. One process only; several keep none.
@@ -98,7 +100,7 @@ def fold_resident(
     model: PreTrainedModel,
     recipe: Recipe | Method | Mapping[str, Any] | str | Path,
     tokenizer: Any,
-    calibration: Iterable[str] | None,
+    calibration: Documents | None,
     calibration_tokens: int | None,
     checkpoint: str | Path | None,
     progress: bool,

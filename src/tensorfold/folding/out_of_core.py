@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tensorfold.calibration.packed_symmetric import numbers
+from tensorfold.calibration.windows import Documents
 from tensorfold.data.seen_text import with_notes
 from tensorfold.errors import TensorfoldError
 from tensorfold.folding.in_memory import fold_resident
@@ -74,7 +75,7 @@ def fold_out_of_core(
     recipe: Recipe,
     out: Path,
     tokenizer: Any,
-    documents: Iterable[str],
+    documents: Documents,
     tokens: int | None,
     card: Card,
     max_shard_bytes: int,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensorfold.calibration.own_text import documents_of
-from tensorfold.calibration.windows import calibration_windows, token_counts
+from tensorfold.calibration.windows import Documents, calibration_windows, texts_of, token_counts
 from tensorfold.data.seen_text import CALIBRATION, Seen, note
 from tensorfold.data.tokens import check_ids, prefix_of
 from tensorfold.errors import InputError
@@ -30,7 +31,7 @@ class Text:
         windows: Token ids, shape (windows, length); None where the fold is data-free.
         prefix: Token ids that the tokenizer puts before a document, with which every window begins.
         counts: How often the whole text uses each token, shape (vocabulary,), where a method asks for it.
-        documents: The text itself.
+        documents: The text itself; of several, all their documents.
         name: What the report calls it.
     """
 
@@ -74,13 +75,13 @@ def read_text(
     model: PreTrainedModel,
     recipe: Recipe,
     tokenizer: Any,
-    calibration: Iterable[str] | None,
+    calibration: Documents | None,
     tokens: int | None,
 ) -> Text:
     """The text given, else the one that the recipe names, in windows of the model's length.
 
     Args:
-        calibration: Documents.
+        calibration: Documents, or a list of them for each of several texts.
         tokens: How many tokens of them; the recipe's number, else 24,000.
 
     Raises:
@@ -98,29 +99,26 @@ def read_text(
     settings = recipe.calibrate or CalibrateSettings()
     windows = calibration_windows(tokenizer, documents, tokens or settings.tokens, context_length(model.config))
     check_ids(model, windows, "calibration", tokenizer)
-    named = recipe.calibrate.text if calibration is None and recipe.calibrate is not None else "the text given"
-    return Text(windows, prefix_of(tokenizer), None, tuple(documents), named)
+    named = " and ".join(recipe.calibrate.texts) if calibration is None and recipe.calibrate else "the text given"
+    return Text(windows, prefix_of(tokenizer), None, tuple(chain.from_iterable(documents)), named)
 
 
 def _documents(
-    model: PreTrainedModel, recipe: Recipe, tokenizer: Any, calibration: Iterable[str] | None, tokens: int | None
-) -> list[str] | None:
+    model: PreTrainedModel, recipe: Recipe, tokenizer: Any, calibration: Documents | None, tokens: int | None
+) -> list[list[str]] | None:
     if calibration is None and recipe.calibrate is not None:
         if tokenizer is None:
             warnings.warn(
-                f"the recipe calibrates on {recipe.calibrate.text!r}, but fold got no tokenizer: "
+                f"the recipe calibrates on {' and '.join(recipe.calibrate.texts)!r}, but fold got no tokenizer: "
                 "folding without calibration.",
                 stacklevel=4,
             )
         else:
             settings = recipe.calibrate
-            calibration = documents_of(settings.text, model, tokenizer, tokens or settings.tokens, split="validation")
+            calibration = documents_of(settings.texts, model, tokenizer, tokens or settings.tokens, split="validation")
     if calibration is None:
         return None
     if tokenizer is None:
         raise InputError("fold: got calibration text without a tokenizer; needed the model's tokenizer.")
     check_types("fold", calibration=(calibration, Iterable))
-    given = [calibration] if isinstance(calibration, str) else list(calibration)
-    if not all(isinstance(document, str) for document in given):
-        raise InputError("fold: got calibration that is no text; needed a list of documents, each a str.")
-    return given
+    return texts_of(calibration)

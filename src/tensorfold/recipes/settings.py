@@ -22,12 +22,21 @@ class CalibrateSettings:
 
     Args:
         text: File, directory or named text, of which the validation split is read; or ``self``, for text that the
-            dense model writes.
-        tokens: How many of its tokens are used, from its beginning.
+            dense model writes. Several, as a list, have equal shares of the tokens.
+        tokens: How many of its tokens are used, of all texts together.
     """
 
-    text: str = "wikitext-2"
+    text: str | tuple[str, ...] = "wikitext-2"
     tokens: Count = 24_000
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise InputError("calibrate: text=[]; needed at least one text, or no calibrate.")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts, one or several."""
+        return (self.text,) if isinstance(self.text, str) else self.text
 
 
 @strict
