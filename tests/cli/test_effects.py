@@ -57,9 +57,20 @@ WITHOUT = {
     ("fold", "low_memory"): [
         (("m", "--out", "o", "--keep", ".6", "--calibrate", "none", "--low-memory"), "--calibrate TEXT"),
     ],
-    ("eval", "text"): [(("m", "--protocol", "lm-eval", "--tasks", "t", "--text", "x"), "not lm-eval")],
-    ("eval", "max_tokens"): [(("m", "--protocol", "lm-eval", "--tasks", "t", "--max-tokens", "9"), "not lm-eval")],
-    ("eval", "against"): [(("m", "--protocol", "lm-eval", "--tasks", "t", "--against", "n"), "not lm-eval")],
+    ("eval", "recipe"): [(("--suite", "quick", "--recipe", "demo"), "no --suite")],
+    ("eval", "protocol"): [(("m", "--suite", "quick", "--protocol", "krony"), "no --suite")],
+    ("eval", "text"): [
+        (("m", "--protocol", "lm-eval", "--tasks", "t", "--text", "x"), "not lm-eval"),
+        (("m", "--suite", "quick", "--text", "x"), "no --suite"),
+    ],
+    ("eval", "max_tokens"): [
+        (("m", "--protocol", "lm-eval", "--tasks", "t", "--max-tokens", "9"), "not lm-eval"),
+        (("m", "--suite", "quick", "--max-tokens", "9"), "no --suite"),
+    ],
+    ("eval", "against"): [
+        (("m", "--protocol", "lm-eval", "--tasks", "t", "--against", "n"), "not lm-eval"),
+        (("m", "--suite", "quick", "--against", "n"), "no --suite"),
+    ],
     ("eval", "tasks"): [(("m", "--text", "x", "--tasks", "t"), "--protocol lm-eval")],
     ("eval", "include_path"): [(("m", "--text", "x", "--include-path", "p"), "--protocol lm-eval")],
     ("eval", "limit"): [(("m", "--text", "x", "--limit", "3"), "--protocol lm-eval")],

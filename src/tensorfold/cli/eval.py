@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +39,14 @@ def evaluate(
         str | None,
         typer.Option("--recipe", help="Take text and protocol from its 'eval' section, where no option gives them."),
     ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            "--suite",
+            help="Judge by several texts and tasks, in one table: quick (8,192 tokens of each text) or full. What this "
+            "machine lacks is left out, with the reason.",
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Most documents of each task of lm-eval.")] = None,
     against: Annotated[
         str | None,
@@ -73,6 +82,9 @@ def evaluate(
         raise InputError(
             "eval: no MODEL given; needed a hub id, a directory, a .gguf file, or a recipe that names one."
         )
+    if suite is not None:
+        _evaluate_suite(model, suite, dtype, device, record, as_json)
+        return
     protocol = protocol or "hf-1024"
     check_judge(protocol, text, tasks, include_path, limit, max_tokens)
     if record:
@@ -100,6 +112,24 @@ def evaluate(
     if compared is not None:
         found |= {"against": results[1].to_dict(), "ratio": compared.ratio, "ratio_interval": compared.interval}
     emit(as_json, found, lambda: "\n".join(map(str, [*results, *([compared] if compared else [])])))
+
+
+def _evaluate_suite(model: str, suite: str, dtype: Any, device: str | None, record: bool, as_json: bool) -> None:
+    """Judge a model by a suite and print its table."""
+    from tensorfold.evaluation.suites import evaluate_suite, find_suite
+    from tensorfold.export.engine_model import find_runnable
+    from tensorfold.utils.records import check_recordable, record_evaluation
+
+    find_suite(suite)
+    if record:
+        check_recordable(model)
+    source = find_runnable(model)
+    loaded = source.model(None if dtype is None else dtype.value, device)
+    shown = (lambda name: typer.echo(f"{name} …", err=True)) if sys.stderr.isatty() else None
+    result = evaluate_suite(loaded, source.tokenizer(), suite, progress=shown)
+    for row in result.rows if record else ():
+        record_evaluation(model, row.to_dict())
+    emit(as_json, result.to_dict(), lambda: str(result))
 
 
 def _judge_of(recipe: str) -> Recipe:

@@ -22,6 +22,7 @@ _NO_MULTIPLE = Need(
 )
 _SIZE = Need("--size or --bytes", lambda given: given["size"] is not None or given["bytes_"] is not None)
 _HARNESS = Need("--protocol lm-eval", lambda given: given["protocol"] == "lm-eval")
+_NO_SUITE = Need("no --suite, which has texts and protocols of its own", lambda given: given["suite"] is None)
 _TEXT_PROTOCOL = Need("a protocol that reads a text, not lm-eval", lambda given: given["protocol"] != "lm-eval")
 _NOT_NARROWED = Need("a fold without --plain, which narrows the MLPs", lambda given: not given["plain"])
 _SAMPLING = Need("a --temperature above 0", lambda given: given["temperature"] > 0)
@@ -90,14 +91,15 @@ NEEDS: Mapping[str, Needs] = {
     },
     "eval": {
         **_MODEL,
-        "recipe": ALWAYS,
-        "protocol": ALWAYS,
+        "suite": ALWAYS,
+        "recipe": (_NO_SUITE,),
+        "protocol": (_NO_SUITE,),
         "record": ALWAYS,
         "dtype": ALWAYS,
         "device": ALWAYS,
-        "text": (_TEXT_PROTOCOL,),
-        "max_tokens": (_TEXT_PROTOCOL,),
-        "against": (_TEXT_PROTOCOL,),
+        "text": (_NO_SUITE, _TEXT_PROTOCOL),
+        "max_tokens": (_NO_SUITE, _TEXT_PROTOCOL),
+        "against": (_NO_SUITE, _TEXT_PROTOCOL),
         "tasks": (_HARNESS,),
         "include_path": (_HARNESS,),
         "limit": (_HARNESS,),

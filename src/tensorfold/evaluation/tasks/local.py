@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 
 def _test(name: str) -> dict[str, Any]:
+    import datasets
+
     file = Path(os.environ["TENSORFOLD_DATA"]) / "tasks" / f"{name}.jsonl"
     return {"test": datasets.Dataset.from_json(str(file), keep_in_memory=True)}
 
