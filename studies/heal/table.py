@@ -65,7 +65,8 @@ def mixture(entries: list[Entry]) -> str:
     order = list(dict.fromkeys(entry["system"] for entry in sorted(entries, key=lambda e: -e["parameters"])))
     for entry in sorted(entries, key=lambda e: order.index(e["system"])):
         found = entry["perplexity"]
-        control = "" if "step" not in entry else f"{_unseen(found, healed[entry['state']]):.3f}"
+        alike = healed.get(entry["state"]) if "step" in entry else None
+        control = "" if alike is None else f"{_unseen(found, alike):.3f}"
         took = entry.get("processor_seconds")
         cells = [
             entry["system"],
@@ -86,6 +87,20 @@ def _unseen(found: dict[str, float], dense: dict[str, float]) -> float:
     return math.exp(sum(math.log(found[name] / dense[name]) for name in names) / len(names))
 
 
+def tasks(entries: list[Entry]) -> str:
+    """Accuracy and its standard error, in per cent; normalised by length where a task has that."""
+    lines = ["| model | state | HellaSwag, 500 items | PIQA | BLiMP |", "|---|---|---:|---:|---:|"]
+    found = {(entry["system"], entry["state"], entry["task"]): entry["metrics"] for entry in entries}
+    for system, state in dict.fromkeys((entry["system"], entry["state"]) for entry in entries):
+        cells = []
+        for task in ("hellaswag_local", "piqa_local", "blimp_local"):
+            metrics = found.get((system, state, task), {})
+            name = "acc_norm" if "acc_norm" in metrics else "acc"
+            cells.append(f"{100 * metrics[name]:.1f} ± {100 * metrics[f'{name}_stderr']:.1f}" if metrics else "")
+        lines.append(f"| {system} | {state} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def steps(entries: list[Entry]) -> str:
     lines = [
         "| recipe | tokens a step | dense, s | folded, s | ratio, median (quartiles) |",
@@ -104,6 +119,7 @@ def sections() -> dict[str, str]:
     return {
         "states": states(read("smollm2.jsonl")),
         "mixture": mixture(read("mixture.jsonl")),
+        "tasks": tasks(read("tasks.jsonl")),
         "steps": steps(read("step_time.jsonl")),
     }
 

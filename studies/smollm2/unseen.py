@@ -29,7 +29,6 @@ from transformers import PreTrainedModel
 import tensorfold
 from tensorfold import Auto, Recipe, Rule
 from tensorfold.calibration.own_text import own_text
-from tensorfold.calibration.windows import calibration_windows
 from tensorfold.data.texts import load_text
 from tensorfold.hf.sources import find_model
 from tensorfold.methods.auto import EFFORTS, Effort
@@ -101,8 +100,9 @@ def planned() -> Iterator[Run]:
     yield Run("mlp", 0.8, "medium", "self")
     yield Run("mlp", 0.8, "medium", "self", OWN)  # a fold without a text
     yield Run("mlp", 0.5, "medium", "self")
-    for keep in (0.5, 0.8):
-        yield Run("mlp", keep, "spread", "mixture+self", 2 * TOKENS)
+    for tokens in (2 * TOKENS, 4 * TOKENS):
+        for keep in (0.5, 0.8):
+            yield Run("mlp", keep, "spread", "mixture+self", tokens)
     yield Run("mlp", 0.5, "plain", "mixture")  # half the hidden units, for studies/heal/mixture.py
     for effort in ("no-ridge", "shrink-0.1", "gradients", "auto-0.1.0"):
         yield Run("mlp", 0.8, effort)
@@ -136,14 +136,12 @@ def judge(model: PreTrainedModel, tokenizer: Any, names: list[str]) -> dict[str,
     }
 
 
-def calibration(run: Run, model: PreTrainedModel, tokenizer: Any) -> list[str]:
+def calibration(run: Run, model: PreTrainedModel, tokenizer: Any) -> list[str] | list[list[str]]:
     """The documents that a run is calibrated on."""
     if run.text == "self":
         return own_text(model, tokenizer, run.tokens)
     if run.text == "mixture+self":
-        both = documents("mixture"), own_text(model, tokenizer, run.tokens // 2)
-        windows = [calibration_windows(tokenizer, text, run.tokens // 2) for text in both]
-        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in torch.cat(windows)]
+        return [documents("mixture"), own_text(model, tokenizer, run.tokens // 2)]
     return documents("mixture") if run.text == "mixture" else list(load_text("wikitext-2", split="validation"))
 
 

@@ -4,7 +4,8 @@
     OMP_NUM_THREADS=1 python studies/tensorgpt/smollm2.py --work WORK --long [--only PATTERN …]
     python studies/tensorgpt/table.py
 
-The table is 49152 × 576, a fifth of the model, and is the output head as well. "Plain" knows the table alone; "text" is
+The table is 49152 × 576, a fifth of the model, and is the output head as well; in the runs that are named "untied" the
+head stays as it is, a matrix of its own. "Plain" knows the table alone; "text" is
 fitted to calibration text: counts of tokens from ``wikitext-2-valid``, taken ten times, and ``train``; gradients and
 hidden states of its first 8,192 tokens (``--long``: 16,384). Both are then healed for a few steps on
 ``wikitext-2-valid`` with the dense model as teacher, the table alone trained. ``--long`` heals the whole model of the
@@ -34,6 +35,7 @@ from tensorfold.hf.sources import find_model
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("TENSORFOLD_DATA", "."))
 SIZES = {"2x": 1 / 2, "3.31x": 1 / 3.31, "10x": 1 / 10, "38.4x": 1 / 38.4}
+LOW_RANKS = {1: 18, 4: 191, 6: 343}  # of a low rank of the table that has the size of the chains, by their rank
 CALIBRATION_TOKENS = {"text": 8192, "text-16k": 16_384, "text-24k": 24_000}
 LONG_CALIBRATION_TOKENS, REPEATED = 16_384, 10
 COMMON: dict[str, Any] = {
@@ -52,10 +54,11 @@ class Run:
     size: str
     fit: str  # plain, or a key of CALIBRATION_TOKENS
     method: Any
+    untied: bool = False  # whether the head stays dense, as a matrix of its own
 
     @property
     def name(self) -> str:
-        return f"{self.structure}-{self.size}-{self.fit}"
+        return f"{self.structure}-{self.size}-{self.fit}" + "-untied" * self.untied
 
 
 def planned() -> Iterator[Run]:
@@ -73,6 +76,10 @@ def planned() -> Iterator[Run]:
         for fit in ("text", "plain"):
             yield Run("mpo", size, fit, MPO(keep=keep, sites=2, order="cluster"))
             yield Run("kronecker", size, fit, Kronecker(keep=keep, order="cluster"))
+    for rank in (1, 4, 6):  # the papers' own case: the head stays dense; beside each, low rank of its size
+        chains = TokenMPS(rank=rank, modes=(2, 2, 2, 2, 2, 2, 3, 3))
+        yield Run("token-mps", f"r={rank}", "plain", chains, untied=True)
+        yield Run("low-rank", f"as r={rank}", "plain", LowRank(rank=LOW_RANKS[rank]), untied=True)
 
 
 def folded(run: Run, calibration_tokens: int) -> tuple[Any, Any, dict[str, Any]]:
@@ -85,7 +92,7 @@ def folded(run: Run, calibration_tokens: int) -> tuple[Any, Any, dict[str, Any]]
     if run.fit != "plain":
         documents = load_text("wikitext-2", split="validation") * REPEATED + load_text(str(DATA / "train"))
     started = time.process_time()
-    recipe = Recipe(fold=(Rule("embedding", run.method),))
+    recipe = Recipe(fold=(Rule("embedding", run.method),), untie=run.untied)
     report = tensorfold.fold(model, recipe, tokenizer, documents, calibration_tokens=calibration_tokens or None)
     spec = next(iter(report.modules.values()))
     return model, tokenizer, {
