@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,21 +116,20 @@ def evaluate_suite(
         TensorfoldError: As of the two functions that evaluate.
     """
     suite, start = find_suite(name), time.perf_counter()
+    runs: dict[str, Callable[[], Evaluation]] = {
+        text: partial(_text, model, tokenizer, text, protocol, suite.max_tokens)
+        for text, protocol in suite.texts.items()
+    }
+    runs |= {task: partial(_task, model, tokenizer, task, limit) for task, limit in suite.tasks.items()}
     rows: list[Evaluation] = []
     skipped: dict[str, str] = {}
-
-    def attempt(what: str, run: Callable[[], Evaluation]) -> None:
+    for what, run in runs.items():
         if progress is not None:
             progress(what)
         try:
             rows.append(run())
         except InputError as error:
             skipped[what] = str(error)
-
-    for text, protocol in suite.texts.items():
-        attempt(text, lambda text=text, protocol=protocol: _text(model, tokenizer, text, protocol, suite.max_tokens))  # type: ignore[misc]
-    for task, limit in suite.tasks.items():
-        attempt(task, lambda task=task, limit=limit: _task(model, tokenizer, task, limit))  # type: ignore[misc]
     if not rows:
         what, why = next(iter(skipped.items()))
         raise InputError(f"suite {name}: nothing of it can be run, beginning with {what}: {why}")
