@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--targets", default="all-linear")
     given = parser.parse_args()
     source = find_model(given.model)
+    path = source.path  # a GGUF file is converted here, unless it is in the cache; not a part of the fold
     documents = list(load_text("wikitext-2", split="validation"))
     tokenizer = source.tokenizer()
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -74,7 +75,7 @@ def main() -> None:
         model.save_pretrained(given.out, max_shard_size=MAX_SHARD_BYTES)
     else:
         report = tensorfold.fold_directory(
-            source.path, recipe, given.out, calibration=documents, calibration_tokens=given.tokens
+            path, recipe, given.out, calibration=documents, calibration_tokens=given.tokens
         )
     peak = resident("VmHWM") - before
     entry = {

@@ -81,6 +81,16 @@ def _weight(layer: Any) -> Tensor:
     return weight if isinstance(layer, nn.Linear) else weight.T
 
 
+def _give_weight(layer: Any, weight: Tensor) -> None:
+    """Give a dense layer a new weight, (out, in).
+
+    As a new parameter: the old one may be mapped from a file, and what is written to that is lost with its pages
+    (:class:`tensorfold.models.residency.OneBlock`).
+    """
+    stored = weight if isinstance(layer, nn.Linear) else weight.T
+    layer.weight = nn.Parameter(stored.contiguous(), requires_grad=layer.weight.requires_grad)
+
+
 def _position(layer: Any) -> Tensor:
     position: Tensor = layer.out_position
     return position.cpu()
@@ -130,7 +140,7 @@ def _order_outputs(layer: Any, order: Tensor) -> None:
         bias.copy_(bias[order.to(bias.device)])
     if not _is_folded(layer):
         weight = _weight(layer)
-        weight.copy_(weight[order.to(weight.device)])
+        _give_weight(layer, weight[order.to(weight.device)])
         return
     position, made = _position(layer)[order], _made(layer)
     rank = layer.spec.ranks[0] if layer.spec.has_pivot_rows else 0
@@ -145,7 +155,7 @@ def _order_inputs(layer: Any, order: Tensor) -> None:
     """``order``: old input at each place, int64, (in,)."""
     if not _is_folded(layer):
         weight = _weight(layer)
-        weight.copy_(weight[:, order.to(weight.device)])
+        _give_weight(layer, weight[:, order.to(weight.device)])
         return
     core = layer.cores[-1]  # (…, columns, 1)
     columns = order
