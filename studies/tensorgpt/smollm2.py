@@ -76,7 +76,7 @@ def planned() -> Iterator[Run]:
         for fit in ("text", "plain"):
             yield Run("mpo", size, fit, MPO(keep=keep, sites=2, order="cluster"))
             yield Run("kronecker", size, fit, Kronecker(keep=keep, order="cluster"))
-    for rank in (1, 4, 6):  # the papers' own case: the head stays dense; beside each, low rank of its size
+    for rank in (1, 4, 6):  # the head stays dense; beside each, low rank of its size
         chains = TokenMPS(rank=rank, modes=(2, 2, 2, 2, 2, 2, 3, 3))
         yield Run("token-mps", f"r={rank}", "plain", chains, untied=True)
         yield Run("low-rank", f"as r={rank}", "plain", LowRank(rank=LOW_RANKS[rank]), untied=True)

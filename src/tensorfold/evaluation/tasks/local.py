@@ -10,7 +10,7 @@ from typing import Any
 def _test(name: str) -> dict[str, Any]:
     import datasets
 
-    file = Path(os.environ["TENSORFOLD_DATA"]) / "tasks" / f"{name}.jsonl"
+    file = Path(os.environ.get("TENSORFOLD_DATA", "."), "tasks", f"{name}.jsonl")
     return {"test": datasets.Dataset.from_json(str(file), keep_in_memory=True)}
 
 
